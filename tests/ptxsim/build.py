@@ -1,0 +1,197 @@
+"""Compiles the simulator, and whole CUDA sources into libraries whose launches run in it. Needs g++ >= 12; sources need nvcc."""
+
+import functools
+import hashlib
+import os
+import re
+import shutil
+import site
+import subprocess
+import sys
+from pathlib import Path
+
+SOURCE_DIR = Path(__file__).resolve().parent / "src"
+CXX_FLAGS = ["-std=c++20", "-O3", "-march=native", "-fPIC", "-fno-strict-aliasing", "-fno-gnu-unique", "-fvisibility=hidden"]
+
+
+class BuildError(RuntimeError):
+    """A compiler is missing or failed; the text holds what it said."""
+
+
+def cache_dir():
+    """Where compiled things go: $PTXSIM_CACHE, else build/ptxsim of the checkout, else the user's cache directory."""
+    if "PTXSIM_CACHE" in os.environ:
+        return Path(os.environ["PTXSIM_CACHE"])
+    checkout = SOURCE_DIR.parents[2]
+    if (checkout / "pyproject.toml").exists() or (checkout / ".git").exists():
+        return checkout / "build" / "ptxsim"
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ptxsim"
+
+
+def _run(command):
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    if done.returncode:
+        raise BuildError(f"{' '.join(map(str, command))}\nfailed with {done.returncode}:\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
+
+
+def _publish(temporary, path):
+    """Atomic: two processes may build the same file at once."""
+    os.replace(temporary, path)
+    return path
+
+
+@functools.lru_cache(maxsize=None)
+def _cxx():
+    for name in (os.environ.get("CXX"), "g++", "g++-13", "g++-12"):
+        if name and shutil.which(name):
+            return shutil.which(name)
+    raise BuildError("ptxsim needs g++ 12 or newer (set CXX, or install it)")
+
+
+@functools.lru_cache(maxsize=None)
+def cuda_home():
+    """The folder with bin/nvcc: $CUDA_HOME, then nvcc on the PATH, then pip's nvidia/cu13. None if there is none."""
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    if found := shutil.which("nvcc"):
+        candidates += [Path(found).resolve().parents[1], Path(found).parents[1]]
+    for folder in site.getsitepackages() + [site.getusersitepackages()] + sys.path:
+        candidates += sorted(Path(folder or ".").glob("nvidia/cu1[0-9]"), reverse=True)
+    for candidate in candidates:
+        if candidate and (Path(candidate) / "bin" / "nvcc").exists():
+            return Path(candidate)
+    return None
+
+
+def nvcc():
+    home = cuda_home()
+    if home is None:
+        raise BuildError("no nvcc: set CUDA_HOME, put nvcc on the PATH, or pip install nvidia-cuda-nvcc (13.0)")
+    return str(home / "bin" / "nvcc")
+
+
+def tool(name):
+    """Path of ptxas, cuobjdump, nvdisasm: beside nvcc, on the PATH, or in triton's wheel. None if absent."""
+    home = cuda_home()
+    if home and (home / "bin" / name).exists():
+        return str(home / "bin" / name)
+    if found := shutil.which(name):
+        return found
+    for folder in site.getsitepackages() + sys.path:
+        for path in Path(folder or ".").glob(f"triton/backends/nvidia/bin/{name}"):
+            return str(path)
+    return None
+
+
+def _digest(*parts):
+    h = hashlib.sha256()
+    for part in parts:
+        h.update(part if isinstance(part, bytes) else repr(part).encode())
+    return h.hexdigest()[:16]
+
+
+@functools.lru_cache(maxsize=None)
+def _cpu():
+    """-march=native code must not outlive a move to another processor."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+        return re.search(r"flags.*", text).group() + re.search(r"model name.*", text).group()
+    except (OSError, AttributeError):
+        return ""
+
+
+@functools.lru_cache(maxsize=None)
+def _objects():
+    """(simulator objects, cudart object), compiled once per content of src/."""
+    sources = sorted(p for p in SOURCE_DIR.iterdir() if p.suffix in (".cpp", ".h", ".inc"))
+    tag = _digest(*[p.name.encode() + p.read_bytes() for p in sources], CXX_FLAGS, _cpu())
+    out = cache_dir() / f"objects-{tag}"
+    out.mkdir(parents=True, exist_ok=True)
+    compiled = {}
+    for source in (p for p in sources if p.suffix == ".cpp"):
+        path = compiled[source.stem] = out / f"{source.stem}.o"
+        if not path.exists():
+            temporary = path.with_suffix(f".{os.getpid()}.o")
+            _run([_cxx(), *CXX_FLAGS, "-w", "-c", source, "-o", temporary])
+            _publish(temporary, path)
+    cudart = compiled.pop("cudart")
+    return tuple(compiled.values()), cudart
+
+
+@functools.lru_cache(maxsize=None)
+def build_simulator():
+    """Path of libptxsim.so."""
+    objects, _ = _objects()
+    path = objects[0].parent / "libptxsim.so"
+    if not path.exists():
+        temporary = path.with_suffix(f".{os.getpid()}.so")
+        _run([_cxx(), "-shared", "-Wl,-Bsymbolic", "-o", temporary, *objects])
+        _publish(temporary, path)
+    return path
+
+
+def _includes(include_dirs):
+    flags = []
+    for folder in include_dirs:
+        flags += ["-I", str(folder)]
+    return flags
+
+
+def _dependencies(sources, include_dirs):
+    """Content of the sources and of every header of their folders and of include_dirs: small trees, so hash them all."""
+    parts = []
+    folders = {Path(s).resolve().parent for s in sources} | {Path(d).resolve() for d in include_dirs}
+    for folder in sorted(folders):
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in (".cu", ".cuh", ".h", ".hpp", ".inc") and path.is_file():
+                parts += [str(path), path.read_bytes()]
+    return parts
+
+
+def compile_ptx(source, include_dirs=(), arch="80", flags=()):
+    """PTX text of one .cu, by nvcc. source: a path, or the CUDA text itself."""
+    text = source if isinstance(source, str) and "\n" in source else None
+    folder = cache_dir() / "ptx"
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [text] if text is not None else _dependencies([source], include_dirs)
+    tag = _digest(*parts, str(source), arch, tuple(flags), nvcc())
+    path = folder / f"{tag}.ptx"
+    if not path.exists():
+        if text is not None:
+            source = folder / f"{tag}.cu"
+            source.write_text(text)
+        temporary = path.with_suffix(f".{os.getpid()}.ptx")
+        _run([nvcc(), "-std=c++17", "-O3", f"-arch=compute_{arch}", "-ptx", *_includes(include_dirs), *flags, source, "-o", temporary])
+        _publish(temporary, path)
+    return path.read_text()
+
+
+def build_simulated_library(cu_sources, include_dirs=(), flags=(), arch="80"):
+    """Compiles .cu files with host code and links them with the simulator and its own libcudart: path of the .so.
+
+    Open it with ptxsim.Library(path). The stand-in's objects come first: registration of kernels runs in the order of
+    linking and needs its statics. -Bsymbolic keeps calls inside, whatever libcudart the process holds already.
+    """
+    cu_sources = [Path(s).resolve() for s in cu_sources]
+    objects, cudart = _objects()
+    tag = _digest(*_dependencies(cu_sources, include_dirs), objects[0].parent.name, tuple(map(str, cu_sources)), tuple(map(str, flags)), arch, nvcc())
+    out = cache_dir() / f"library-{tag}"
+    path = out / "libsimulated.so"
+    if path.exists():
+        return path
+    out.mkdir(parents=True, exist_ok=True)
+    kernels, reports = [], []
+    for i, source in enumerate(cu_sources):
+        obj = out / f"{i}-{source.stem}.{os.getpid()}.o"
+        reports.append(_run([
+            nvcc(), "-std=c++17", "-O3", "-gencode", f"arch=compute_{arch},code=[compute_{arch},sm_{arch}]", "--no-compress", "-cudart", "none",
+            "-Xptxas", "-v", "-Xcompiler", "-fPIC", *_includes(include_dirs), *flags, "-c", source, "-o", obj,
+        ]))
+        kernels.append(obj)
+    (out / "ptxas.txt").write_text(f"sm_{arch}\n" + "".join(reports))
+    temporary = path.with_suffix(f".{os.getpid()}.so")
+    _run([_cxx(), "-shared", "-Wl,-Bsymbolic", "-o", temporary, *objects, cudart, *kernels])
+    _publish(temporary, path)
+    for obj in kernels:
+        obj.unlink()
+    return path
