@@ -1,0 +1,74 @@
+// Every cell's pointwise forward and backward, written once for host and device.
+//
+// T is float or double, or on the CPU a SIMD vector of them: sigmoid(T) and tanh(T) are found by overload.
+// A cell has kGates gates (torch's order), kAccumulators pre-activation sums, kSaved arrays kept for backward.
+// Gate g of x W_ih^T goes into accumulator x_acc(g), gate g of h W_hh^T into h_acc(g); an accumulator that only
+// h feeds starts from b_hh alone.
+#pragma once
+
+#include <math.h>
+
+#ifdef __CUDACC__
+#define FUSEDRNN_HD __host__ __device__ __forceinline__
+#else
+#define FUSEDRNN_HD inline __attribute__((always_inline))
+#endif
+
+namespace fusedrnn {
+
+// exp(-x) may overflow to infinity; 1 / (1 + infinity) is still 0.
+FUSEDRNN_HD float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+FUSEDRNN_HD double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
+FUSEDRNN_HD float tanh(float x) { return ::tanhf(x); }
+FUSEDRNN_HD double tanh(double x) { return ::tanh(x); }
+
+struct Lstm {
+  static constexpr const char* kName = "lstm";
+  static constexpr int kGates = 4;         // i f g o
+  static constexpr int kAccumulators = 4;  // i f g o
+  static constexpr int kSaved = 4;         // i f g o, after the activation
+  static constexpr bool kHasCellState = true;
+  static constexpr bool kUsesH = false;      // backward reads its own output h
+  static constexpr bool kUsesHPrev = false;  // forward and backward read h_prev beyond the matmul
+  static constexpr bool kDirectH = false;    // backward has a dh_prev besides dacc W_hh
+  FUSEDRNN_HD static constexpr int x_acc(int gate) { return gate; }
+  FUSEDRNN_HD static constexpr int h_acc(int gate) { return gate; }
+
+  // acc[kAccumulators], saved[kSaved]
+  template <typename T>
+  FUSEDRNN_HD static void forward(const T* acc, T /*h_prev*/, T c_prev, T& h, T& c, T* saved) {
+    const T i = sigmoid(acc[0]);
+    const T f = sigmoid(acc[1]);
+    const T g = tanh(acc[2]);
+    const T o = sigmoid(acc[3]);
+    c = f * c_prev + i * g;
+    h = o * tanh(c);
+    saved[0] = i;
+    saved[1] = f;
+    saved[2] = g;
+    saved[3] = o;
+  }
+
+  // dc arrives from the following step (or dc_n); dh is the whole gradient of the unprojected h.
+  template <typename T>
+  FUSEDRNN_HD static void backward(T dh, T dc, const T* saved, T /*h*/, T /*h_prev*/, T c_prev, T c, T* dacc,
+                                   T& /*dh_prev*/, T& dc_prev) {
+    const T one = T(1.0f);
+    const T i = saved[0], f = saved[1], g = saved[2], o = saved[3];
+    const T tanh_c = tanh(c);
+    const T dc_total = dc + dh * o * (one - tanh_c * tanh_c);
+    dacc[0] = dc_total * g * i * (one - i);
+    dacc[1] = dc_total * c_prev * f * (one - f);
+    dacc[2] = dc_total * i * (one - g * g);
+    dacc[3] = dh * tanh_c * o * (one - o);
+    dc_prev = dc_total * f;
+  }
+
+  // The unprojected output, rebuilt from what was saved.
+  template <typename T>
+  FUSEDRNN_HD static T output(const T* saved, T c) {
+    return saved[3] * tanh(c);
+  }
+};
+
+}  // namespace fusedrnn
