@@ -1,0 +1,172 @@
+"""Builds fusedrnn._C (C++, CPU) and, where torch is a CUDA build and an nvcc is found, fusedrnn/_cuda.so.
+
+Environment: FUSEDRNN_BUILD=0 compiles nothing; FUSEDRNN_CUDA=0 leaves CUDA out; TORCH_CUDA_ARCH_LIST names the
+architectures; MAX_JOBS limits how many files are compiled at once.
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+CAPABILITIES = ("portable", "avx2", "avx512") if platform.machine() in ("x86_64", "AMD64") else ("portable",)
+CAPABILITY_FLAGS = {
+    "recurrence_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+    "recurrence_avx512.cpp": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"],
+}
+FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
+         "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]  # fmt: skip
+CUDA_ARCHITECTURES = "8.0+PTX;9.0"
+
+try:
+    import torch
+    from torch.utils.cpp_extension import include_paths
+except ImportError as error:
+    torch = None
+    missing = error
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    wheel = Path(torch.__file__).parents[1] / "nvidia" / "cu13" / "bin" / "nvcc"
+    candidates = [Path(home) / "bin" / "nvcc" if home else None, shutil.which("nvcc"), wheel]
+    return next((str(c) for c in candidates if c and Path(c).exists()), None)
+
+
+def decide_cuda(sources: list[Path]) -> tuple[str | None, str]:
+    """(nvcc or None, the sentence that says why). A machine that builds need not have a GPU."""
+    if os.environ.get("FUSEDRNN_CUDA") == "0":
+        return None, "CUDA kernels are left out: FUSEDRNN_CUDA=0."
+    if torch.version.cuda is None:
+        return None, f"CUDA kernels are left out: torch {torch.__version__} is built without CUDA."
+    nvcc = find_nvcc()
+    if nvcc is None:
+        return None, (
+            f"CUDA kernels are left out: torch is built for CUDA {torch.version.cuda}, but no nvcc was found in "
+            "CUDA_HOME, on the PATH or in nvidia/cu13/bin of this environment (the extra 'cuda-build' installs one)."
+        )
+    if not sources:
+        return None, "CUDA kernels are left out: there are none in csrc/cuda yet."
+    return nvcc, f"CUDA kernels are built: torch is built for CUDA {torch.version.cuda} and nvcc is {nvcc}."
+
+
+def gencode_flags(architectures: str) -> list[str]:
+    """nvcc's flags for a list in the form of TORCH_CUDA_ARCH_LIST, such as "8.0+PTX;9.0"."""
+    flags = []
+    for name in architectures.replace(" ", ";").split(";"):
+        if not name:
+            continue
+        number = name.removesuffix("+PTX").replace(".", "")
+        code = f"[compute_{number},sm_{number}]" if name.endswith("+PTX") else f"sm_{number}"
+        flags += ["-gencode", f"arch=compute_{number},code={code}"]
+    return flags
+
+
+class BuildPy(build_py):
+    """Writes down next to the package what setup.py decided."""
+
+    def run(self):
+        super().run()
+        folder = ROOT / "fusedrnn" if self.editable_mode else Path(self.build_lib) / "fusedrnn"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "_facts.json").write_text(json.dumps(FACTS, indent=1) + "\n")
+
+
+class BuildExt(build_ext):
+    """Compiles every file with the flags of its instruction set, several at once, with or without ninja."""
+
+    def build_extension(self, ext):
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        newest = max(p.stat().st_mtime for p in [*(ROOT / "csrc").rglob("*"), Path(__file__)])
+        if not self.force and target.exists() and target.stat().st_mtime > newest:
+            return
+        print(f"fusedrnn: {FACTS['cuda_why']}", flush=True)
+        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        with ThreadPoolExecutor(jobs) as pool:
+            cuda = pool.submit(self.build_cuda, target.parent / "_cuda.so") if NVCC else None
+            objects = list(pool.map(lambda source: self.compile_one(ext, source), ext.sources))
+            if cuda:
+                cuda.result()
+        self.compiler.link_shared_object(
+            objects,
+            str(target),
+            libraries=ext.libraries,
+            library_dirs=ext.library_dirs,
+            # No libgomp of our own: torch brings the one and only, and GOMP_* resolve to it.
+            extra_postargs=["-Wl,--strip-debug"],
+            target_lang="c++",
+        )
+
+    def compile_one(self, ext, source):
+        (compiled,) = self.compiler.compile(
+            [source],
+            output_dir=self.build_temp,
+            macros=ext.define_macros,
+            include_dirs=ext.include_dirs,
+            extra_postargs=FLAGS + CAPABILITY_FLAGS.get(Path(source).name, []),
+            depends=[source],
+        )
+        return compiled
+
+    def build_cuda(self, target):
+        architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
+        command = [NVCC, "-shared", "-O3", "-std=c++20", "-lineinfo", "-cudart", "static", "-Xcompiler",
+                   "-fPIC,-fvisibility=hidden", "-I", str(ROOT / "csrc"), *gencode_flags(architectures),
+                   "-o", str(target), *map(str, CUDA_SOURCES)]  # fmt: skip
+        subprocess.run(command, check=True)
+
+
+CUDA_SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+NVCC, FACTS = None, {}
+extensions = []
+if os.environ.get("FUSEDRNN_BUILD") == "0":
+    FACTS = {"extension": False, "why": "FUSEDRNN_BUILD=0 when it was installed", "cuda_why": "FUSEDRNN_BUILD=0"}
+elif torch is None:
+    if not {"egg_info", "sdist", "--version", "--name", "clean"} & set(sys.argv):
+        sys.exit(
+            f"fusedrnn is built against the torch that it will run with, and torch is not here ({missing}).\n"
+            "Install torch and setuptools>=77 first, then run `pip install --no-build-isolation .` "
+            "(FUSEDRNN_BUILD=0 installs without compiling)."
+        )
+else:
+    NVCC, cuda_why = decide_cuda(CUDA_SOURCES)
+    FACTS = {
+        "extension": True,
+        "torch": torch.__version__,
+        "cuda": NVCC is not None,
+        "cuda_why": cuda_why,
+        "flags": " ".join(FLAGS),
+    }
+    sources = ["csrc/bindings.cpp", "csrc/cpu/sequence.cpp", "csrc/cpu/capability.cpp"]
+    extensions = [
+        Extension(
+            "fusedrnn._C",
+            # The slowest first.
+            sources=[*sources, *(f"csrc/cpu/recurrence_{c}.cpp" for c in CAPABILITIES)],
+            include_dirs=["csrc", *include_paths()],
+            define_macros=[
+                ("FUSEDRNN_TORCH_VERSION", f'"{torch.__version__}"'),
+                *((f"FUSEDRNN_HAS_{c.upper()}", "1") for c in CAPABILITIES),
+            ],
+            library_dirs=[str(Path(torch.__file__).parent / "lib")],
+            libraries=["c10", "torch_cpu"],
+        )
+    ]
+
+setup(
+    packages=["fusedrnn", "fusedrnn.backends", "fusedrnn.kernels"],
+    package_dir={"fusedrnn": "fusedrnn", "fusedrnn.kernels": "kernels"},
+    package_data={"fusedrnn": ["py.typed"]},
+    ext_modules=extensions,
+    cmdclass={"build_ext": BuildExt, "build_py": BuildPy},
+)
