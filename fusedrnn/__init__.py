@@ -1,0 +1,17 @@
+"""fusedrnn: recurrent layers with fused kernels, drop-ins for torch.nn's.
+
+>>> import torch, fusedrnn
+>>> layer = fusedrnn.LSTM(input_size=8, hidden_size=16)
+>>> y, (h_n, c_n) = layer(torch.zeros(5, 3, 8))
+>>> y.shape
+torch.Size([5, 3, 16])
+"""
+
+from fusedrnn import functional
+from fusedrnn._build import build_info
+from fusedrnn.convert import convert, revert
+from fusedrnn.modules import LSTM
+from fusedrnn.planning import backend
+
+__version__ = "0.1.0"
+__all__ = ["LSTM", "backend", "build_info", "convert", "functional", "revert"]

@@ -1,0 +1,1 @@
+"""The backends. Each module has ``forward`` and ``backward`` of one layer-direction sequence, same signature."""

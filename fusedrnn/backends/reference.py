@@ -1,0 +1,193 @@
+"""The reference backend: plain torch, any dtype and device. The oracle of the tests.
+
+Math is done in float32 (float64 for float64); only what a kernel stores is rounded to the dtype.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fusedrnn.backends.common import previous, rows_of, step_rows, weight_gradients
+from fusedrnn.cells import CELLS, accumulation_dtype
+
+
+def _fit(state: Tensor, start: Tensor, ended: list[Tensor], rows: int) -> Tensor:
+    """``state`` cut or grown to ``rows``: rows that end go to ``ended``, rows that join come from ``start``."""
+    have = state.shape[0]
+    if have > rows:
+        ended.append(state[rows:])
+        return state[:rows]
+    if have < rows:
+        return torch.cat([state, start[have:rows]])
+    return state
+
+
+def _join(state: Tensor, ended: list[Tensor]) -> Tensor:
+    return torch.cat([state, *reversed(ended)]) if ended else state
+
+
+def recurrence(
+    cell_name: str,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
+    """One direction of one layer, differentiable to any order.
+
+    Returns y, h_n, c_n, saved gates [N, S*H] and cells [N, H] (the last two in rows, None without a c).
+    """
+    cell = CELLS[cell_name]
+    dtype, acc_dtype = x.dtype, accumulation_dtype(x.dtype)
+    up = [None if t is None else t.to(acc_dtype) for t in (c0, w_ih, w_hh, b_ih, b_hh, w_hr)]
+    c_start, w_ih, w_hh, b_ih, b_hh, w_hr = up
+    hidden = w_hh.shape[0] // len(cell.gates)
+    inputs = rows_of(x).to(acc_dtype)
+    gates_x = inputs @ w_ih.t() if b_ih is None else torch.addmm(b_ih, inputs, w_ih.t())
+
+    rows = step_rows(x, batch_sizes)
+    order = range(len(rows) - 1, -1, -1) if reverse else range(len(rows))
+    first = rows[order[0]][1]
+    h, c = h0[:first], None if c_start is None else c_start[:first]
+    h_ended: list[Tensor] = []
+    c_ended: list[Tensor] = []
+    ys: list = [None] * len(rows)
+    cs: list = [None] * len(rows)
+    saves: list = [None] * len(rows)
+    for t in order:
+        offset, size = rows[t]
+        h = _fit(h, h0, h_ended, size)
+        c = None if c is None else _fit(c, c_start, c_ended, size)
+        gx = gates_x[offset : offset + size].split(hidden, 1)
+        gh = h.to(acc_dtype) @ w_hh.t()
+        gh = (gh if b_hh is None else gh + b_hh).split(hidden, 1)
+        acc: list = [None] * len(cell.accumulators)
+        for part, slots in ((gx, cell.x_acc), (gh, cell.h_acc)):
+            for gate, slot in zip(part, slots, strict=True):
+                acc[slot] = gate if acc[slot] is None else acc[slot] + gate
+        h, c, saved = cell.forward(acc, h.to(acc_dtype), c)
+        h = (h if w_hr is None else h @ w_hr.t()).to(dtype)
+        ys[t], cs[t], saves[t] = h, c, torch.cat(saved, 1).to(dtype) if saved else None
+    y = torch.cat(ys).view(*x.shape[:-1], h0.shape[1])
+    return (
+        y,
+        _join(h, h_ended),
+        None if c is None else _join(c, c_ended).to(dtype),
+        torch.cat(saves) if cell.saved else x.new_empty(0),
+        None if c is None else torch.cat(cs),
+    )
+
+
+def forward(
+    cell: str, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse, algorithm, save
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See the op ``fusedrnn::sequence``."""
+    y, h_n, c_n, gates, cells = recurrence(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse)
+    none = x.new_empty(0)
+    cells_none = x.new_empty(0, dtype=accumulation_dtype(x.dtype))
+    steps = x.shape[:-1]
+    if not save:
+        gates, cells = none, cells_none
+    else:
+        gates = gates.view(*steps, gates.shape[1]) if CELLS[cell].saved else none
+        cells = cells_none if cells is None else cells.view(*steps, cells.shape[1])
+    # The op's outputs may not alias each other or its inputs.
+    return y, h_n.clone(), none if c_n is None else c_n.clone(), gates, cells
+
+
+def backward(
+    cell: str,
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    y: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+    algorithm: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """See the op ``fusedrnn::sequence_backward``."""
+    spec = CELLS[cell]
+    dtype, acc_dtype = x.dtype, accumulation_dtype(x.dtype)
+    hidden = w_hh.shape[0] // len(spec.gates)
+    rows = step_rows(x, batch_sizes)
+    y_rows = rows_of(y)
+    saved = [s.to(acc_dtype) for s in rows_of(gates).split(hidden, 1)] if spec.saved else []
+    h_prev = previous(h0, y_rows, batch_sizes, reverse).to(acc_dtype)
+    c = c_prev = h = None
+    if spec.has_cell_state:
+        c = rows_of(cells)
+        c_prev = previous(c0, c, batch_sizes, reverse)
+    if w_hr is not None:
+        h = saved[-1] * c.tanh()  # only the LSTM has a projection
+    else:
+        h = y_rows.to(acc_dtype)
+
+    def zeros_or(t: Tensor | None, like: Tensor) -> Tensor:
+        return torch.zeros_like(like, dtype=acc_dtype) if t is None else t.to(acc_dtype)
+
+    dy_rows = zeros_or(None if dy is None else rows_of(dy), y_rows)
+    dh_start = zeros_or(dh_n, h0)
+    dc_start = zeros_or(dc_n, c0) if spec.has_cell_state else None
+    w_hh_acc = w_hh.to(acc_dtype)
+    w_hr_acc = None if w_hr is None else w_hr.to(acc_dtype)
+
+    order = range(len(rows)) if reverse else range(len(rows) - 1, -1, -1)
+    first = rows[order[0]][1]
+    dh, dc = dh_start[:first], None if dc_start is None else dc_start[:first]
+    dh_ended: list[Tensor] = []
+    dc_ended: list[Tensor] = []
+    dgates: list = [None] * len(rows)
+    dy_total: list = [None] * len(rows)
+    for t in order:
+        offset, size = rows[t]
+        at = slice(offset, offset + size)
+        dh = _fit(dh, dh_start, dh_ended, size) + dy_rows[at]
+        dc = None if dc is None else _fit(dc, dc_start, dc_ended, size)
+        dy_total[t] = dh
+        if w_hr_acc is not None:
+            dh = dh @ w_hr_acc
+        dacc, dh, dc = spec.backward(
+            dh,
+            dc,
+            [s[at] for s in saved],
+            h[at],
+            h_prev[at],
+            None if c_prev is None else c_prev[at],
+            None if c is None else c[at],
+        )
+        dgates[t] = torch.cat(dacc, 1).to(dtype)
+        through = torch.cat([dacc[a] for a in spec.h_acc], 1).to(dtype).to(acc_dtype) @ w_hh_acc
+        dh = through if w_hr_acc is not None else dh + through
+    return weight_gradients(
+        spec,
+        torch.cat(dgates),
+        x,
+        h0,
+        w_ih,
+        y,
+        None if w_hr is None else h.to(dtype),
+        None if w_hr is None else torch.cat(dy_total).to(dtype),
+        batch_sizes,
+        reverse,
+        needs,
+        _join(dh, dh_ended).to(dtype),
+        dh.new_empty(0) if dc is None else _join(dc, dc_ended).to(dtype),
+    )

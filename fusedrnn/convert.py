@@ -1,0 +1,51 @@
+"""Swap torch.nn's recurrent layers inside a model for ours, and back, sharing their parameters."""
+
+from torch import nn
+
+from fusedrnn import modules
+
+_OURS = {nn.LSTM: modules.LSTM}
+_THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
+
+
+def _swapped(module: nn.Module, classes: dict[type, type], done: dict[int, nn.Module]) -> nn.Module:
+    if id(module) in done:
+        return done[id(module)]
+    target = classes.get(type(module))
+    result = module
+    if target is not None:
+        # The new module is the old one under another class: parameters, buffers, hooks and mode are shared.
+        result = target.__new__(target)
+        result.__dict__.update(module.__dict__)
+        for name in ("backend", "algorithm"):
+            if classes is _THEIRS:
+                result.__dict__.pop(name, None)
+    done[id(module)] = result
+    for name, child in module._modules.items():
+        if child is not None:
+            module._modules[name] = _swapped(child, classes, done)
+    return result
+
+
+def convert(model: nn.Module) -> nn.Module:
+    """Swaps every torch.nn.LSTM inside ``model``, in place, for a fusedrnn.LSTM that shares its parameters.
+
+    Returns the model; when the model itself is an nn.LSTM, its replacement. Subclasses of nn.LSTM are left
+    alone: they may override what the swap would lose. Optimizers keep working, since parameters stay the
+    same objects. :func:`revert` undoes it.
+
+    Raises:
+        TypeError: ``model`` is not a torch.nn.Module.
+    """
+    return _run(model, _OURS, "convert")
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Swaps every fusedrnn layer inside ``model``, in place, for torch.nn's, sharing its parameters."""
+    return _run(model, _THEIRS, "revert")
+
+
+def _run(model: nn.Module, classes: dict[type, type], verb: str) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{verb} takes a torch.nn.Module, got {type(model).__name__}")
+    return _swapped(model, classes, {})

@@ -1,0 +1,172 @@
+"""Recurrent layers as functions: layers, directions, dropout between layers, packed sequences."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusedrnn import ops, planning
+from fusedrnn.autograd import RecurrenceFunction
+from fusedrnn.cells import CELLS, Cell
+
+
+def recurrence(
+    cell: Cell,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+    backend: str,
+    algorithm: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One direction of one layer: y, h_n, c_n. Saves for backward only when a gradient will be asked for."""
+    tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return RecurrenceFunction.apply(*tensors, batch_sizes, cell.name, reverse, backend, algorithm)[:3]
+    return ops.sequence(cell.name, *tensors, batch_sizes, reverse, backend, algorithm, False)[:3]
+
+
+def layers(
+    cell: Cell,
+    input: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    bias: bool,
+    num_layers: int,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+    batch_first: bool,
+    batch_sizes: Tensor | None,
+    backend: str | None,
+    algorithm: str | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A stack of layers. ``weights`` is flat, in the order of torch.nn's ``_flat_weights``."""
+    directions = 2 if bidirectional else 1
+    projection = cell.has_cell_state and weights[1].shape[1] != weights[1].shape[0] // len(cell.gates)
+    per = 2 + 2 * bias + projection
+    if len(weights) != per * num_layers * directions:
+        raise RuntimeError(
+            f"got an incorrect number of RNN parameters: expected {per * num_layers * directions} tensors for "
+            f"{num_layers} layers and {directions} directions, got {len(weights)}"
+        )
+    input, h0, c0, *weights = ops.autocast(input.device.type, input, h0, c0, *weights)
+    _check_same(input, h0, "hidden")
+    if c0 is not None:
+        _check_same(input, c0, "cell state")
+    for w in weights:
+        _check_same(input, w, "parameter")
+    chosen = planning.choose(
+        cell.name,
+        input_size=weights[0].shape[1],
+        hidden_size=weights[1].shape[0] // len(cell.gates),
+        proj_size=weights[1].shape[1] if projection else 0,
+        dtype=input.dtype,
+        device=input.device,
+        backend=backend,
+        algorithm=algorithm,
+    )
+    if chosen.backend == "torch":
+        return _torch_layers(
+            cell, input, h0, c0, weights, bias, num_layers, dropout, training, bidirectional, batch_first,
+            batch_sizes,
+        )  # fmt: skip
+
+    x = input.transpose(0, 1) if batch_first and batch_sizes is None else input
+    h_n: list[Tensor] = []
+    c_n: list[Tensor] = []
+    for layer in range(num_layers):
+        ys = []
+        for direction in range(directions):
+            k = layer * directions + direction
+            w_ih, w_hh, *rest = weights[k * per : (k + 1) * per]
+            b_ih, b_hh = rest[:2] if bias else (None, None)
+            w_hr = rest[-1] if projection else None
+            y, h, c = recurrence(
+                cell, x, h0[k], None if c0 is None else c0[k], w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes,
+                direction == 1, chosen.backend, chosen.algorithm,
+            )  # fmt: skip
+            ys.append(y)
+            h_n.append(h)
+            c_n.append(c)
+        x = ys[0] if directions == 1 else torch.cat(ys, -1)
+        if dropout and training and layer + 1 < num_layers:
+            x = F.dropout(x, dropout)
+    y = x.transpose(0, 1) if batch_first and batch_sizes is None else x
+    return y, torch.stack(h_n), torch.stack(c_n) if cell.has_cell_state else None
+
+
+def lstm(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor],
+    weights: Sequence[Tensor],
+    bias: bool = True,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    batch_sizes: Tensor | None = None,
+    *,
+    backend: str | None = None,
+    algorithm: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Multi-layer LSTM over a whole sequence.
+
+    Args:
+        input: [T, B, I] ([B, T, I] with ``batch_first``), or packed data [N, I] with ``batch_sizes``.
+            float32, float64, bfloat16 or float16.
+        hx: h0 [L*D, B, P] and c0 [L*D, B, H]; P is H without a projection.
+        weights: for each layer and direction w_ih [4H, I], w_hh [4H, P], then b_ih and b_hh [4H] if
+            ``bias``, then w_hr [P, H] if P < H. Rows in the order i, f, g, o.
+        batch_sizes: int64 [T] on the CPU, as in PackedSequence; then ``batch_first`` has no effect.
+        backend, algorithm: see :func:`fusedrnn.backend`; None lets planning choose.
+
+    Returns:
+        y [T, B, D*P] (or packed [N, D*P]), h_n [L*D, B, P], c_n [L*D, B, H].
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not fit together.
+
+    Equations as in torch.nn.LSTM; projection as in https://arxiv.org/abs/1402.1128.
+    """
+    h0, c0 = hx
+    return layers(
+        CELLS["lstm"], input, h0, c0, weights, bias, num_layers, dropout, training, bidirectional, batch_first,
+        batch_sizes, backend, algorithm,
+    )  # fmt: skip
+
+
+def _check_same(input: Tensor, other: Tensor, what: str) -> None:
+    if other.dtype != input.dtype:
+        raise RuntimeError(
+            f"Input and {what} tensors are not the same dtype, found input tensor with {input.dtype} and "
+            f"{what} tensor with {other.dtype}"
+        )
+    if other.device != input.device:
+        raise RuntimeError(
+            f"Input and {what} tensors are not at the same device, found input tensor at {input.device} and "
+            f"{what} tensor at {other.device}"
+        )
+
+
+def _torch_layers(
+    cell, input, h0, c0, weights, bias, num_layers, dropout, training, bidirectional, batch_first, batch_sizes
+):
+    """torch's own op, for devices no backend of ours covers."""
+    hx = h0 if c0 is None else (h0, c0)
+    tail = (list(weights), bias, num_layers, dropout, training, bidirectional)
+    op = getattr(torch._VF, cell.mode.lower())
+    if batch_sizes is None:
+        result = op(input, hx, *tail, batch_first)
+    else:
+        result = op(input, batch_sizes, hx, *tail)
+    return (*result, None) if c0 is None else result

@@ -1,0 +1,185 @@
+"""Drop-in modules for torch.nn's recurrent layers.
+
+They subclass torch.nn.RNNBase and not torch.nn.LSTM: Dynamo refuses every instance of nn.LSTM, nn.GRU and
+nn.RNN, and a subclass of RNNBase compiles with fullgraph=True.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from fusedrnn import functional
+from fusedrnn.cells import CELL_OF_MODE
+
+
+class _Recurrent(nn.RNNBase):
+    """What LSTM, GRU and RNN share: checks, unbatched and packed input, the call of the functional layer."""
+
+    backend: str | None = None
+    algorithm: str | None = None
+
+    def __init__(self, *args, backend: str | None = None, algorithm: str | None = None, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        if backend is not None or algorithm is not None:
+            functional.planning.check_choice(backend, algorithm)
+            self.backend, self.algorithm = backend, algorithm
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: no kernel here wants the weights in one piece of memory."""
+
+    def _weights(self) -> list[Tensor]:
+        # By name, so that parametrizations, weight_norm, functional_call and replaced parameters all count.
+        return [getattr(self, name) for name in self._flat_weights_names]
+
+    def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
+        weight = self.weight_ih_l0
+        if input.dtype != weight.dtype and not torch.is_autocast_enabled(input.device.type):
+            raise ValueError(
+                f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
+                f"Convert input: input.to({weight.dtype}), or convert model: model.to({input.dtype})"
+            )
+        dims = 2 if batch_sizes is not None else 3
+        if input.dim() != dims:
+            raise RuntimeError(f"input must have {dims} dimensions, got {input.dim()}")
+        if self.input_size != input.size(-1):
+            raise RuntimeError(
+                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {input.size(-1)}"
+            )
+
+    def _states(self, hx) -> tuple[Tensor, ...]:
+        """hx as a tuple of state tensors, checked to be that."""
+        raise NotImplementedError
+
+    def _state_sizes(self) -> tuple[int, ...]:
+        """The last dimension of every state."""
+        raise NotImplementedError
+
+    def _check_states(self, states: tuple[Tensor, ...], batch: int) -> None:
+        lead = self.num_layers * (2 if self.bidirectional else 1)
+        for k, (state, size) in enumerate(zip(states, self._state_sizes(), strict=True)):
+            which = f"hidden[{k}]" if len(states) > 1 else "hidden"
+            self.check_hidden_size(state, (lead, batch, size), f"Expected {which} size {{}}, got {{}}")
+
+    def forward(self, input, hx=None):
+        """See the class; input [T, B, I], [B, T, I], [T, I] or a PackedSequence."""
+        packed = isinstance(input, PackedSequence)
+        batch_sizes = sorted_indices = unsorted_indices = None
+        batched = True
+        if packed:
+            input, batch_sizes, sorted_indices, unsorted_indices = input
+            self.check_input(input, batch_sizes)
+            batch = int(batch_sizes[0]) if batch_sizes.numel() else 0
+        else:
+            if not isinstance(input, Tensor):
+                raise TypeError(
+                    f"{type(self).__name__}: input must be a Tensor or a PackedSequence, got {type(input).__name__}"
+                )
+            if input.dim() not in (2, 3):
+                raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, got {input.dim()}D instead")
+            batched = input.dim() == 3
+            if not batched:
+                input = input.unsqueeze(0 if self.batch_first else 1)
+            batch = input.size(0 if self.batch_first else 1)
+
+        if hx is None:
+            self.check_input(input, batch_sizes)
+            lead = self.num_layers * (2 if self.bidirectional else 1)
+            states = tuple(input.new_zeros(lead, batch, size) for size in self._state_sizes())
+        else:
+            states = self._states(hx)
+            if not packed:
+                states = self._batch_states(states, batched)
+            self.check_input(input, batch_sizes)
+            self._check_states(states, batch)
+            if sorted_indices is not None:
+                states = tuple(s.index_select(1, sorted_indices) for s in states)
+        if not packed and input.size(1 if self.batch_first else 0) == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+
+        y, *finals = functional.layers(
+            CELL_OF_MODE[self.mode],
+            input,
+            states[0],
+            states[1] if len(states) > 1 else None,
+            self._weights(),
+            self.bias,
+            self.num_layers,
+            self.dropout,
+            self.training,
+            self.bidirectional,
+            self.batch_first,
+            batch_sizes,
+            self.backend,
+            self.algorithm,
+        )
+        finals = [s for s in finals if s is not None]
+        if packed:
+            y = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
+            if unsorted_indices is not None:
+                finals = [s.index_select(1, unsorted_indices) for s in finals]
+        elif not batched:
+            y = y.squeeze(0 if self.batch_first else 1)
+            finals = [s.squeeze(1) for s in finals]
+        return y, tuple(finals) if len(finals) > 1 else finals[0]
+
+    def _batch_states(self, states: tuple[Tensor, ...], batched: bool) -> tuple[Tensor, ...]:
+        dims, kind = (3, "batched") if batched else (2, "unbatched")
+        if any(s.dim() != dims for s in states):
+            names = "hx and cx" if len(states) > 1 else "hx"
+            got = ", ".join(f"{s.dim()}-D" for s in states)
+            got = f"({got}) tensors" if len(states) > 1 else f"{got} tensor"
+            raise RuntimeError(f"For {kind} {dims}-D input, {names} should also be {dims}-D but got {got}")
+        return states if batched else tuple(s.unsqueeze(1) for s in states)
+
+
+class LSTM(_Recurrent):
+    """Multi-layer long short-term memory, a drop-in for :class:`torch.nn.LSTM`.
+
+    Same arguments, parameters, state_dict, initialisation and errors as torch.nn.LSTM; for each step
+
+    .. code-block:: text
+
+        i, f, o = sigmoid(W_i x + U_i h + b_i), ...     input, forget, output gate: in (0, 1)
+        g       = tanh(W_g x + U_g h + b_g)             candidate
+        c'      = f * c + i * g                         cell state
+        h'      = o * tanh(c')                          output (times W_hr with a projection)
+
+    Args:
+        input_size: I, features of x.
+        hidden_size: H, features of c, and of h without a projection.
+        num_layers: L, layers stacked on each other.
+        bias: False leaves out b_ih and b_hh.
+        batch_first: input and output are [B, T, .] and not [T, B, .]; the states are not affected.
+        dropout: probability of dropping an output of each layer but the last, in training.
+        bidirectional: a second direction runs from the last step to the first; outputs are concatenated.
+        proj_size: P, projects h to P features (0: no projection).
+        device, dtype: of the parameters: float32, float64, bfloat16, float16.
+        backend, algorithm: force a backend ("reference", "cpu", "triton", "cuda") and one of its algorithms
+            ("step", "sequence", "persistent") for this module; None lets planning choose. :func:`fusedrnn.backend`
+            overrides both.
+
+    Inputs:
+        input [T, B, I], [T, I] or a PackedSequence; hx = (h_0 [L*D, B, P], c_0 [L*D, B, H]), zeros if absent.
+
+    Outputs:
+        output [T, B, D*P] (or packed), (h_n [L*D, B, P], c_n [L*D, B, H]).
+
+    Raises:
+        ValueError, RuntimeError, TypeError: as torch.nn.LSTM does, with the rule and what came.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__("LSTM", *args, **kwargs)
+
+    def _state_sizes(self) -> tuple[int, int]:
+        return self.proj_size or self.hidden_size, self.hidden_size
+
+    def _states(self, hx) -> tuple[Tensor, Tensor]:
+        if isinstance(hx, Tensor):
+            # torch.nn.LSTM indexes whatever comes; a stacked pair works there, so it does here.
+            hx = tuple(hx)
+        if not isinstance(hx, (tuple, list)) or not all(isinstance(s, Tensor) for s in hx):
+            raise TypeError(f"LSTM: hx must be a tuple of two Tensors (h_0, c_0), got {type(hx).__name__}")
+        if len(hx) != 2:
+            raise RuntimeError(f"LSTM: hx must be a tuple of two Tensors (h_0, c_0), got {len(hx)}")
+        return tuple(hx)

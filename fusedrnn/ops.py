@@ -1,0 +1,267 @@
+"""The ops: schemas, checks, fake kernels and the router to the backends written in Python.
+
+``fusedrnn::sequence`` runs one direction of one layer over a whole sequence, ``fusedrnn::sequence_backward``
+is its gradient. Both are registered for the CPU by the C++ extension, which answers backend "cpu" itself and
+hands every other backend to the ``_python`` twin of the op; without the extension, and on other devices, the
+router below is the kernel.
+
+Shapes: T steps, B batch, I input, H hidden, P output (P = H without projection), G gates, A accumulators,
+S saved arrays (fusedrnn.cells), N rows of packed data. x is [T, B, I], or [N, I] with ``batch_sizes`` [T]
+(int64, on the CPU, as in PackedSequence).
+"""
+
+import importlib
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fusedrnn import _build
+from fusedrnn.cells import CELLS, accumulation_dtype
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+ALGORITHMS = ("auto", "step", "sequence", "persistent")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+_INPUTS = "Tensor x, Tensor h0, Tensor? c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, "
+_CHOICE = "Tensor? batch_sizes, bool reverse, str backend, str algorithm, "
+_SEQUENCE = f"(str cell, {_INPUTS}{_CHOICE}bool save) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)"
+_BACKWARD = (
+    f"(str cell, Tensor? dy, Tensor? dh_n, Tensor? dc_n, {_INPUTS}Tensor y, Tensor gates, Tensor cells, "
+    f"{_CHOICE}bool[] needs) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, "
+    "Tensor db_ih, Tensor db_hh, Tensor dw_hr)"
+)
+
+_lib = torch.library.Library("fusedrnn", "DEF")
+for _name, _schema in (("sequence", _SEQUENCE), ("sequence_backward", _BACKWARD)):
+    _lib.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    _lib.define(_name + "_python" + _schema)
+
+
+def check_sequence(
+    cell: str,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    batch_sizes: Tensor | None,
+    backend: str,
+    algorithm: str,
+) -> None:
+    """Raises on inputs the op cannot run. Looks at shapes, dtypes and devices only: no data is read."""
+    if cell not in CELLS:
+        raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {cell!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
+    spec = CELLS[cell]
+    gates = len(spec.gates)
+
+    def check(ok: bool, message: str) -> None:
+        if not ok:
+            raise RuntimeError(f"fusedrnn::sequence: {message}")
+
+    def check_dims(name: str, t: Tensor, *shape: int | None) -> None:
+        fits = t.dim() == len(shape) and all(w is None or w == n for w, n in zip(shape, t.shape, strict=True))
+        want = ", ".join("*" if w is None else str(w) for w in shape)
+        check(fits, f"{name} must have shape [{want}], got {list(t.shape)}")
+
+    dims = 3 if batch_sizes is None else 2
+    check(x.dim() == dims, f"x must have {dims} dimensions, got {x.dim()}")
+    check(x.dtype in DTYPES, f"x must be float32, float64, bfloat16 or float16, got {x.dtype}")
+    check(w_hh.dim() == 2, f"w_hh must have 2 dimensions, got {w_hh.dim()}")
+    check(
+        w_hh.shape[0] % gates == 0 and w_hh.shape[0] > 0,
+        f"w_hh's first dimension must be {gates} * hidden_size, got {w_hh.shape[0]}",
+    )
+    hidden, out = w_hh.shape[0] // gates, w_hh.shape[1]
+    check(h0.dim() == 2, f"h0 must have 2 dimensions, got {h0.dim()}")
+    batch = h0.shape[0]
+    check_dims("w_ih", w_ih, gates * hidden, x.shape[-1])
+    check_dims("h0", h0, batch, out)
+    for name, bias in (("b_ih", b_ih), ("b_hh", b_hh)):
+        if bias is not None:
+            check_dims(name, bias, gates * hidden)
+    if w_hr is not None:
+        check(spec.has_cell_state, f"w_hr (projection) exists only for the LSTM, not for {cell}")
+        check_dims("w_hr", w_hr, out, hidden)
+    else:
+        check(out == hidden, f"w_hh must have shape [{gates * hidden}, {hidden}], got {list(w_hh.shape)}")
+    check((c0 is not None) == spec.has_cell_state, f"c0 must {'' if spec.has_cell_state else 'not '}be given")
+    if c0 is not None:
+        check_dims("c0", c0, batch, hidden)
+    if batch_sizes is None:
+        check(x.shape[0] > 0, "Expected sequence length to be larger than 0 in RNN")
+        check(x.shape[1] == batch, f"h0 must have batch size {x.shape[1]}, got {batch}")
+    else:
+        check(
+            batch_sizes.dim() == 1 and batch_sizes.dtype == torch.int64 and batch_sizes.device.type == "cpu",
+            f"batch_sizes must be a 1-D int64 tensor on the CPU, got {batch_sizes.dim()}-D {batch_sizes.dtype} "
+            f"on {batch_sizes.device}",
+        )
+        check(batch_sizes.shape[0] > 0, "Expected sequence length to be larger than 0 in RNN")
+    for name, t in (
+        ("h0", h0),
+        ("c0", c0),
+        ("w_ih", w_ih),
+        ("w_hh", w_hh),
+        ("b_ih", b_ih),
+        ("b_hh", b_hh),
+        ("w_hr", w_hr),
+    ):
+        if t is not None:
+            check(t.dtype == x.dtype, f"{name} must have the dtype of x, {x.dtype}, got {t.dtype}")
+            check(t.device == x.device, f"{name} must be on the device of x, {x.device}, got {t.device}")
+
+
+def check_batch_sizes(batch_sizes: Tensor, rows: int, batch: int) -> None:
+    """Raises unless ``batch_sizes`` is non-increasing, at least 1, begins with B and adds up to N.
+
+    Reads the values, so it runs below the op only.
+    """
+    sizes = batch_sizes.tolist()
+    if sizes[0] != batch or sizes[-1] < 1 or any(a < b for a, b in itertools.pairwise(sizes)):
+        raise RuntimeError(
+            f"fusedrnn::sequence: batch_sizes must be non-increasing, from the batch size {batch} down to at "
+            f"least 1, got {sizes[:8]}{'...' if len(sizes) > 8 else ''}"
+        )
+    if sum(sizes) != rows:
+        raise RuntimeError(f"fusedrnn::sequence: batch_sizes must add up to {rows} rows of x, got {sum(sizes)}")
+
+
+def _backend(name: str):
+    if name == "cpu":
+        raise RuntimeError(f"backend 'cpu' cannot run: {_build.why_not_loaded() or 'it takes CPU tensors only'}")
+    return importlib.import_module(f"fusedrnn.backends.{name}")
+
+
+def _sequence_python(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse, backend, algorithm, save):
+    check_sequence(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, backend, algorithm)
+    if batch_sizes is not None:
+        check_batch_sizes(batch_sizes, x.shape[0], h0.shape[0])
+    return _backend(backend).forward(
+        cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse, algorithm, save
+    )
+
+
+def _sequence_backward_python(
+    cell,
+    dy,
+    dh_n,
+    dc_n,
+    x,
+    h0,
+    c0,
+    w_ih,
+    w_hh,
+    b_ih,
+    b_hh,
+    w_hr,
+    y,
+    gates,
+    cells,
+    batch_sizes,
+    reverse,
+    backend,
+    algorithm,
+    needs,
+):
+    _check_backward(
+        cell, dy, dh_n, dc_n, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, gates, cells, batch_sizes, backend,
+        algorithm, needs,
+    )  # fmt: skip
+    if batch_sizes is not None:
+        check_batch_sizes(batch_sizes, x.shape[0], h0.shape[0])
+    return _backend(backend).backward(
+        cell, dy, dh_n, dc_n, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, gates, cells, batch_sizes, reverse,
+        algorithm, needs,
+    )  # fmt: skip
+
+
+def _check_backward(
+    cell, dy, dh_n, dc_n, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, gates, cells, batch_sizes, backend,
+    algorithm, needs: Sequence[bool],
+) -> None:  # fmt: skip
+    check_sequence(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, backend, algorithm)
+    shapes = _output_shapes(cell, x, h0, w_hh, save=True)
+    names = ("y", "h_n", "c_n", "gates", "cells")
+    for name, t in (("y", y), ("gates", gates), ("cells", cells), ("h_n", dh_n), ("c_n", dc_n), ("y", dy)):
+        shape = shapes[names.index(name)]
+        if t is not None and tuple(t.shape) != tuple(shape):
+            raise RuntimeError(
+                f"fusedrnn::sequence_backward: {name} or its gradient must have shape {list(shape)}, "
+                f"got {list(t.shape)}" + (" (was forward run with save=True?)" if t.numel() == 0 else "")
+            )
+    if len(needs) != 8:
+        raise RuntimeError(f"fusedrnn::sequence_backward: needs must have 8 entries, got {len(needs)}")
+
+
+def _output_shapes(cell: str, x: Tensor, h0: Tensor, w_hh: Tensor, save: bool) -> tuple[tuple, ...]:
+    spec = CELLS[cell]
+    steps, batch, hidden = tuple(x.shape[:-1]), h0.shape[0], w_hh.shape[0] // len(spec.gates)
+    return (
+        (*steps, h0.shape[1]),
+        (batch, h0.shape[1]),
+        (batch, hidden) if spec.has_cell_state else (0,),
+        (*steps, len(spec.saved) * hidden) if save and spec.saved else (0,),
+        (*steps, hidden) if save and spec.has_cell_state else (0,),
+    )
+
+
+def _sequence_fake(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse, backend, algorithm, save):
+    check_sequence(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, backend, algorithm)
+    y, h_n, c_n, gates, cells = _output_shapes(cell, x, h0, w_hh, save)
+    new = x.new_empty
+    return new(y), new(h_n), new(c_n), new(gates), new(cells, dtype=accumulation_dtype(x.dtype))
+
+
+def _sequence_backward_fake(
+    cell, dy, dh_n, dc_n, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, gates, cells, batch_sizes, reverse,
+    backend, algorithm, needs,
+):  # fmt: skip
+    _check_backward(
+        cell, dy, dh_n, dc_n, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, gates, cells, batch_sizes, backend,
+        algorithm, needs,
+    )  # fmt: skip
+    inputs = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
+    return tuple(
+        x.new_empty(t.shape if need and t is not None else (0,)) for t, need in zip(inputs, needs, strict=True)
+    )
+
+
+def _no_raw_autograd(ctx, *grads):
+    raise NotImplementedError(
+        "torch.ops.fusedrnn.* called directly is not differentiable; call fusedrnn.LSTM or "
+        "fusedrnn.functional, or run it under torch.no_grad()"
+    )
+
+
+for _name, _kernel, _fake in (
+    ("sequence", _sequence_python, _sequence_fake),
+    ("sequence_backward", _sequence_backward_python, _sequence_backward_fake),
+):
+    _lib.impl(_name + "_python", _kernel, "CompositeExplicitAutograd")
+    _lib.impl(_name, _kernel, "CUDA")
+    if not _build.loaded():
+        _lib.impl(_name, _kernel, "CPU")
+    torch.library.register_fake(f"fusedrnn::{_name}", _fake, lib=_lib)
+    torch.library.register_autograd(f"fusedrnn::{_name}", _no_raw_autograd, lib=_lib)
+
+sequence = torch.ops.fusedrnn.sequence.default
+sequence_backward = torch.ops.fusedrnn.sequence_backward.default
+
+
+def autocast(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors as autocast wants them: float32 and 16-bit ones in its dtype, others as they are."""
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
+    )

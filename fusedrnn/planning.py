@@ -1,0 +1,223 @@
+"""Which backend and algorithm run, and why: pure functions of frozen data, testable without a GPU.
+
+``choose`` decides what may be decided above the op: it sees the cell, sizes that are parameters, dtype and
+device, never T or B (a compiled graph must not specialise on them). The algorithm "auto" is resolved below the
+op by the backend's own ``plan``, which sees T and B.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fusedrnn import _build
+from fusedrnn.ops import ALGORITHMS, BACKENDS, DTYPES
+
+ENVIRONMENT_VARIABLE = "FUSEDRNN_BACKEND"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What can run here. ``capability`` is (major, minor) of the CUDA device, None without one.
+
+    ``unavailable`` maps a backend to the reason why it cannot run at all; ``on_cpu`` names the GPU backends
+    that accept CPU tensors (the interpreter, the simulator).
+    """
+
+    unavailable: tuple[tuple[str, str], ...] = ()
+    on_cpu: tuple[str, ...] = ()
+
+    def reason(self, backend: str) -> str | None:
+        return dict(self.unavailable).get(backend)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a choice above the op may depend on. proj_size is 0 without a projection."""
+
+    cell: str
+    input_size: int
+    hidden_size: int
+    proj_size: int
+    dtype: torch.dtype
+    device_type: str
+    capability: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend ("torch" means torch's own op), an algorithm, and the reason in words."""
+
+    backend: str
+    algorithm: str
+    why: str
+
+
+def check_choice(backend: str | None, algorithm: str | None) -> None:
+    """Raises ValueError on a name that does not exist."""
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if algorithm is not None and algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
+
+
+def unsupported(backend: str, problem: Problem, machine: Machine) -> str | None:
+    """Why ``backend`` cannot run ``problem`` on ``machine``; None when it can."""
+    reason = machine.reason(backend)
+    if reason is not None:
+        return reason
+    if problem.dtype not in DTYPES:
+        return f"dtype {problem.dtype} is not one of float32, float64, bfloat16, float16"
+    if backend == "reference":
+        return None
+    if backend == "cpu":
+        return None if problem.device_type == "cpu" else f"it takes CPU tensors, got {problem.device_type}"
+    if problem.device_type == "cpu" and backend in machine.on_cpu:
+        return None
+    if problem.device_type != "cuda":
+        return f"it takes CUDA tensors, got {problem.device_type}"
+    if problem.capability is not None and problem.capability < (8, 0):
+        major, minor = problem.capability
+        return f"it needs compute capability 8.0 or newer, got {major}.{minor}"
+    return None
+
+
+def decide(problem: Problem, machine: Machine, backend: str | None = None, algorithm: str | None = None) -> Choice:
+    """The backend and algorithm for a problem. A forced backend that cannot run raises RuntimeError."""
+    check_choice(backend, algorithm)
+    algorithm = algorithm or "auto"
+    if backend is not None:
+        reason = unsupported(backend, problem, machine)
+        if reason is not None:
+            raise RuntimeError(f"backend {backend!r} was asked for but cannot run: {reason}")
+        return Choice(backend, algorithm, f"backend {backend!r} was asked for")
+    if problem.device_type == "meta":
+        return Choice("reference", algorithm, "meta tensors have no data: only shapes are computed")
+    order = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton")}.get(problem.device_type, ())
+    reasons = []
+    for name in order:
+        reason = unsupported(name, problem, machine)
+        if reason is None:
+            why = f"{name} is the first choice for {problem.device_type} tensors"
+            if reasons:
+                why = f"{name} runs because " + "; ".join(reasons)
+            return Choice(name, algorithm, why)
+        reasons.append(f"{name} cannot: {reason}")
+    if not order:
+        reasons.append(f"fusedrnn has no kernel for device {problem.device_type!r}")
+    return Choice("torch", "auto", "torch's own op runs: " + "; ".join(reasons))
+
+
+@functools.cache
+def machine() -> Machine:
+    """This process's machine. Looks at what is built and installed, starts nothing."""
+    unavailable = []
+    on_cpu = []
+    if not _build.loaded():
+        unavailable.append(("cpu", _build.why_not_loaded()))
+    simulate = bool(os.environ.get("FUSEDRNN_SIMULATE"))
+    if importlib.util.find_spec("triton") is None:
+        unavailable.append(("triton", "the package triton is not installed"))
+    elif simulate or os.environ.get("TRITON_INTERPRET") == "1":
+        on_cpu.append("triton")
+    if simulate:
+        on_cpu.append("cuda")
+    elif not Path(__file__).with_name("_cuda.so").exists():
+        unavailable.append(("cuda", _build.build_info()["cuda_why"]))
+    return Machine(tuple(unavailable), tuple(on_cpu))
+
+
+@functools.cache
+def _capability(index: int | None) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(index)
+
+
+def _parse(setting: str) -> tuple[str | None, str | None]:
+    name, _, algorithm = setting.partition(":")
+    check_choice(name or None, algorithm or None)
+    return name or None, algorithm or None
+
+
+_forced: list[tuple[str | None, str | None]] = []
+
+
+@contextlib.contextmanager
+def backend(name: str | None, algorithm: str | None = None):
+    """Forces a backend, and optionally an algorithm, for every fusedrnn layer called inside ``with``.
+
+    Backward uses what forward used, wherever it is called. Holds for the whole process, not for one thread.
+    Order of precedence: the innermost ``with fusedrnn.backend``, the module's own argument, the environment
+    variable FUSEDRNN_BACKEND ("triton" or "triton:step"), planning.
+
+    Args:
+        name: "reference", "cpu", "triton" or "cuda"; None leaves the choice to planning.
+        algorithm: "step", "sequence", "persistent" or "auto".
+
+    Raises:
+        ValueError: there is no such backend or algorithm.
+    """
+    check_choice(name, algorithm)
+    _forced.append((name, algorithm))
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+_told: set[str] = set()
+
+
+def _tell_once(message: str) -> None:
+    if message not in _told:
+        _told.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def choose(
+    cell: str,
+    *,
+    input_size: int,
+    hidden_size: int,
+    proj_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: str | None = None,
+    algorithm: str | None = None,
+) -> Choice:
+    """The choice for this machine, with all overrides applied. Warns once when torch's own op has to run."""
+    if _forced:
+        forced, forced_algorithm = _forced[-1]
+        if forced is not None or forced_algorithm is not None:
+            backend, algorithm = forced, forced_algorithm
+    setting = "" if backend or algorithm else os.environ.get(ENVIRONMENT_VARIABLE, "")
+    return _choose(cell, input_size, hidden_size, proj_size, dtype, device, backend, algorithm, setting)
+
+
+@torch.compiler.assume_constant_result
+def _choose(*key) -> Choice:
+    # Dynamo looks through functools.cache, so the constant it may keep is this function's.
+    return _cached_choice(*key)
+
+
+@functools.cache
+def _cached_choice(cell, input_size, hidden_size, proj_size, dtype, device, backend, algorithm, setting) -> Choice:
+    if setting:
+        backend, algorithm = _parse(setting)
+    problem = Problem(
+        cell,
+        input_size,
+        hidden_size,
+        proj_size,
+        dtype,
+        device.type,
+        _capability(device.index) if device.type == "cuda" and torch.version.cuda else None,
+    )
+    choice = decide(problem, machine(), backend, algorithm)
+    if choice.backend == "torch" or (choice.backend == "reference" and backend is None and device.type != "meta"):
+        _tell_once(f"fusedrnn: {choice.why}")
+    return choice
