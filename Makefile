@@ -1,0 +1,95 @@
+# Every target sets up what it needs: `make demo` and `make test` work on a fresh machine.
+#   PYTHON=python3.12    the Python that a new environment is made of
+#   VENV=path            the environment; one that make did not create is used as it is, nothing is downloaded for it
+#   TORCH=2.13.0         the torch of an environment that make creates
+#   ARGS="..."           passed on to the program that the target runs
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= 2.14.1
+ARGS ?=
+export MAX_JOBS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+
+PY := $(VENV)/bin/python
+OURS := $(VENV)/.fusedrnn-created
+TORCH_STAMP := $(VENV)/.fusedrnn-torch-$(TORCH)
+LINT_STAMP := $(VENV)/.fusedrnn-lint
+# An environment holds one checkout at a time (the stamp's name), a checkout the extension of one environment at a time
+# (build/environment): whichever is out of date, the target installs again.
+INSTALLED := $(VENV)/.fusedrnn-installed-$(subst /,+,$(subst $() ,_,$(CURDIR)))
+ENVIRONMENT := $(abspath $(VENV)) $(TORCH)
+SOURCES := pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
+CLANG_FORMATTED = $(shell git ls-files 'csrc/*' 'tests/*' | grep -E '\.(h|cuh|cpp|cu)$$')
+
+.PHONY: help install demo test test-all lint bench gpu-cost clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo      train a character-level language model with torch.nn.LSTM and fusedrnn.LSTM side by side"
+	@echo "make test      the tests that take seconds each      make test-all  all tests"
+	@echo "make bench     fusedrnn against torch.nn on the CPU  make gpu-cost  what the GPU kernels cost, counted"
+	@echo "make lint      ruff and clang-format                 make install   set up and build only"
+	@echo "make clean     remove what was built (not the environment)"
+
+demo: $(INSTALLED)
+	$(PY) examples/char_lm.py $(ARGS)
+
+test: $(INSTALLED)
+	$(PY) -m pytest -q -rs -m "not slow" $(ARGS)
+
+test-all: $(INSTALLED)
+	$(PY) -m pytest -q -rs $(ARGS)
+
+bench: $(INSTALLED)
+	$(PY) benchmarks/cpu_subset.py $(ARGS)
+
+gpu-cost: $(INSTALLED)
+	$(PY) benchmarks/gpu_cost.py $(ARGS)
+
+lint: $(LINT_STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(if $(CLANG_FORMATTED),$(VENV)/bin/clang-format --dry-run -Werror $(CLANG_FORMATTED))
+
+install: $(INSTALLED)
+
+clean:
+	rm -rf build dist *.egg-info demo-out bench-out
+	rm -f fusedrnn/*.so
+
+# Building inside the environment (--no-build-isolation) makes the extension fit its torch.
+$(INSTALLED): $(TORCH_STAMP) $(SOURCES)
+	@rm -f $(VENV)/.fusedrnn-installed-*
+	@[ "$$(cat build/environment 2>/dev/null)" = "$(ENVIRONMENT)" ] || rm -f fusedrnn/*.so
+	$(PY) -m pip install $$([ -e $(OURS) ] || echo --no-deps) --no-build-isolation -e '.[test,demo]'
+	@mkdir -p build && echo '$(ENVIRONMENT)' > build/environment
+	@touch $@
+
+ifneq ($(shell cat build/environment 2>/dev/null),$(ENVIRONMENT))
+$(INSTALLED): FORCE
+endif
+FORCE:
+
+$(TORCH_STAMP): | $(PY)
+	@rm -f $(VENV)/.fusedrnn-torch-*
+	@if [ -e $(OURS) ]; then \
+	  $(PY) -m pip install 'setuptools>=77' wheel ninja 'torch==$(TORCH)'; \
+	else \
+	  echo "$(VENV) was not created by make: it is used as it is, with its own torch"; \
+	  $(PY) -c "import torch; print('torch', torch.__version__)"; \
+	fi
+	@touch $@
+
+# The tools' versions are those of the extra "lint"; a foreign environment has to bring them.
+$(LINT_STAMP): pyproject.toml | $(PY)
+	@if [ -e $(OURS) ]; then \
+	  $(PY) -m pip install $$(sed -n 's/^lint = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",'); \
+	else \
+	  $(PY) -m ruff --version && $(VENV)/bin/clang-format --version; \
+	fi
+	@touch $@
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit("fusedrnn needs Python 3.10 or later: make PYTHON=..." if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV) || { rm -f $(PY); exit 1; }
+	@touch $(OURS)

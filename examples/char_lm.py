@@ -1,0 +1,320 @@
+"""Train a character-level language model twice, with torch.nn.LSTM and with fusedrnn.LSTM, side by side.
+
+Both models start from the same seed and see the same batches, so their loss curves should be one curve. How much
+of a difference rounding alone makes is measured in the same run: torch.nn.LSTM trained again after one weight was
+moved by one ulp (the smallest step that a float can take).
+
+    python examples/char_lm.py
+    python examples/char_lm.py --text poems.txt --steps 300
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import sysconfig
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import fusedrnn
+
+UNKNOWN = "\ufffd"
+
+# Modules of the standard library that are plain Python in every supported version.
+LIBRARY = (
+    "argparse ast bdb calendar cmd codeop configparser contextlib copy csv dataclasses difflib dis doctest enum "
+    "filecmp fileinput fractions ftplib functools getopt getpass gettext glob gzip heapq imaplib inspect ipaddress "
+    "locale mailbox nturl2path numbers optparse pdb pickle pickletools platform plistlib poplib pprint profile "
+    "pstats pyclbr queue random reprlib sched selectors shelve shlex shutil smtplib socket socketserver ssl "
+    "statistics string subprocess tabnanny tarfile tempfile textwrap threading timeit tokenize trace traceback "
+    "turtle types typing uuid warnings wave weakref webbrowser"
+).split()
+
+
+@dataclass
+class Corpus:
+    name: str
+    characters: list[str]  # position = token; the first stands for every character that is not in the vocabulary
+    tokens: Tensor  # [characters in the text], int64
+
+    @staticmethod
+    def read(path: Path | None, vocabulary: int) -> Corpus:
+        if path is None:
+            name, text = "the standard library's source", library_source()
+        else:
+            name, text = str(path), path.read_text(encoding="utf-8")
+        counted = Counter(text.replace(UNKNOWN, ""))
+        most_common = sorted(counted, key=lambda c: (-counted[c], c))[: vocabulary - 1]
+        characters = [UNKNOWN, *sorted(most_common)]
+        token = {c: i for i, c in enumerate(characters)}
+        return Corpus(name, characters, torch.tensor([token.get(c, 0) for c in text]))
+
+    def batch(self, size: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Random windows of the text: inputs and targets, (length, size) each."""
+        start = torch.randint(len(self.tokens) - length, (size,), generator=generator)
+        window = self.tokens[start + torch.arange(length + 1)[:, None]]
+        return window[:-1], window[1:]
+
+
+def library_source() -> str:
+    folder = Path(sysconfig.get_path("stdlib"))
+    files = [path for path in (folder / f"{name}.py" for name in LIBRARY) if path.is_file()]
+    if not files:
+        raise FileNotFoundError(f"no source of the standard library in {folder}: please pass --text FILE")
+    return "".join(path.read_text(encoding="utf-8") for path in files)
+
+
+class CharLM(nn.Module):
+    def __init__(self, lstm: type[nn.Module], characters: int, hidden: int, layers: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(characters, hidden)
+        self.lstm = lstm(hidden, hidden, layers)
+        self.head = nn.Linear(hidden, characters)
+
+    def forward(self, tokens: Tensor, state: tuple[Tensor, Tensor] | None = None):
+        """tokens: (length, batch) -> scores: (length, batch, characters), state"""
+        y, state = self.lstm(self.embedding(tokens), state)
+        return self.head(y), state
+
+
+@dataclass
+class Run:
+    name: str
+    model: CharLM
+    optimizer: torch.optim.Optimizer
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)  # of each step
+
+    def step(self, inputs: Tensor, targets: Tensor, clip: float) -> None:
+        start = time.perf_counter()
+        scores, _ = self.model(inputs)
+        loss = nn.functional.cross_entropy(scores.flatten(0, 1), targets.flatten())
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+        self.optimizer.step()
+        self.losses.append(loss.item())  # waits for the device as well
+        self.seconds.append(time.perf_counter() - start)
+
+    @property
+    def final_loss(self) -> float:
+        """Mean over the last tenth of the steps: one batch alone says little."""
+        return statistics.fmean(self.losses[-max(1, len(self.losses) // 10) :])
+
+    def difference(self, other: Run) -> tuple[float, int]:
+        """The largest difference of the two loss curves, and the step where it is."""
+        differences = [abs(a - b) for a, b in zip(self.losses, other.losses)]
+        return max((d, -step) for step, d in enumerate(differences, 1))[0], 1 + differences.index(max(differences))
+
+
+def move_one_weight_by_one_ulp(lstm: nn.Module, generator: torch.Generator) -> str:
+    names, weights = zip(*lstm.named_parameters())
+    position = int(torch.randint(sum(w.numel() for w in weights), (), generator=generator))
+    for name, weight in zip(names, weights):
+        if position < weight.numel():
+            flat = weight.data.view(-1)
+            flat[position] = torch.nextafter(flat[position], torch.tensor(torch.inf, device=flat.device))
+            return f"{name}[{position}]"
+        position -= weight.numel()
+    raise AssertionError("the position lies behind the last weight")
+
+
+def train(args: argparse.Namespace, corpus: Corpus, device: torch.device) -> tuple[Run, Run, list[Run]]:
+    def new_run(name: str, lstm: type[nn.Module], change: Callable[[nn.Module], str] | None = None) -> Run:
+        torch.manual_seed(args.seed)
+        model = CharLM(lstm, len(corpus.characters), args.hidden, args.layers)
+        if change is not None:
+            name = f"{name}, {change(model.lstm)} + 1 ulp"
+        model.to(device)
+        return Run(name, model, torch.optim.Adam(model.parameters(), lr=args.lr))
+
+    generator = torch.Generator().manual_seed(args.seed)
+    plain = new_run("torch.nn.LSTM", nn.LSTM)
+    fused = new_run("fusedrnn.LSTM", fusedrnn.LSTM)
+    moved = [
+        new_run("torch.nn.LSTM", nn.LSTM, lambda lstm: move_one_weight_by_one_ulp(lstm, generator))
+        for _ in range(args.ulp_runs)
+    ]
+    start = plain.model.state_dict()
+    for name, weight in fused.model.state_dict().items():
+        if not torch.equal(weight, start[name]):
+            raise AssertionError(f"the two models do not start from the same {name}")
+
+    # The runs take turns, step by step and in changing order, so that whatever else the machine does slows all alike.
+    runs = [plain, fused, *moved]
+    with tqdm(total=args.steps, unit="step", disable=not sys.stderr.isatty()) as progress:
+        for step in range(args.steps):
+            inputs, targets = corpus.batch(args.batch, args.length, generator)
+            inputs, targets = inputs.to(device), targets.to(device)
+            for i in range(len(runs)):
+                runs[(i + step) % len(runs)].step(inputs, targets, args.clip)
+            progress.set_postfix(torch=f"{plain.losses[-1]:.3f}", fusedrnn=f"{fused.losses[-1]:.3f}", refresh=False)
+            progress.update()
+    return plain, fused, moved
+
+
+@torch.no_grad()
+def generate(model: CharLM, corpus: Corpus, length: int, seed: int, temperature: float = 0.7) -> str:
+    """Sample one character after the other, carrying the state."""
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    lines = [i for i, c in enumerate(corpus.characters) if c == "\n"]
+    token = torch.tensor([[lines[0] if lines else int(corpus.tokens[0])]])
+    state, text = None, []
+    for _ in range(length):
+        scores, state = model(token.to(device), state)
+        chances = (scores[-1].float().cpu() / temperature).softmax(-1)
+        chances[:, 0] = 0  # the stand-in for unknown characters is no character
+        token = torch.multinomial(chances, 1, generator=generator)
+        text.append(corpus.characters[int(token)])
+    return "".join(text)
+
+
+def plot(path: Path, plain: Run, fused: Run, moved: list[Run]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps = range(1, len(plain.losses) + 1)
+    figure, (curves, differences) = plt.subplots(2, 1, figsize=(8, 7), sharex=True, layout="constrained")
+    curves.plot(steps, plain.losses, label=plain.name, linewidth=3, color="tab:orange", alpha=0.6)
+    curves.plot(steps, fused.losses, label=fused.name, linewidth=1, color="tab:blue")
+    curves.set_ylabel("loss (nats per character)")
+    curves.legend()
+    # Equal losses have no place on a logarithmic axis.
+    visible = 1e-8
+    for run in moved:
+        values = [max(visible, abs(a - b)) for a, b in zip(run.losses, plain.losses)]
+        differences.plot(steps, values, color="tab:orange", alpha=0.6, linewidth=1)
+    differences.plot([], [], color="tab:orange", alpha=0.6, label="torch.nn after one ulp - torch.nn")
+    values = [max(visible, abs(a - b)) for a, b in zip(fused.losses, plain.losses)]
+    differences.plot(steps, values, color="tab:blue", linewidth=1, label="fusedrnn - torch.nn")
+    differences.set(yscale="log", xlabel="step", ylabel="difference of the losses")
+    differences.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def report(args: argparse.Namespace, plain: Run, fused: Run, moved: list[Run]) -> dict:
+    characters = args.batch * args.length
+    speed = {run.name: characters / statistics.median(run.seconds) for run in (plain, fused)}
+    ratio = speed[fused.name] / speed[plain.name]
+    between, between_step = fused.difference(plain)
+    by_ulp = [run.difference(plain) for run in moved]
+    itself = max(by_ulp)[0]
+    agrees = between <= itself
+
+    print(f"\n{'layer':<16}{'first loss':>12}{'final loss':>12}{'characters/s':>15}")
+    for run in (plain, fused):
+        print(f"{run.name:<16}{run.losses[0]:>12.4f}{run.final_loss:>12.4f}{speed[run.name]:>15,.0f}")
+    print(f"fusedrnn trains {ratio:.2f}x as fast as torch.nn (median of {args.steps} steps, taken in turns)\n")
+
+    print("Largest difference of two loss curves:")
+    print(f"  fusedrnn.LSTM from torch.nn.LSTM             {between:.3e}  (step {between_step})")
+    for run, (difference, step) in zip(moved, by_ulp):
+        print(f"  torch.nn.LSTM from itself, one ulp moved     {difference:.3e}  (step {step}; {run.name.split(', ')[1]})")
+    print(
+        f"fusedrnn differs from torch.nn {'no more than' if agrees else 'MORE than'} torch.nn differs from itself "
+        f"after one ulp: {between:.3e} {'<=' if agrees else '>'} {itself:.3e}"
+    )
+    return {
+        "torch": torch.__version__,
+        "fusedrnn": fusedrnn.__version__,
+        "device": str(next(fused.model.parameters()).device),
+        "threads": torch.get_num_threads(),
+        "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "characters_per_second": speed,
+        "speed_ratio": ratio,
+        "largest_difference": between,
+        "largest_difference_after_one_ulp": itself,
+        "agrees": agrees,
+        "losses": {run.name: run.losses for run in (plain, fused, *moved)},
+    }
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    def positive(text: str) -> int:
+        value = int(text)
+        if value < 1:
+            raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+        return value
+
+    description, _, details = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=description, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--text", type=Path, metavar="FILE", help="any UTF-8 text (default: the standard library's own source)")
+    add("--steps", type=positive, default=300, help="training steps of every run (default: %(default)s)")
+    add("--hidden", type=positive, default=256, help="hidden size and size of the embedding (default: %(default)s)")
+    add("--layers", type=positive, default=1, help="LSTM layers (default: %(default)s)")
+    add("--batch", type=positive, default=32, help="windows of text in a batch (default: %(default)s)")
+    add("--length", type=positive, default=64, help="characters in a window (default: %(default)s)")
+    add("--lr", type=float, default=4e-3, help="Adam's learning rate (default: %(default)s)")
+    add("--clip", type=float, default=1.0, help="largest norm of the gradient (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of weights, batches, moved weights and generated text (default: 0)")
+    add("--ulp-runs", type=positive, default=7, help="runs with one weight moved by one ulp (default: %(default)s)")
+    add("--vocabulary", type=positive, default=2048, help="most characters told apart (default: %(default)s)")
+    add("--generate", type=positive, default=300, help="characters to generate (default: %(default)s)")
+    add("--out", type=Path, default=Path("demo-out"), metavar="DIR", help="for the results (default: %(default)s)")
+    add("--device", help="torch device (default: the GPU if there is one, else the CPU)")
+    args = parser.parse_args(argv)
+    if args.vocabulary < 2:
+        parser.error("--vocabulary must be at least 2")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        corpus = Corpus.read(args.text, args.vocabulary)
+        args.out.mkdir(parents=True, exist_ok=True)
+    except UnicodeDecodeError as error:
+        print(f"error: {args.text} is not UTF-8 text: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if len(corpus.tokens) <= args.length:
+        print(
+            f"error: {corpus.name} has {len(corpus.tokens)} characters, but a window needs --length + 1 = "
+            f"{args.length + 1}",
+            file=sys.stderr,
+        )
+        return 2
+
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    # Both layers shall compute in float32, not one of them in TF32.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+    print(f"text    {corpus.name}: {len(corpus.tokens):,} characters, {len(corpus.characters)} different ones")
+    print(f"model   embedding {args.hidden} -> {args.layers} x LSTM {args.hidden} -> linear {len(corpus.characters)}")
+    print(f"runs    {args.steps} steps of {args.batch} x {args.length} characters on {device}", end="")
+    print(f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else "", flush=True)
+
+    plain, fused, moved = train(args, corpus, device)
+    results = report(args, plain, fused, moved)
+    text = generate(fused.model, corpus, args.generate, args.seed)
+    print(f"\nWhat the model trained with fusedrnn writes:\n{text}\n")
+
+    picture, numbers = args.out / "char_lm.png", args.out / "char_lm.json"
+    plot(picture, plain, fused, moved)
+    results["text"] = text
+    numbers.write_text(json.dumps(results, indent=1, ensure_ascii=False), encoding="utf-8")
+    print(f"curves: {picture}    numbers: {numbers}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
