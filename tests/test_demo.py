@@ -1,0 +1,179 @@
+"""examples/char_lm.py: what it prints and writes, and what it says when the input is wrong."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DEMO = Path(__file__).parents[1] / "examples" / "char_lm.py"
+
+# Li Bai, Wang Zhihuan, Meng Haoran, Du Fu: four Tang poems.
+VERSE = """床前明月光，疑是地上霜。
+举头望明月，低头思故乡。
+白日依山尽，黄河入海流。
+欲穷千里目，更上一层楼。
+春眠不觉晓，处处闻啼鸟。
+夜来风雨声，花落知多少。
+国破山河在，城春草木深。
+感时花溅泪，恨别鸟惊心。
+烽火连三月，家书抵万金。
+白头搔更短，浑欲不胜簪。
+"""
+
+pytest.importorskip("tqdm", reason="the demo needs the extra 'demo'")
+
+
+@pytest.fixture(scope="module")
+def demo():
+    spec = importlib.util.spec_from_file_location("char_lm", DEMO)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.fixture(scope="module")
+def verse(tmp_path_factory):
+    path = tmp_path_factory.mktemp("verse") / "verse.txt"
+    path.write_text(VERSE, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(verse):
+    pytest.importorskip("matplotlib", reason="the demo needs the extra 'demo'")
+    out = verse.parent / "new" / "out"
+    tiny = "--steps 12 --hidden 16 --layers 2 --batch 4 --length 8 --ulp-runs 2 --vocabulary 40 --generate 20".split()
+    done = subprocess.run(
+        [sys.executable, str(DEMO), "--text", str(verse), "--out", str(out), "--device", "cpu", *tiny],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done, out, json.loads((out / "char_lm.json").read_text(encoding="utf-8"))
+
+
+def test_table_and_verdict(trained):
+    done, _, results = trained
+    for layer in ("torch.nn.LSTM", "fusedrnn.LSTM"):
+        row = re.search(rf"^{layer} +([\d.]+) +([\d.]+) +([\d,]+)$", done.stdout, re.MULTILINE)
+        assert row, done.stdout
+        assert float(row[1]) == pytest.approx(results["losses"][layer][0], abs=1e-4)
+    assert done.stdout.count("torch.nn.LSTM from itself, one ulp moved") == 2
+    sign = "<=" if results["agrees"] else ">"
+    verdict = f"{results['largest_difference']:.3e} {sign} {results['largest_difference_after_one_ulp']:.3e}"
+    assert verdict in done.stdout
+
+
+def test_the_measure_is_the_largest_difference_of_the_curves(trained):
+    _, _, results = trained
+    plain, fused = results["losses"].values()
+    moved = results["losses_after_one_ulp"].values()
+    assert len(moved) == 2
+    assert all(len(losses) == 12 for losses in (plain, fused, *moved))
+
+    def difference(losses):
+        return max(abs(a - b) for a, b in zip(losses, plain))
+
+    assert results["largest_difference"] == difference(fused)
+    assert results["largest_difference_after_one_ulp"] == max(map(difference, moved))
+    assert difference(fused) < 1e-4  # after so few steps rounding has not grown
+
+
+def test_loss_falls_and_text_is_of_the_vocabulary(trained):
+    _, _, results = trained
+    losses = results["losses"]["fusedrnn.LSTM"]
+    assert losses[-1] < losses[0]
+    assert len(results["text"]) == 20
+    assert set(results["text"]) <= set(VERSE)
+
+
+def test_picture(trained):
+    _, out, _ = trained
+    assert (out / "char_lm.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_progress_bar_is_quiet_when_nobody_watches(trained):
+    done, _, _ = trained
+    assert "step/s" not in done.stderr
+
+
+def test_vocabulary_is_capped_and_tokens_spell_the_text(demo, verse):
+    whole = demo.Corpus.read(verse, vocabulary=2048)
+    assert "".join(whole.characters[i] for i in whole.tokens) == VERSE
+    capped = demo.Corpus.read(verse, vocabulary=10)
+    assert len(capped.characters) == 10
+    assert {"，", "。", "\n", demo.UNKNOWN} <= set(capped.characters)
+    spelled = "".join(capped.characters[i] for i in capped.tokens)
+    assert all(a in (b, demo.UNKNOWN) for a, b in zip(spelled, VERSE))
+
+
+def test_default_text_is_the_standard_library(demo):
+    corpus = demo.Corpus.read(None, vocabulary=2048)
+    assert len(corpus.tokens) > 1_000_000
+    assert {"d", "e", "f", "_"} <= set(corpus.characters)
+
+
+def test_one_weight_moves_by_one_ulp(demo):
+    import torch
+
+    torch.manual_seed(0)
+    lstm = torch.nn.LSTM(3, 4, 2)
+    before = [w.clone() for w in lstm.parameters()]
+    demo.move_one_weight_by_one_ulp(lstm, torch.Generator().manual_seed(0))
+    moved = [(a, b) for x, y in zip(before, lstm.parameters()) for a, b in zip(x.flatten(), y.flatten()) if a != b]
+    assert len(moved) == 1
+    before, after = moved[0]
+    assert after == torch.nextafter(before, torch.tensor(torch.inf))
+
+
+def run(demo, capsys, *arguments):
+    code = demo.main(list(arguments))
+    return code, capsys.readouterr().err
+
+
+def test_missing_file(demo, capsys, tmp_path):
+    code, error = run(demo, capsys, "--text", str(tmp_path / "none.txt"), "--out", str(tmp_path / "out"))
+    assert code == 2
+    assert "none.txt" in error
+    assert "No such file" in error
+
+
+def test_text_is_a_folder(demo, capsys, tmp_path):
+    code, error = run(demo, capsys, "--text", str(tmp_path))
+    assert code == 2
+    assert str(tmp_path) in error
+
+
+def test_not_utf8(demo, capsys, tmp_path):
+    path = tmp_path / "gbk.txt"
+    path.write_bytes(VERSE.encode("gbk"))
+    code, error = run(demo, capsys, "--text", str(path), "--out", str(tmp_path / "out"))
+    assert code == 2
+    assert "is not UTF-8 text" in error
+
+
+@pytest.mark.parametrize("text", ["", "床前明月光"])
+def test_too_short(demo, capsys, tmp_path, text):
+    path = tmp_path / "short.txt"
+    path.write_text(text, encoding="utf-8")
+    code, error = run(demo, capsys, "--text", str(path), "--out", str(tmp_path / "out"), "--length", "8")
+    assert code == 2
+    assert f"has {len(text)} characters, but a window needs --length + 1 = 9" in error
+
+
+@pytest.mark.parametrize("option", ["--steps", "--hidden", "--layers", "--vocabulary"])
+def test_sizes_must_be_positive(demo, capsys, option):
+    with pytest.raises(SystemExit) as stopped:
+        demo.main([option, "0"])
+    assert stopped.value.code == 2
+    assert "must be at least 1, got 0" in capsys.readouterr().err
