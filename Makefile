@@ -17,7 +17,7 @@ LINT_STAMP := $(VENV)/.fusedrnn-lint
 # An environment holds one checkout at a time (the stamp's name), a checkout the extension of one environment at a time
 # (build/environment): whichever is out of date, the target installs again.
 INSTALLED := $(VENV)/.fusedrnn-installed-$(subst /,+,$(subst $() ,_,$(CURDIR)))
-ENVIRONMENT := $(abspath $(VENV)) $(TORCH)
+ENVIRONMENT := $(strip $(abspath $(VENV)) torch=$(TORCH) $(foreach v,FUSEDRNN_BUILD FUSEDRNN_CUDA TORCH_CUDA_ARCH_LIST,$(if $($v),$v=$($v))))
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
 CLANG_FORMATTED = $(shell git ls-files 'csrc/*' 'tests/*' | grep -E '\.(h|cuh|cpp|cu)$$')
 
@@ -62,6 +62,8 @@ $(INSTALLED): $(TORCH_STAMP) $(SOURCES)
 	@rm -f $(VENV)/.fusedrnn-installed-*
 	@[ "$$(cat build/environment 2>/dev/null)" = "$(ENVIRONMENT)" ] || rm -f fusedrnn/*.so
 	$(PY) -m pip install $$([ -e $(OURS) ] || echo --no-deps) --no-build-isolation -e '.[test,demo]'
+	@$(PY) -c "import fusedrnn; i = fusedrnn.build_info(); \
+	  print('fusedrnn: C++ extension:', i['cpu_capability'] or i['extension_why']); print('fusedrnn:', i['cuda_why'])"
 	@mkdir -p build && echo '$(ENVIRONMENT)' > build/environment
 	@touch $@
 
