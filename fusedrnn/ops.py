@@ -178,6 +178,9 @@ def _sequence_backward_python(
     )  # fmt: skip
     if batch_sizes is not None:
         check_batch_sizes(batch_sizes, x.shape[0], h0.shape[0])
+    # An input that is absent has no gradient to compute, whatever was asked.
+    inputs = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
+    needs = [need and t is not None for need, t in zip(needs, inputs)]
     return _backend(backend).backward(
         cell, dy, dh_n, dc_n, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, gates, cells, batch_sizes, reverse,
         algorithm, needs,
@@ -259,7 +262,7 @@ sequence_backward = torch.ops.fusedrnn.sequence_backward.default
 
 def autocast(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors as autocast wants them: float32 and 16-bit ones in its dtype, others as they are."""
-    if not torch.is_autocast_enabled(device_type):
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(

@@ -1,6 +1,6 @@
 """What the backends written in Python share: row bookkeeping and the GEMMs after the loop."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -69,23 +69,18 @@ def weight_gradients(
             return dgates[:, first * hidden : (last + 1) * hidden]
         return torch.cat([dgates[:, a * hidden : (a + 1) * hidden] for a in acc], dim=1)
 
-    empty = dgates.new_empty(0)
+    def wanted(k: int, make: Callable[[], Tensor]) -> Tensor:
+        return make() if needs[k] else dgates.new_empty(0)
+
     dgates_x = gate_columns(cell.x_acc)
     dgates_h = dgates_x if cell.h_acc == cell.x_acc else gate_columns(cell.h_acc)
-    need_x, need_h0, need_c0, need_w_ih, need_w_hh, need_b_ih, need_b_hh, need_w_hr = needs
-    dx = (dgates_x @ w_ih).view(x.shape) if need_x else empty
-    dw_ih = dgates_x.t() @ rows_of(x) if need_w_ih else empty
-    dw_hh = dgates_h.t() @ previous(h0, rows_of(y), batch_sizes, reverse) if need_w_hh else empty
-    db_ih = dgates_x.sum(0) if need_b_ih else empty
-    db_hh = (dgates_h.sum(0) if not need_b_ih or dgates_h is not dgates_x else db_ih.clone()) if need_b_hh else empty
-    dw_hr = rows_of(dy_total).t() @ h if need_w_hr else empty
     return (
-        dx,
-        dh0 if need_h0 else empty,
-        dc0 if need_c0 else empty,
-        dw_ih,
-        dw_hh,
-        db_ih,
-        db_hh,
-        dw_hr,
+        wanted(0, lambda: (dgates_x @ w_ih).view(x.shape)),
+        wanted(1, lambda: dh0),
+        wanted(2, lambda: dc0),
+        wanted(3, lambda: dgates_x.t() @ rows_of(x)),
+        wanted(4, lambda: dgates_h.t() @ previous(h0, rows_of(y), batch_sizes, reverse)),
+        wanted(5, lambda: dgates_x.sum(0)),
+        wanted(6, lambda: dgates_h.sum(0)),
+        wanted(7, lambda: rows_of(dy_total).t() @ h),
     )

@@ -90,16 +90,16 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See the op ``fusedrnn::sequence``."""
     y, h_n, c_n, gates, cells = recurrence(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse)
-    none = x.new_empty(0)
-    cells_none = x.new_empty(0, dtype=accumulation_dtype(x.dtype))
-    steps = x.shape[:-1]
-    if not save:
-        gates, cells = none, cells_none
-    else:
-        gates = gates.view(*steps, gates.shape[1]) if CELLS[cell].saved else none
-        cells = cells_none if cells is None else cells.view(*steps, cells.shape[1])
+    spec, steps = CELLS[cell], x.shape[:-1]
+    keep_gates, keep_cells = save and bool(spec.saved), save and spec.has_cell_state
     # The op's outputs may not alias each other or its inputs.
-    return y, h_n.clone(), none if c_n is None else c_n.clone(), gates, cells
+    return (
+        y,
+        h_n.clone(),
+        x.new_empty(0) if c_n is None else c_n.clone(),
+        gates.view(*steps, gates.shape[1]) if keep_gates else x.new_empty(0),
+        cells.view(*steps, cells.shape[1]) if keep_cells else x.new_empty(0, dtype=accumulation_dtype(x.dtype)),
+    )
 
 
 def backward(

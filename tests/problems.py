@@ -1,0 +1,149 @@
+"""Problems for the one suite that every backend passes, their float64 answers, and how far off one may be."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fusedrnn.cells import CELLS
+from fusedrnn.functional import recurrence
+
+INPUTS = ("x", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
+OUTPUTS = ("y", "h_n", "c_n")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One direction of one layer. ``lengths`` (sorted) makes it packed; ``proj`` 0 is no projection."""
+
+    T: int
+    B: int
+    I: int
+    H: int
+    proj: int = 0
+    bias: bool = True
+    reverse: bool = False
+    lengths: tuple[int, ...] | None = None
+    strided: bool = False
+    scale: float = 1.0
+
+    def __str__(self) -> str:
+        text = f"T{self.T}-B{self.B}-I{self.I}-H{self.H}"
+        text += f"-P{self.proj}" if self.proj else ""
+        text += "" if self.bias else "-nobias"
+        text += "-packed" if self.lengths else ""
+        text += "-strided" if self.strided else ""
+        text += f"-scale{self.scale:g}" if self.scale != 1 else ""
+        return text + ("-reverse" if self.reverse else "")
+
+    def batch_sizes(self) -> Tensor | None:
+        if self.lengths is None:
+            return None
+        return torch.tensor([sum(length > t for length in self.lengths) for t in range(self.T)])
+
+
+CASES = [
+    Case(T=1, B=1, I=1, H=1),
+    Case(T=1, B=3, I=4, H=5),
+    Case(T=4, B=1, I=3, H=5, reverse=True),
+    Case(T=5, B=2, I=7, H=16, bias=False),
+    Case(T=6, B=4, I=8, H=32, reverse=True),
+    Case(T=3, B=17, I=5, H=33),
+    Case(T=3, B=2, I=9, H=129),
+    Case(T=7, B=5, I=6, H=20, lengths=(7, 7, 4, 2, 1)),
+    Case(T=7, B=5, I=6, H=20, lengths=(7, 7, 4, 2, 1), reverse=True),
+    Case(T=4, B=3, I=5, H=12, proj=7),
+    Case(T=4, B=3, I=5, H=12, proj=1, lengths=(4, 2, 1), reverse=True),
+    Case(T=5, B=3, I=6, H=10, strided=True),
+    Case(T=5, B=2, I=4, H=9, scale=30.0),
+]
+
+
+def make(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0, cell: str = "lstm") -> dict[str, Tensor]:
+    """Inputs and output gradients, drawn once in float64 and rounded to ``dtype``."""
+    spec = CELLS[cell]
+    gates, out = len(spec.gates), case.proj or case.H
+    rows = (case.T, case.B) if case.lengths is None else (sum(case.lengths),)
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        t = torch.randn(*shape, generator=generator, dtype=torch.float64).mul(scale).to(dtype).to(device)
+        if case.strided and len(shape) > 1:
+            wide = t.new_full((*shape[:-1], shape[-1] * 2 + 1), float("nan"))
+            wide[..., 1::2] = t
+            t = wide[..., 1::2]
+        return t
+
+    weight = case.H**-0.5
+    made = {
+        "x": draw(*rows, case.I, scale=case.scale),
+        "h0": draw(case.B, out),
+        "c0": draw(case.B, case.H) if spec.has_cell_state else None,
+        "w_ih": draw(gates * case.H, case.I, scale=weight),
+        "w_hh": draw(gates * case.H, out, scale=weight),
+        "b_ih": draw(gates * case.H, scale=weight) if case.bias else None,
+        "b_hh": draw(gates * case.H, scale=weight) if case.bias else None,
+        "w_hr": draw(case.proj, case.H, scale=weight) if case.proj else None,
+        "dy": draw(*rows, out),
+        "dh_n": draw(case.B, out),
+        "dc_n": draw(case.B, case.H),
+    }
+    return {name: t for name, t in made.items() if t is not None}
+
+
+def call(case: Case, tensors: dict[str, Tensor], backend: str, algorithm: str = "auto", cell: str = "lstm"):
+    """y, h_n and, where the cell has one, c_n."""
+    args = [tensors.get(name) for name in INPUTS]
+    outputs = recurrence(CELLS[cell], *args, case.batch_sizes(), case.reverse, backend, algorithm)
+    return dict(zip(OUTPUTS[: 2 + CELLS[cell].has_cell_state], outputs))
+
+
+def run(
+    case: Case,
+    given: dict[str, Tensor],
+    backend: str,
+    algorithm: str = "auto",
+    cell: str = "lstm",
+    wrt: tuple[str, ...] = INPUTS,
+    through: tuple[str, ...] = OUTPUTS,
+) -> dict[str, Tensor]:
+    """Outputs, and the gradients ("d" + name) of the inputs ``wrt`` through the outputs ``through``."""
+    inputs = {name: given[name].detach() for name in INPUTS if name in given}
+    wrt = tuple(name for name in inputs if name in wrt)
+    for name in wrt:
+        inputs[name].requires_grad_()
+    outputs = call(case, inputs, backend, algorithm, cell)
+    result = {name: t.detach() for name, t in outputs.items()}
+    if wrt:
+        used = [name for name in outputs if name in through]
+        grads = torch.autograd.grad(
+            [outputs[name] for name in used], [inputs[name] for name in wrt], [given["d" + name] for name in used]
+        )
+        result |= {"d" + name: g for name, g in zip(wrt, grads)}
+    return result
+
+
+def widened(given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The very same numbers in float64 on the CPU."""
+    return {name: t.detach().double().cpu() for name, t in given.items()}
+
+
+def assert_close(got: dict[str, Tensor], exact: dict[str, Tensor], model: dict[str, Tensor], factor: float = 2.0):
+    """Every tensor is at most ``factor`` times as far from the float64 answer as the model is.
+
+    ``model`` did its math in float32 and rounded what is stored. A unit in the last place of the largest
+    entry is granted on top: a model can be exact by luck. float64 has to reach 1e-12.
+    """
+    assert got.keys() == exact.keys() == model.keys()
+    for name, t in got.items():
+        assert t.isfinite().all(), f"{name} is not finite"
+        assert t.shape == exact[name].shape, name
+        if not t.numel():
+            continue
+        scale = exact[name].abs().max().item()
+        error = (t.double().cpu() - exact[name]).abs().max().item()
+        allowed = factor * (model[name].double().cpu() - exact[name]).abs().max().item()
+        allowed += torch.finfo(t.dtype).eps * scale * (4 if t.dtype == torch.float32 else 1)
+        if t.dtype == torch.float64:
+            allowed = 1e-12 * max(scale, 1.0)
+        assert error <= allowed, f"{name} ({t.dtype}): error {error:.3e}, allowed {allowed:.3e}"

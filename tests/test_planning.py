@@ -1,0 +1,122 @@
+"""Choices of backend and algorithm, from frozen data: no GPU is needed to ask what a GPU would run."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fusedrnn
+from fusedrnn.planning import Choice, Machine, Problem, check_choice, choose, decide, unsupported
+
+EVERYTHING = Machine()
+NOTHING_BUILT = Machine(
+    unavailable=(("cpu", "not built"), ("triton", "triton is not installed"), ("cuda", "no nvcc was found"))
+)
+
+
+def problem(device: str = "cuda", dtype=torch.float32, capability=(9, 0)) -> Problem:
+    return Problem("lstm", 64, 64, 0, dtype, device, capability if device == "cuda" else None)
+
+
+def test_first_choices():
+    assert decide(problem("cpu"), EVERYTHING).backend == "cpu"
+    assert decide(problem("cuda"), EVERYTHING).backend == "cuda"
+    no_cuda = Machine(unavailable=(("cuda", "no nvcc was found"),))
+    choice = decide(problem("cuda"), no_cuda)
+    assert choice.backend == "triton"
+    assert "no nvcc was found" in choice.why
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu", "hpu"])
+def test_devices_without_a_kernel_take_torchs_op(device):
+    choice = decide(problem(device), EVERYTHING)
+    assert choice.backend == "torch"
+    assert f"no kernel for device '{device}'" in choice.why
+
+
+def test_old_gpu_takes_torchs_op_and_says_why():
+    choice = decide(problem(capability=(7, 5)), EVERYTHING)
+    assert choice.backend == "torch"
+    assert "compute capability 8.0 or newer, got 7.5" in choice.why
+
+
+def test_without_extension_the_cpu_takes_the_reference():
+    choice = decide(problem("cpu"), NOTHING_BUILT)
+    assert choice == Choice("reference", "auto", "reference runs because cpu cannot: not built")
+
+
+def test_gpu_backends_on_cpu_tensors_only_where_simulated():
+    assert "CUDA tensors" in unsupported("triton", problem("cpu"), EVERYTHING)
+    assert unsupported("triton", problem("cpu"), Machine(on_cpu=("triton",))) is None
+    # Simulation must never be the default: it is thousands of times slower.
+    assert decide(problem("cpu"), Machine(on_cpu=("triton", "cuda"))).backend == "cpu"
+
+
+def test_forced_backend_that_cannot_run_raises_with_the_reason():
+    with pytest.raises(RuntimeError, match="'triton' was asked for but cannot run: triton is not installed"):
+        decide(problem(), NOTHING_BUILT, "triton")
+    with pytest.raises(RuntimeError, match="it takes CPU tensors, got cuda"):
+        decide(problem(), EVERYTHING, "cpu")
+
+
+@pytest.mark.parametrize("backend, algorithm", [("cudnn", None), (None, "fast"), ("Triton", "step")])
+def test_unknown_names(backend, algorithm):
+    with pytest.raises(ValueError, match="must be one of"):
+        check_choice(backend, algorithm)
+    with pytest.raises(ValueError, match="must be one of"):
+        fusedrnn.backend(backend, algorithm).__enter__()
+
+
+def chosen(**override) -> str:
+    device = torch.device("cpu")
+    return choose(
+        "lstm", input_size=4, hidden_size=4, proj_size=0, dtype=torch.float32, device=device, **override
+    ).backend
+
+
+def test_precedence_context_then_module_then_environment(monkeypatch):
+    default = chosen()
+    monkeypatch.setenv("FUSEDRNN_BACKEND", "reference:step")
+    assert chosen() == "reference"
+    if default == "cpu":
+        assert chosen(backend="cpu") == "cpu"
+        with fusedrnn.backend("cpu"):
+            assert chosen() == chosen(backend="reference") == "cpu"
+            with fusedrnn.backend("reference"):
+                assert chosen() == "reference"
+            assert chosen() == "cpu"
+    monkeypatch.setenv("FUSEDRNN_BACKEND", "nonsense")
+    with pytest.raises(ValueError, match="backend must be one of"):
+        chosen()
+
+
+def test_module_argument():
+    lstm = fusedrnn.LSTM(3, 4, backend="reference", algorithm="step")
+    assert (lstm.backend, lstm.algorithm) == ("reference", "step")
+    x = torch.randn(2, 2, 3)
+    torch.testing.assert_close(lstm(x)[0], fusedrnn.convert(fusedrnn.revert(lstm))(x)[0])
+
+
+def test_a_fallback_to_torch_is_told_once_and_works():
+    code = """
+import warnings, torch, fusedrnn
+from fusedrnn import planning
+planning._cached_choice.cache_clear()
+planning.decide = lambda *a, **k: planning.Choice("torch", "auto", "torch's own op runs: a test")
+lstm = fusedrnn.LSTM(3, 4, num_layers=2, bidirectional=True)
+theirs = torch.nn.LSTM(3, 4, num_layers=2, bidirectional=True)
+theirs.load_state_dict(lstm.state_dict())
+x = torch.randn(5, 2, 3)
+packed = torch.nn.utils.rnn.pack_padded_sequence(x, [5, 2])
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        assert torch.equal(lstm(x)[0], theirs(x)[0])
+    assert torch.equal(lstm(packed)[0].data, theirs(packed)[0].data)
+messages = [str(w.message) for w in seen if "fusedrnn" in str(w.message)]
+assert messages == ["fusedrnn: torch's own op runs: a test"], messages
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=False)
+    assert done.returncode == 0, done.stderr

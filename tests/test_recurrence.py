@@ -1,0 +1,136 @@
+"""One suite for every backend: outputs and all gradients against float64, edge sizes, packed, repeatable."""
+
+import pytest
+import torch
+from problems import CASES, INPUTS, Case, assert_close, call, make, run, widened
+
+from fusedrnn import planning
+from fusedrnn.planning import Problem
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+RUNS = [("reference", "auto"), ("cpu", "auto")]
+
+
+def need(backend: str, dtype: torch.dtype = torch.float32) -> None:
+    reason = planning.unsupported(backend, Problem("lstm", 4, 4, 0, dtype, "cpu"), planning.machine())
+    if reason:
+        pytest.skip(f"the kernels of backend {backend} are not tested here: {reason}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("backend, algorithm", RUNS)
+def test_agrees_with_float64(backend, algorithm, case, dtype, poisoned):
+    need(backend, dtype)
+    given = make(case, dtype)
+    exact = run(case, widened(given), "reference")
+    model = run(case, given, "reference")
+    assert_close(run(case, given, backend, algorithm), exact, model)
+
+
+@pytest.mark.parametrize("backend, algorithm", RUNS)
+def test_without_grad_is_the_same(backend, algorithm, poisoned):
+    need(backend)
+    for case in CASES:
+        given = make(case, torch.float32)
+        with_grad = run(case, given, backend, algorithm)
+        for name, t in run(case, given, backend, algorithm, wrt=()).items():
+            assert torch.equal(t, with_grad[name]), (case, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend, algorithm", RUNS)
+def test_bitwise_repeatable(backend, algorithm, dtype):
+    need(backend, dtype)
+    for case in (Case(T=9, B=6, I=12, H=40), Case(T=6, B=3, I=5, H=24, lengths=(6, 4, 4), reverse=True)):
+        given = make(case, dtype)
+        first = run(case, given, backend, algorithm)
+        for name, t in run(case, given, backend, algorithm).items():
+            assert torch.equal(t, first[name]), (case, name)
+
+
+@pytest.mark.parametrize("backend, algorithm", RUNS)
+def test_empty_batch(backend, algorithm):
+    need(backend)
+    case = Case(T=3, B=0, I=4, H=5)
+    given = make(case, torch.float32)
+    found = run(case, given, backend, algorithm)
+    assert found["y"].shape == (3, 0, 5)
+    assert found["h_n"].shape == found["c_n"].shape == (0, 5)
+    for name in ("w_ih", "w_hh", "b_ih", "b_hh"):
+        assert torch.equal(found["d" + name], torch.zeros_like(given[name])), name
+
+
+@pytest.mark.parametrize("backend, algorithm", RUNS)
+def test_expanded_input(backend, algorithm):
+    need(backend)
+    case = Case(T=4, B=3, I=5, H=8)
+    given = make(case, torch.float32)
+    given["x"] = given["x"][:, :1].expand(4, 3, 5)
+    given["h0"] = given["h0"][:1].expand(3, 8)
+    dense = {name: t.contiguous() for name, t in given.items()}
+    exact = run(case, dense, backend, algorithm)
+    for name, t in run(case, given, backend, algorithm).items():
+        assert torch.equal(t, exact[name]), name
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan"), 1e30, -1e30])
+@pytest.mark.parametrize("backend, algorithm", RUNS)
+def test_special_values_are_torchs(backend, algorithm, value):
+    """inf saturates a gate, NaN stays in its row; nothing becomes NaN by itself."""
+    need(backend)
+    case = Case(T=4, B=3, I=5, H=7)
+    given = make(case, torch.float32)
+    given["x"][1, 1, 2] = value
+    want = run(case, given, "reference", wrt=())
+    for name, t in run(case, given, backend, algorithm, wrt=()).items():
+        torch.testing.assert_close(t, want[name], equal_nan=True, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("through", [("h_n", "c_n"), ("y",), ("c_n",), ("h_n",)], ids=str)
+@pytest.mark.parametrize("backend, algorithm", RUNS)
+def test_gradients_of_some_outputs_only(backend, algorithm, through):
+    need(backend)
+    for case in (CASES[4], CASES[7], CASES[9]):
+        given = make(case, torch.float32)
+        exact = run(case, widened(given), "reference", through=through)
+        model = run(case, given, "reference", through=through)
+        assert_close(run(case, given, backend, algorithm, through=through), exact, model)
+
+
+@pytest.mark.parametrize("backend, algorithm", RUNS)
+def test_only_asked_gradients_are_computed(backend, algorithm):
+    need(backend)
+    for case in (CASES[4], CASES[10]):
+        given = make(case, torch.float32)
+        full = run(case, given, backend, algorithm)
+        for name in INPUTS:
+            if name in given:
+                alone = run(case, given, backend, algorithm, wrt=(name,))
+                assert torch.equal(alone["d" + name], full["d" + name]), name
+
+
+@pytest.mark.gradcheck
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(T=3, B=2, I=2, H=3),
+        Case(T=2, B=2, I=2, H=3, bias=False, reverse=True),
+        Case(T=3, B=3, I=2, H=3, proj=2),
+        Case(T=3, B=3, I=2, H=3, lengths=(3, 2, 1)),
+        Case(T=3, B=3, I=2, H=3, proj=1, lengths=(3, 2, 1), reverse=True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("backend, algorithm", RUNS)
+def test_gradcheck(backend, algorithm, case):
+    need(backend, torch.float64)
+    given = make(case, torch.float64)
+    names = [name for name in INPUTS if name in given]
+
+    def function(*tensors):
+        return tuple(call(case, dict(zip(names, tensors)), backend, algorithm).values())
+
+    inputs = [given[name].detach().requires_grad_() for name in names]
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
