@@ -72,6 +72,8 @@ def check_sequence(
         want = ", ".join("*" if w is None else str(w) for w in shape)
         check(fits, f"{name} must have shape [{want}], got {list(t.shape)}")
 
+    for name, t in (("x", x), ("h0", h0), ("w_ih", w_ih), ("w_hh", w_hh)):
+        check(t is not None, f"{name} must be a Tensor, got None")
     dims = 3 if batch_sizes is None else 2
     check(x.dim() == dims, f"x must have {dims} dimensions, got {x.dim()}")
     check(x.dtype in DTYPES, f"x must be float32, float64, bfloat16 or float16, got {x.dtype}")
@@ -106,6 +108,7 @@ def check_sequence(
             f"on {batch_sizes.device}",
         )
         check(batch_sizes.shape[0] > 0, "Expected sequence length to be larger than 0 in RNN")
+    check(x.layout == torch.strided, f"x must be a dense tensor, got layout {x.layout}")
     for name, t in (
         ("h0", h0),
         ("c0", c0),
@@ -117,6 +120,7 @@ def check_sequence(
     ):
         if t is not None:
             check(t.dtype == x.dtype, f"{name} must have the dtype of x, {x.dtype}, got {t.dtype}")
+            check(t.layout == torch.strided, f"{name} must be a dense tensor, got layout {t.layout}")
             check(t.device == x.device, f"{name} must be on the device of x, {x.device}, got {t.device}")
 
 
@@ -193,13 +197,23 @@ def _check_backward(
 ) -> None:  # fmt: skip
     check_sequence(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, backend, algorithm)
     shapes = _output_shapes(cell, x, h0, w_hh, save=True)
-    names = ("y", "h_n", "c_n", "gates", "cells")
-    for name, t in (("y", y), ("gates", gates), ("cells", cells), ("h_n", dh_n), ("c_n", dc_n), ("y", dy)):
-        shape = shapes[names.index(name)]
-        if t is not None and tuple(t.shape) != tuple(shape):
+    y_shape, h_shape, c_shape, gates_shape, cells_shape = shapes
+    for name, t, shape, dtype in (
+        ("y", y, y_shape, x.dtype),
+        ("gates", gates, gates_shape, x.dtype),
+        ("cells", cells, cells_shape, accumulation_dtype(x.dtype)),
+        ("dy", dy, y_shape, x.dtype),
+        ("dh_n", dh_n, h_shape, x.dtype),
+        ("dc_n", dc_n, c_shape, x.dtype),
+    ):
+        if t is None and name.startswith("d"):
+            continue
+        got = "None" if t is None else f"{list(t.shape)} {t.dtype} on {t.device}"
+        if t is None or tuple(t.shape) != shape or (t.dtype, t.device, t.layout) != (dtype, x.device, x.layout):
+            hint = " (was forward run with save=True?)" if t is not None and t.numel() == 0 else ""
             raise RuntimeError(
-                f"fusedrnn::sequence_backward: {name} or its gradient must have shape {list(shape)}, "
-                f"got {list(t.shape)}" + (" (was forward run with save=True?)" if t.numel() == 0 else "")
+                f"fusedrnn::sequence_backward: {name} must be a dense {list(shape)} {dtype} on {x.device}, "
+                f"got {got}{hint}"
             )
     if len(needs) != 8:
         raise RuntimeError(f"fusedrnn::sequence_backward: needs must have 8 entries, got {len(needs)}")
