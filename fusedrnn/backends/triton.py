@@ -1,0 +1,559 @@
+"""The Triton backend: CUDA and ROCm tensors, and CPU tensors in Triton's interpreter or the simulator.
+
+``plan`` chooses algorithm and tiles from plain numbers. Every launch goes through ``launch``, which counts.
+"""
+
+import collections
+import contextlib
+import functools
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fusedrnn.backends.common import rows_of, step_rows, weight_gradients
+from fusedrnn.cells import CELLS, Cell, accumulation_dtype
+
+ALGORITHMS = ("step", "sequence")
+
+# The widest H whose W_hh [G*H, H] one program keeps for a whole sequence.
+SEQUENCE_MAX_HIDDEN = {"half": 128, "tf32": 64, "ieee": 32, "double": 16}
+
+# Columns of weights that a step kernel takes at a time.
+_BLOCK_K = {"half": 128, "tf32": 64, "ieee": 32, "double": 16}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one sequence runs. BU units by BB batch rows a program, BK columns at a time (step only)."""
+
+    algorithm: str
+    grid: tuple[int, int]
+    BU: int
+    BB: int
+    BK: int
+    num_warps: int
+    num_stages: int
+    precision: str  # of float32 products
+    shared_bytes: int  # an estimate, from the tiles in flight
+    why: str
+
+
+def _power_of_2(n: int, low: int, high: int) -> int:
+    return min(max(1 << (n - 1).bit_length(), low), high)
+
+
+def math_of(dtype: torch.dtype, tf32: bool) -> str:
+    """How products are computed: in 16 bit, tf32, IEEE float32 or float64."""
+    if dtype in (torch.float16, torch.bfloat16):
+        return "half"
+    if dtype == torch.float64:
+        return "double"
+    return "tf32" if tf32 else "ieee"
+
+
+def plan(
+    cell: Cell,
+    batch: int,
+    input_size: int,
+    hidden_size: int,
+    proj_size: int,
+    dtype: torch.dtype,
+    *,
+    algorithm: str = "auto",
+    backward: bool = False,
+    tf32: bool = False,
+) -> Plan:
+    """The plan for a problem; proj_size 0 is no projection.
+
+    Raises:
+        ValueError: the algorithm asked for cannot run this problem.
+    """
+    math = math_of(dtype, tf32)
+    limit = SEQUENCE_MAX_HIDDEN[math]
+    if algorithm not in ("auto", *ALGORITHMS):
+        raise ValueError(f"backend 'triton' has the algorithms step and sequence, got {algorithm!r}")
+    reason = None
+    if proj_size:
+        reason = f"a projection (proj_size={proj_size}) needs h of all units before W_hr"
+    elif hidden_size > limit:
+        reason = f"W_hh fits one program up to hidden_size={limit} in {math} math, got {hidden_size}"
+    if algorithm == "sequence" and reason:
+        raise ValueError(f"algorithm 'sequence' of backend 'triton' cannot run: {reason}")
+    precision = "tf32" if math == "tf32" else "ieee"
+    itemsize = dtype.itemsize
+    gates, accumulators = len(cell.gates), len(cell.accumulators)
+
+    if algorithm == "sequence" or (algorithm == "auto" and reason is None):
+        BU = _power_of_2(hidden_size, 16, 1024)
+        BB = 16
+        why = "asked for" if algorithm == "sequence" else f"W_hh of hidden_size={hidden_size} fits one program"
+        return Plan(
+            "sequence", (1, -(-batch // BB)), BU, BB, BU, max(1, BU // 16), 1, precision,
+            gates * BU * BU * itemsize + BU * BB * itemsize, why,
+        )  # fmt: skip
+
+    why = "asked for" if algorithm == "step" else reason
+    BB = _power_of_2(batch, 8, 64 if math == "half" else 16)
+    if backward:
+        # The matmul's rows are units: 16 fill an MMA.
+        columns = proj_size or gates * hidden_size
+        BU = rows = 16 if BB <= 32 else 32
+        operands, num_warps = 1, 2 if BB <= 16 else 4
+    else:
+        # The matmul's rows are the accumulators of BU units: 32 of them keep W in small enough pieces to give
+        # every multiprocessor one; a larger batch has enough work for 64.
+        columns = max(input_size, proj_size or hidden_size)
+        rows = 32 if BB <= 32 else 64
+        BU = rows // accumulators
+        operands, num_warps = 2, rows // 16
+    if math in ("ieee", "double"):
+        num_warps = 4
+    BK = _power_of_2(columns, 16, _BLOCK_K[math])
+    num_stages = 3
+    shared = num_stages * operands * (rows + BB) * BK * itemsize
+    grid = (-(-hidden_size // BU), -(-batch // BB))
+    return Plan("step", grid, BU, BB, BK, num_warps, num_stages, precision, shared, why)
+
+
+def allow_tf32() -> bool:
+    """Whether torch's own LSTM may compute float32 products in tf32."""
+    rnn = getattr(torch.backends.cudnn, "rnn", None)
+    precision = getattr(rnn, "fp32_precision", None)
+    if precision in ("tf32", "ieee"):
+        return precision == "tf32"
+    return torch.backends.cudnn.allow_tf32
+
+
+@functools.cache
+def why_unavailable() -> str | None:
+    """Why the kernels cannot be imported; None when they can."""
+    try:
+        importlib.import_module("fusedrnn.kernels.cells")
+    except ImportError as error:
+        return f"Triton's kernels cannot be imported: {error}"
+    return None
+
+
+@functools.cache
+def _simulator():
+    """ptxsim's bridge to Triton when FUSEDRNN_SIMULATE asks for it: 1 in a checkout, or the path of tests/ptxsim."""
+    setting = os.environ.get("FUSEDRNN_SIMULATE")
+    if not setting:
+        return None
+    path = Path(__file__).resolve().parents[2] / "tests/ptxsim" if setting == "1" else Path(setting).resolve()
+    if "ptxsim" not in sys.modules:
+        sys.path.insert(0, str(path.parent))
+        try:
+            importlib.import_module("ptxsim")
+        finally:
+            sys.path.remove(str(path.parent))
+    return importlib.import_module("ptxsim.triton")
+
+
+launches: collections.Counter[str] = collections.Counter()
+
+
+def launch(kernel, grid: tuple[int, int], args: dict, constants: dict, num_warps: int, num_stages: int) -> None:
+    """Runs a kernel on a GPU, in the interpreter or in the simulator, and counts it in ``launches`` by name."""
+    launches[kernel.__name__] += 1
+    if _simulator() is not None and not any(isinstance(a, Tensor) and a.is_cuda for a in args.values()):
+        _simulator().launch(kernel, grid, args, constants, num_warps, num_stages, enable_fp_fusion=True)
+        return
+    # Triton 3.10 changes the default of enable_fp_fusion: results would change with the version.
+    kernel[grid](**args, **constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
+
+
+def _check_device(x: Tensor) -> None:
+    reason = why_unavailable()
+    if reason:
+        raise RuntimeError(f"backend 'triton' cannot run: {reason}")
+    if x.is_cuda or _simulator() is not None:
+        return
+    if not os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError(
+            f"backend 'triton' takes CUDA tensors, got {x.device}; CPU tensors run with TRITON_INTERPRET=1 "
+            "(float32) or FUSEDRNN_SIMULATE=1"
+        )
+    if x.dtype not in (torch.float32, torch.float64):
+        raise RuntimeError(f"Triton's interpreter computes float32 and float64 only, got {x.dtype}")
+
+
+def _guard(x: Tensor):
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def _dense(t: Tensor | None) -> Tensor | None:
+    """Contiguous and beginning at 16 bytes, so that rows may be loaded in pieces of 16."""
+    if t is None:
+        return None
+    t = t.contiguous()
+    return t.clone() if t.data_ptr() % 16 else t
+
+
+def _gate_of(accumulators: int, acc_of_gate: tuple[int, ...]) -> tuple[int, ...]:
+    """For each accumulator its gate, -1 without one."""
+    return tuple(acc_of_gate.index(a) if a in acc_of_gate else -1 for a in range(accumulators))
+
+
+def _runs(acc_of_gate: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
+    """(accumulator, gate, count) where neighbouring gates have neighbouring accumulators."""
+    runs: list[list[int]] = []
+    for gate, acc in enumerate(acc_of_gate):
+        if runs and acc == runs[-1][0] + runs[-1][2]:
+            runs[-1][2] += 1
+        else:
+            runs.append([acc, gate, 1])
+    return tuple(tuple(run) for run in runs)
+
+
+def _neighbours(rows: list[tuple[int, int]], reverse: bool):
+    """Steps in the order of forward: (t, row and size, of the step before, of the step after).
+
+    The sizes of the neighbours are cut to this step's: rows that have that neighbour.
+    """
+    order = range(len(rows) - 1, -1, -1) if reverse else range(len(rows))
+    for k, t in enumerate(order):
+        row, n = rows[t]
+        before = rows[order[k - 1]] if k else (0, 0)
+        after = rows[order[k + 1]] if k + 1 < len(order) else (0, 0)
+        yield row, n, before[0], min(n, before[1]), after[0], min(n, after[1])
+
+
+def _last_rows(rows: list[tuple[int, int]], device: torch.device):
+    """Where each sequence's last time step lies: a slice of [N, ...], or an index [B]."""
+    offset, n = rows[-1]
+    batch = rows[0][1]
+    if n == batch:
+        return slice(offset, offset + n)
+    index = [0] * batch
+    for offset, n in rows:
+        index[:n] = range(offset, offset + n)
+    return torch.tensor(index, device=device)
+
+
+def _device_steps(rows: list[tuple[int, int]], batch_sizes: Tensor | None, device: torch.device):
+    """Sizes [T] and offsets [T] for a kernel; None, None when dense."""
+    if batch_sizes is None:
+        return None, None
+    table = torch.tensor(rows, dtype=torch.int64).t().contiguous().to(device, non_blocking=True)
+    return table[1], table[0]
+
+
+def _both_biases(b_ih: Tensor | None, b_hh: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    if b_ih is None and b_hh is not None:
+        b_ih = torch.zeros_like(b_hh)
+    if b_hh is None and b_ih is not None:
+        b_hh = torch.zeros_like(b_ih)
+    return _dense(b_ih), _dense(b_hh)
+
+
+def forward(
+    cell: str, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse, algorithm, save
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See the op ``fusedrnn::sequence``."""
+    _check_device(x)
+    spec = CELLS[cell]
+    batch, hidden = h0.shape[0], w_hh.shape[0] // len(spec.gates)
+    proj = 0 if w_hr is None else h0.shape[1]
+    how = plan(
+        spec,
+        batch,
+        x.shape[-1],
+        hidden,
+        proj,
+        x.dtype,
+        algorithm=algorithm,
+        tf32=x.dtype == torch.float32 and allow_tf32(),
+    )
+    steps = x.shape[:-1]
+    acc_dtype = accumulation_dtype(x.dtype)
+    empty, empty_acc = x.new_empty(0), x.new_empty(0, dtype=acc_dtype)
+    y = x.new_empty(*steps, h0.shape[1])
+    h_n = torch.empty_like(h0, memory_format=torch.contiguous_format)
+    c_n = torch.empty_like(c0, memory_format=torch.contiguous_format) if spec.has_cell_state else empty
+    gates = x.new_empty(*steps, len(spec.saved) * hidden) if save and spec.saved else empty
+    cells = x.new_empty(*steps, hidden, dtype=acc_dtype) if save and spec.has_cell_state else empty_acc
+    if batch:
+        run = _step_forward if how.algorithm == "step" else _sequence_forward
+        inputs = [_dense(t) for t in (x, h0, c0, w_ih, w_hh)]
+        biases = _both_biases(b_ih, b_hh)
+        with _guard(x):
+            run(cell, how, *inputs, *biases, _dense(w_hr), batch_sizes, reverse, y, h_n, c_n, gates, cells)
+    return y, h_n, c_n, gates, cells
+
+
+def _step_forward(
+    cell, how, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse, y, h_n, c_n, gates, cells
+) -> None:
+    from fusedrnn.kernels.cells import KERNELS
+    from fusedrnn.kernels.step import step_forward_kernel
+
+    spec = CELLS[cell]
+    accumulators = len(spec.accumulators)
+    I, (batch, P), H = x.shape[-1], h0.shape, w_hh.shape[0] // len(spec.gates)
+    x_gate, h_gate = (_gate_of(accumulators, acc) for acc in (spec.x_acc, spec.h_acc))
+    rows = step_rows(x, batch_sizes)
+    y_rows = y.view(-1, P)
+    saved = cells.numel() > 0
+    if spec.has_cell_state and not saved:
+        cells = x.new_empty(2 * batch, H, dtype=accumulation_dtype(x.dtype))
+    projected = w_hr is not None
+    h = x.new_empty(batch, H) if projected else y
+    args = {
+        "x": x,
+        "h0": h0,
+        "c0": c0,
+        "w_ih": w_ih,
+        "w_hh": w_hh,
+        "b_ih": b_ih,
+        "b_hh": b_hh,
+        "zeros": x.new_zeros(max(I, P)) if -1 in x_gate + h_gate else None,
+        "y": y,
+        "h": h,
+        "h_n": None if projected else h_n,
+        "c_n": c_n if spec.has_cell_state else None,
+        "gates": gates if gates.numel() else None,
+        "cells": cells if spec.has_cell_state else None,
+        "I": I,
+        "H": H,
+        "P": P,
+    }
+    constants = {
+        "FORWARD": KERNELS[cell].forward,
+        "X_GATE": x_gate,
+        "H_GATE": h_gate,
+        "BU": how.BU,
+        "BB": how.BB,
+        "BK": how.BK,
+        "SAME_K": I == P,
+        "EVEN_K": I % how.BK == 0 and P % how.BK == 0,
+        "PRECISION": how.precision,
+    }
+    for k, (row, n, i_prev, n_prev, _, n_next) in enumerate(_neighbours(rows, reverse)):
+        args["n"], args["n_prev"], args["n_next"] = n, n_prev, n_next
+        args["i_row"], args["i_prev"], args["i_h"] = row, i_prev, 0 if projected else row
+        args["i_cell"], args["i_cell_prev"] = (row, i_prev) if saved else (k % 2 * batch, (k + 1) % 2 * batch)
+        grid = (how.grid[0], -(-n // how.BB))
+        launch(step_forward_kernel, grid, args, constants, how.num_warps, how.num_stages)
+        if projected:
+            torch.mm(h[:n], w_hr.t(), out=y_rows[row : row + n])
+    if projected:
+        h_n.copy_(y_rows[:batch] if reverse else y_rows[_last_rows(rows, x.device)])
+
+
+def _sequence_forward(
+    cell, how, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse, y, h_n, c_n, gates, cells
+) -> None:
+    from fusedrnn.kernels.cells import KERNELS
+    from fusedrnn.kernels.sequence import sequence_forward_kernel
+
+    spec = CELLS[cell]
+    accumulators = len(spec.accumulators)
+    rows = step_rows(x, batch_sizes)
+    sizes, offsets = _device_steps(rows, batch_sizes, x.device)
+    b_x = b_ih
+    if b_ih is not None and spec.x_acc == spec.h_acc:
+        b_x, b_hh = b_ih + b_hh, None
+    x = rows_of(x)
+    gates_x = x @ w_ih.t() if b_x is None else torch.addmm(b_x, x, w_ih.t())
+    args = {
+        "gates_x": gates_x,
+        "h0": h0,
+        "c0": c0,
+        "w_hh": w_hh,
+        "b_hh": b_hh,
+        "y": y,
+        "h_n": h_n,
+        "c_n": c_n if spec.has_cell_state else None,
+        "gates": gates if gates.numel() else None,
+        "cells": cells if cells.numel() else None,
+        "sizes": sizes,
+        "offsets": offsets,
+        "T": len(rows),
+        "B": h0.shape[0],
+        "H": w_hh.shape[1],
+    }
+    constants = {
+        "FORWARD": KERNELS[cell].forward,
+        "X_GATE": _gate_of(accumulators, spec.x_acc),
+        "H_GATE": _gate_of(accumulators, spec.h_acc),
+        "G": len(spec.gates),
+        "REVERSE": reverse,
+        "BU": how.BU,
+        "BB": how.BB,
+        "PRECISION": how.precision,
+    }
+    launch(sequence_forward_kernel, how.grid[1:], args, constants, how.num_warps, how.num_stages)
+
+
+def backward(
+    cell: str,
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    y: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+    algorithm: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """See the op ``fusedrnn::sequence_backward``."""
+    _check_device(x)
+    spec = CELLS[cell]
+    batch, hidden = h0.shape[0], w_hh.shape[0] // len(spec.gates)
+    proj = 0 if w_hr is None else h0.shape[1]
+    how = plan(
+        spec, batch, x.shape[-1], hidden, proj, x.dtype, algorithm=algorithm, backward=True,
+        tf32=x.dtype == torch.float32 and allow_tf32(),
+    )  # fmt: skip
+    rows = step_rows(x, batch_sizes)
+    n_rows = rows[-1][0] + rows[-1][1]
+    dgates = x.new_empty(n_rows, len(spec.accumulators) * hidden)
+    dh0, dc0 = torch.empty_like(h0, memory_format=torch.contiguous_format), x.new_empty(0)
+    if spec.has_cell_state:
+        dc0 = torch.empty_like(c0, memory_format=torch.contiguous_format)
+    dy_total = h = None
+    dy, dh_n, dc_n, h0, c0, w_hh, w_hr, y, gates, cells = map(
+        _dense, (dy, dh_n, dc_n, h0, c0, w_hh, w_hr, y, gates, cells)
+    )
+    if w_hr is not None:
+        # Grows into the whole gradient of y: from outside, from h_n, and from the next step.
+        dy_total = x.new_zeros(n_rows, proj) if dy is None else dy.reshape(n_rows, proj).clone()
+        if dh_n is not None and batch:
+            dy_total[slice(0, batch) if reverse else _last_rows(rows, x.device)] += dh_n
+        h = (rows_of(gates)[:, -hidden:] * rows_of(cells).tanh()).to(x.dtype) if needs[7] else None
+    if batch:
+        run = _step_backward if how.algorithm == "step" else _sequence_backward
+        with _guard(x):
+            run(
+                cell, how, dy, dh_n, dc_n, h0, c0, w_hh, w_hr, y, gates, cells, batch_sizes, reverse, rows, dgates,
+                dh0, dc0, dy_total, needs,
+            )  # fmt: skip
+    return weight_gradients(
+        spec, dgates, x, h0, w_ih, y, h, dy_total, batch_sizes, reverse, needs, dh0, dc0
+    )  # fmt: skip
+
+
+def _step_backward(
+    cell, how, dy, dh_n, dc_n, h0, c0, w_hh, w_hr, y, gates, cells, batch_sizes, reverse, rows, dgates, dh0, dc0,
+    dy_total, needs,
+) -> None:  # fmt: skip
+    from fusedrnn.kernels.cells import KERNELS
+    from fusedrnn.kernels.step import step_backward_kernel
+
+    spec = CELLS[cell]
+    kernels = KERNELS[cell]
+    (batch, P), H = h0.shape, w_hh.shape[0] // len(spec.gates)
+    acc_dtype = accumulation_dtype(y.dtype)
+    projected = w_hr is not None
+    if projected:
+        d, w_t, K, runs = dy_total, w_hr.t().contiguous(), P, ((0, 0, 1),)
+        dy = dh_n = None
+    else:
+        d, w_t, K, runs = dgates, w_hh.t().contiguous(), H, _runs(spec.h_acc)
+    args = {
+        "d": d,
+        "w_t": w_t,
+        "dy": dy,
+        "dh_n": dh_n,
+        "dc_n": dc_n,
+        "h0": h0,
+        "c0": c0,
+        "y": y,
+        "gates": gates if spec.saved else None,
+        "cells": cells if spec.has_cell_state else None,
+        "dgates": dgates,
+        "dc": y.new_empty(2, batch, H, dtype=acc_dtype) if spec.has_cell_state else None,
+        "dh": y.new_empty(2, batch, H, dtype=acc_dtype) if kernels.has_direct else None,
+        "dc0": dc0 if spec.has_cell_state else None,
+        "dh0": dh0 if kernels.has_direct else None,
+        "H": H,
+        "LW": w_t.shape[1],
+        "LD": d.shape[1],
+        "K": K,
+    }
+    constants = {
+        "BACKWARD": kernels.backward,
+        "RUNS": runs,
+        "A": len(spec.accumulators),
+        "S": len(spec.saved),
+        "USE_H": kernels.backward_uses_h,
+        "BU": how.BU,
+        "BB": how.BB,
+        "BK": how.BK,
+        "EVEN_K": K * y.element_size() % 16 == 0 and all(count * K % how.BK == 0 for _, _, count in runs),
+        "PRECISION": how.precision,
+    }
+    for k, (row, n, i_prev, n_prev, i_next, n_next) in enumerate(reversed(list(_neighbours(rows, reverse)))):
+        if projected and n_next:
+            dy_total[row : row + n_next].addmm_(dgates[i_next : i_next + n_next], w_hh)
+        args["n"], args["n_prev"], args["n_next"] = n, n_prev, n_next
+        args["n_d"], args["i_d"] = (n, row) if projected else (n_next, i_next)
+        args["i_row"], args["i_prev"] = row, i_prev
+        args["i_dc"], args["i_dc_next"] = k % 2 * batch, (k + 1) % 2 * batch
+        grid = (how.grid[0], -(-n // how.BB))
+        launch(step_backward_kernel, grid, args, constants, how.num_warps, how.num_stages)
+    if needs[1]:
+        first = dgates[_last_rows(rows, dgates.device) if reverse else slice(0, batch)]
+        columns = [first[:, acc * H : (acc + count) * H] for acc, _, count in _runs(spec.h_acc)]
+        through = torch.cat(columns, 1) @ w_hh
+        dh0.copy_(through + dh0 if kernels.has_direct else through)
+
+
+def _sequence_backward(
+    cell, how, dy, dh_n, dc_n, h0, c0, w_hh, w_hr, y, gates, cells, batch_sizes, reverse, rows, dgates, dh0, dc0,
+    dy_total, needs,
+) -> None:  # fmt: skip
+    from fusedrnn.kernels.cells import KERNELS
+    from fusedrnn.kernels.sequence import sequence_backward_kernel
+
+    spec = CELLS[cell]
+    kernels = KERNELS[cell]
+    sizes, offsets = _device_steps(rows, batch_sizes, y.device)
+    args = {
+        "w_hh": w_hh,
+        "dy": dy,
+        "dh_n": dh_n,
+        "dc_n": dc_n,
+        "h0": h0,
+        "c0": c0,
+        "y": y,
+        "gates": gates if spec.saved else None,
+        "cells": cells if spec.has_cell_state else None,
+        "dgates": dgates,
+        "dh0": dh0,
+        "dc0": dc0 if spec.has_cell_state else None,
+        "sizes": sizes,
+        "offsets": offsets,
+        "T": len(rows),
+        "B": h0.shape[0],
+        "H": w_hh.shape[1],
+    }
+    constants = {
+        "BACKWARD": kernels.backward,
+        "H_GATE": _gate_of(len(spec.accumulators), spec.h_acc),
+        "S": len(spec.saved),
+        "USE_H": kernels.backward_uses_h,
+        "HAS_DIRECT": kernels.has_direct,
+        "REVERSE": reverse,
+        "BU": how.BU,
+        "BB": how.BB,
+        "PRECISION": how.precision,
+    }
+    launch(sequence_backward_kernel, how.grid[1:], args, constants, how.num_warps, how.num_stages)

@@ -1,0 +1,203 @@
+"""A whole sequence in one launch: a program owns a slice of the batch, and keeps all of W_hh for every step."""
+
+import triton
+import triton.language as tl
+
+RUNTIME = ["T", "B"]
+
+
+@triton.jit
+def step_rows(t, T, B, sizes, offsets):
+    """First row and number of rows of time step t; no rows outside 0..T-1."""
+    if sizes is None:
+        i_row = tl.cast(t, tl.int64) * B
+        n = B
+    else:
+        m_t = (t >= 0) & (t < T)
+        i_row = tl.load(offsets + t, mask=m_t, other=0)
+        n = tl.load(sizes + t, mask=m_t, other=0)
+    return i_row, tl.where((t >= 0) & (t < T), n, 0)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def sequence_forward_kernel(
+    gates_x,  # [N, G*H]: x W_ih^T and the biases, but for b_hh where it cannot be added there
+    h0,  # [B, H]
+    c0,  # [B, H] or None
+    w_hh,  # [G*H, H]
+    b_hh,  # [G*H] or None
+    y,  # [N, H]
+    h_n,  # [B, H]
+    c_n,  # [B, H] or None
+    gates,  # [N, S*H] or None
+    cells,  # [N, H] or None
+    sizes,  # [T] or None when dense
+    offsets,  # [T] or None
+    T,
+    B,
+    H,
+    FORWARD: tl.constexpr,
+    X_GATE: tl.constexpr,
+    H_GATE: tl.constexpr,
+    G: tl.constexpr,
+    REVERSE: tl.constexpr,
+    BU: tl.constexpr,  # at least H
+    BB: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    A: tl.constexpr = len(X_GATE)
+    ACC: tl.constexpr = tl.float64 if y.dtype.element_ty == tl.float64 else tl.float32
+    o_u = tl.arange(0, BU)[:, None]
+    o_k = tl.arange(0, BU)[None, :]
+    o_b = (tl.program_id(0) * BB + tl.arange(0, BB))[None, :]
+    i_b = o_b.to(tl.int64)
+    m_u = o_u < H
+    m_state = m_u & (o_b < B)
+    o_state = i_b * H + o_u
+
+    b_w = ()
+    b_bias = ()
+    for a in tl.static_range(A):
+        if H_GATE[a] >= 0:
+            p_w = w_hh + (H_GATE[a] * H + o_u) * H + o_k
+            b_w = b_w + (tl.load(p_w, mask=m_u & (o_k < H), other=0.0),)
+            if b_hh is not None:
+                b_bias = b_bias + (tl.load(b_hh + H_GATE[a] * H + o_u, mask=m_u, other=0.0).to(ACC),)
+            else:
+                b_bias = b_bias + (0.0,)
+        else:
+            b_w = b_w + (0.0,)
+            b_bias = b_bias + (0.0,)
+
+    b_h = tl.load(h0 + o_state, mask=m_state, other=0.0)
+    b_c = b_h.to(ACC)
+    if c0 is not None:
+        b_c = tl.load(c0 + o_state, mask=m_state, other=0.0).to(ACC)
+    for i in range(0, T):
+        t = T - 1 - i if REVERSE else i
+        i_row, n = step_rows(t, T, B, sizes, offsets)
+        m_row = m_u & (o_b < n)
+        b_accs = ()
+        for a in tl.static_range(A):
+            b_acc = tl.zeros((BU, BB), ACC)
+            if X_GATE[a] >= 0:
+                p_gate = gates_x + (i_row + i_b) * (G * H) + X_GATE[a] * H + o_u
+                b_acc += tl.load(p_gate, mask=m_row, other=0.0).to(ACC)
+            if H_GATE[a] >= 0:
+                b_acc = tl.dot(b_w[a], b_h, b_acc, input_precision=PRECISION, out_dtype=ACC)
+                if b_hh is not None:
+                    b_acc += b_bias[a]
+            b_accs = b_accs + (b_acc,)
+        b_h_new, b_c_new, b_saved = FORWARD(b_accs, b_h.to(ACC), b_c)
+        b_h_new = b_h_new.to(y.dtype.element_ty)
+        b_h = tl.where(m_row, b_h_new, b_h)
+        tl.store(y + i_row * H + o_state, b_h_new, mask=m_row)
+        if c0 is not None:
+            b_c = tl.where(m_row, b_c_new, b_c)
+            if cells is not None:
+                tl.store(cells + i_row * H + o_state, b_c_new, mask=m_row)
+        if gates is not None:
+            S: tl.constexpr = len(b_saved)
+            for s in tl.static_range(S):
+                p_gate = gates + (i_row + i_b) * (S * H) + s * H + o_u
+                tl.store(p_gate, b_saved[s].to(gates.dtype.element_ty), mask=m_row)
+    tl.store(h_n + o_state, b_h, mask=m_state)
+    if c0 is not None:
+        tl.store(c_n + o_state, b_c.to(c_n.dtype.element_ty), mask=m_state)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def sequence_backward_kernel(
+    w_hh,  # [G*H, H]
+    dy,  # [N, H] or None
+    dh_n,  # [B, H] or None
+    dc_n,  # [B, H] or None
+    h0,  # [B, H], read only with USE_H, as y
+    c0,  # [B, H] or None
+    y,  # [N, H]
+    gates,  # [N, S*H] or None
+    cells,  # [N, H] or None
+    dgates,  # [N, A*H]
+    dh0,  # [B, H]
+    dc0,  # [B, H] or None
+    sizes,  # [T] or None when dense
+    offsets,  # [T] or None
+    T,
+    B,
+    H,
+    BACKWARD: tl.constexpr,
+    H_GATE: tl.constexpr,
+    S: tl.constexpr,
+    USE_H: tl.constexpr,
+    HAS_DIRECT: tl.constexpr,
+    REVERSE: tl.constexpr,
+    BU: tl.constexpr,  # at least H
+    BB: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    A: tl.constexpr = len(H_GATE)
+    ACC: tl.constexpr = tl.float64 if y.dtype.element_ty == tl.float64 else tl.float32
+    o_u = tl.arange(0, BU)[:, None]
+    o_k = tl.arange(0, BU)[None, :]
+    o_b = (tl.program_id(0) * BB + tl.arange(0, BB))[None, :]
+    i_b = o_b.to(tl.int64)
+    m_u = o_u < H
+    m_state = m_u & (o_b < B)
+    o_state = i_b * H + o_u
+
+    b_w = ()
+    for a in tl.static_range(A):
+        if H_GATE[a] >= 0:
+            p_w = w_hh + (H_GATE[a] * H + o_k) * H + o_u
+            b_w = b_w + (tl.load(p_w, mask=m_u & (o_k < H), other=0.0),)
+        else:
+            b_w = b_w + (0.0,)
+
+    b_dh = tl.zeros((BU, BB), ACC)
+    b_dc = tl.zeros((BU, BB), ACC)
+    if dh_n is not None:
+        b_dh += tl.load(dh_n + o_state, mask=m_state, other=0.0).to(ACC)
+    if dc_n is not None:
+        b_dc += tl.load(dc_n + o_state, mask=m_state, other=0.0).to(ACC)
+    for i in range(0, T):
+        t = i if REVERSE else T - 1 - i
+        i_row, n = step_rows(t, T, B, sizes, offsets)
+        i_prev, n_prev = step_rows(t + 1 if REVERSE else t - 1, T, B, sizes, offsets)
+        m_row = m_u & (o_b < n)
+        m_prev = m_row & (o_b < n_prev)
+        m_first = m_row & (o_b >= n_prev)
+        b_dh_all = b_dh
+        if dy is not None:
+            b_dh_all += tl.load(dy + i_row * H + o_state, mask=m_row, other=0.0).to(ACC)
+        b_c = b_dc
+        b_c_prev = b_dc
+        if cells is not None:
+            b_c = tl.load(cells + i_row * H + o_state, mask=m_row, other=0.0)
+            b_c_prev = tl.load(c0 + o_state, mask=m_first, other=0.0).to(ACC)
+            b_c_prev += tl.load(cells + i_prev * H + o_state, mask=m_prev, other=0.0)
+        b_h = b_dh_all
+        b_h_prev = b_dh_all
+        if USE_H:
+            b_h = tl.load(y + i_row * H + o_state, mask=m_row, other=0.0).to(ACC)
+            b_h_prev = tl.load(h0 + o_state, mask=m_first, other=0.0).to(ACC)
+            b_h_prev += tl.load(y + i_prev * H + o_state, mask=m_prev, other=0.0).to(ACC)
+        b_saved = ()
+        for s in tl.static_range(S):
+            p_gate = gates + (i_row + i_b) * (S * H) + s * H + o_u
+            b_saved = b_saved + (tl.load(p_gate, mask=m_row, other=0.0).to(ACC),)
+
+        b_dacc, b_direct, b_dc_prev = BACKWARD(b_dh_all, b_dc, b_saved, b_h, b_h_prev, b_c_prev, b_c)
+
+        b_dh_prev = tl.zeros((BU, BB), ACC)
+        if HAS_DIRECT:
+            b_dh_prev += b_direct
+        for a in tl.static_range(A):
+            b_da = b_dacc[a].to(dgates.dtype.element_ty)
+            tl.store(dgates + (i_row + i_b) * (A * H) + a * H + o_u, b_da, mask=m_row)
+            if H_GATE[a] >= 0:
+                b_dh_prev = tl.dot(b_w[a], b_da, b_dh_prev, input_precision=PRECISION, out_dtype=ACC)
+        b_dh = tl.where(m_row, b_dh_prev, b_dh)
+        b_dc = tl.where(m_row, b_dc_prev, b_dc)
+    tl.store(dh0 + o_state, b_dh.to(dh0.dtype.element_ty), mask=m_state)
+    if cells is not None:
+        tl.store(dc0 + o_state, b_dc.to(dc0.dtype.element_ty), mask=m_state)
