@@ -24,7 +24,7 @@ CAPABILITY_FLAGS = {
     "recurrence_avx512.cpp": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"],
 }
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
-         "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]  # fmt: skip
+         "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # fmt: skip
 CUDA_ARCHITECTURES = "8.0+PTX;9.0"
 
 try:

@@ -17,7 +17,13 @@
 namespace fusedrnn {
 
 // exp(-x) may overflow to infinity; 1 / (1 + infinity) is still 0.
-FUSEDRNN_HD float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+FUSEDRNN_HD float sigmoid(float x) {
+#ifdef __CUDA_ARCH__
+  return __fdividef(1.0f, 1.0f + __expf(-x));
+#else
+  return 1.0f / (1.0f + expf(-x));
+#endif
+}
 FUSEDRNN_HD double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
 FUSEDRNN_HD float tanh(float x) { return ::tanhf(x); }
 FUSEDRNN_HD double tanh(double x) { return ::tanh(x); }

@@ -1,5 +1,6 @@
 """Loads the C++ extension when the package is imported, and remembers why it could not."""
 
+import importlib
 import json
 import platform
 import sys
@@ -40,20 +41,14 @@ def _load() -> tuple[Any, str]:
     if built_for is not None and built_for != torch.__version__:
         return None, f"built for torch {built_for}, but this is torch {torch.__version__}: {_HOW_TO_BUILD}"
     try:
-        from fusedrnn import _C
+        return importlib.import_module("fusedrnn._C"), ""
     except ModuleNotFoundError as error:
         if error.name != "fusedrnn._C":
             raise
-        return None, (
-            f"not built for Python {sys.version_info[0]}.{sys.version_info[1]} on {platform.machine()}: "
-            f"{_HOW_TO_BUILD}"
-        )
+        version = f"Python {sys.version_info[0]}.{sys.version_info[1]} on {platform.machine()}"
+        return None, f"not built for {version}: {_HOW_TO_BUILD}"
     except ImportError as error:
-        # The cyclic form "cannot import name '_C'" is how a missing submodule of a package shows.
-        if "cannot import name" in str(error):
-            return None, f"not built: {_HOW_TO_BUILD}"
         return None, f"{error}: {_HOW_TO_BUILD}"
-    return _C, ""
 
 
 check_versions(sys.version_info, torch.__version__)

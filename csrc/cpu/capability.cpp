@@ -1,0 +1,66 @@
+#include <stdlib.h>
+#include <string.h>
+
+#include "recurrence.h"
+
+namespace fusedrnn {
+namespace {
+
+struct Candidate {
+  const Kernels* kernels;
+  bool runs;
+};
+
+// Ascending.
+const Candidate* candidates(int* count) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  static const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  static const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                                 __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+#endif
+  static const Candidate table[] = {
+      {&portable::kernels, true},
+#ifdef FUSEDRNN_HAS_AVX2
+      {&avx2::kernels, has_avx2},
+#endif
+#ifdef FUSEDRNN_HAS_AVX512
+      {&avx512::kernels, has_avx512},
+#endif
+  };
+  *count = sizeof(table) / sizeof(table[0]);
+  return table;
+}
+
+const Kernels& choose() {
+  int count = 0;
+  const Candidate* table = candidates(&count);
+  const char* limit = getenv("FUSEDRNN_CPU_CAPABILITY");
+  const Kernels* best = table[0].kernels;
+  for (int i = 0; i < count; ++i) {
+    if (table[i].runs) best = table[i].kernels;
+    if (limit && strcmp(limit, table[i].kernels->name) == 0) break;
+  }
+  return *best;
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+const char* compiled_capabilities() {
+  return "portable"
+#ifdef FUSEDRNN_HAS_AVX2
+         " avx2"
+#endif
+#ifdef FUSEDRNN_HAS_AVX512
+         " avx512"
+#endif
+      ;
+}
+
+}  // namespace fusedrnn

@@ -1,0 +1,83 @@
+// The recurrence of one direction of one layer on the CPU: raw pointers in, no torch.
+//
+// T steps, B batch, H hidden, P output (P = H without projection), G gates, A accumulators, S saved arrays,
+// N rows. Everything is rows, step t's rows are offsets[t] .. offsets[t + 1]; a dense batch is the case where
+// every step has B rows. Row b of a step belongs to sequence b; batch sizes do not increase with t.
+// "E" is the dtype of the tensors, "C" the type of the math: double for double, else float.
+#pragma once
+
+#include <stdint.h>
+
+namespace fusedrnn {
+
+enum class CellKind { kLstm };
+enum class Dtype { kFloat32, kFloat64, kBfloat16, kFloat16 };
+
+struct Shape {
+  CellKind cell;
+  Dtype dtype;
+  int64_t steps, batch, hidden, out;
+  const int64_t* offsets;  // [T + 1]
+  bool reverse;
+  int threads;           // at most
+  int64_t cache_bytes;   // of one core's own cache
+};
+
+struct Forward {
+  Shape shape;
+  const void* gates_x;  // E [N, G*H]: x W_ih^T without bias
+  const void* h0;       // E [B, P]
+  const void* c0;       // E [B, H], or null
+  const void* w_hh;     // E [G*H, P]
+  const void* b_ih;     // E [G*H], or null
+  const void* b_hh;     // E [G*H], or null
+  const void* w_hr;     // E [P, H], or null
+  void* y;              // E [N, P]
+  void* h_n;            // E [B, P]
+  void* c_n;            // E [B, H], or null
+  void* gates;          // E [N, S*H], or null: not saved
+  void* cells;          // C [N, H], or null: not saved
+};
+
+struct Backward {
+  Shape shape;
+  const void* dy;     // E [N, P], or null: zero
+  const void* dh_n;   // E [B, P], or null: zero
+  const void* dc_n;   // E [B, H], or null: zero
+  const void* h0;     // E [B, P]
+  const void* c0;     // E [B, H], or null
+  const void* w_hh;   // E [G*H, P]
+  const void* w_hr;   // E [P, H], or null
+  const void* y;      // E [N, P]
+  const void* gates;  // E [N, S*H]
+  const void* cells;  // C [N, H]
+  void* dgates;       // E [N, A*H]
+  void* dh0;          // E [B, P], or null: not needed
+  void* dc0;          // E [B, H], or null: not needed
+  void* dy_total;     // E [N, P]: dy with what came back through the recurrence; with w_hr only
+  void* h;            // E [N, H]: the unprojected output; with w_hr only
+};
+
+struct Kernels {
+  const char* name;
+  void (*forward)(const Forward&);
+  void (*backward)(const Backward&);
+};
+
+// One per instruction set, each compiled with its own flags.
+namespace portable {
+extern const Kernels kernels;
+}
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+
+// The best one that was compiled in and that this processor runs; FUSEDRNN_CPU_CAPABILITY lowers it.
+const Kernels& kernels();
+// Names of those compiled in, separated by spaces.
+const char* compiled_capabilities();
+
+}  // namespace fusedrnn

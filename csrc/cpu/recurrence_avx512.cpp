@@ -1,0 +1,3 @@
+#define FUSEDRNN_CAPABILITY avx512
+#define FUSEDRNN_VECTOR_BYTES 64
+#include "recurrence_kernels.h"

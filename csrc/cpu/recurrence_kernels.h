@@ -1,0 +1,770 @@
+// The skeleton of a recurrence, compiled once per instruction set: one parallel region for the whole sequence.
+//
+// A weight matrix is repacked into panels, [block of columns][k][kVectors][W lanes], so that a step streams it
+// once from front to back. Two ways to share the work:
+//   by rows   W_hh fits each core's own cache: a thread runs its rows of the batch through all steps, no barrier;
+//   by units  each thread keeps its panels in its own cache and all rows; a barrier after each step.
+// Either way a thread only ever touches its own part of the carried c and dc.
+#pragma once
+
+#include <omp.h>
+#include <sched.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "../cells.h"
+#include "recurrence.h"
+#include "simd.h"
+
+namespace fusedrnn::FUSEDRNN_CAPABILITY {
+
+template <typename E>
+struct Compute {
+  using Type = float;
+};
+template <>
+struct Compute<double> {
+  using Type = double;
+};
+
+FUSEDRNN_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+FUSEDRNN_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) {
+    if (count == 0) return;
+    data_ = static_cast<T*>(aligned_alloc(64, static_cast<size_t>(divide_up(count * sizeof(T), 64) * 64)));
+    if (!data_) abort();
+  }
+  ~Buffer() { free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  operator T*() const { return data_; }
+
+ private:
+  T* data_ = nullptr;
+};
+
+// Spins briefly, then gives the core away: a thread of ours may be waiting for it.
+class Barrier {
+ public:
+  void wait(int threads) {
+    if (threads == 1) return;
+    const int round = __atomic_load_n(&round_, __ATOMIC_RELAXED);
+    if (__atomic_add_fetch(&arrived_, 1, __ATOMIC_ACQ_REL) == threads) {
+      __atomic_store_n(&arrived_, 0, __ATOMIC_RELAXED);
+      __atomic_store_n(&round_, round + 1, __ATOMIC_RELEASE);
+      return;
+    }
+    for (int spins = 0; __atomic_load_n(&round_, __ATOMIC_ACQUIRE) == round; ++spins) {
+      if (spins < 4000) {
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#endif
+      } else {
+        sched_yield();
+      }
+    }
+  }
+
+ private:
+  alignas(64) int arrived_ = 0;
+  alignas(64) int round_ = 0;
+};
+
+// How many rows of a batch go through a panel at once: what the registers hold.
+template <int kVectors>
+constexpr int max_rows() {
+#if FUSEDRNN_VECTOR_BYTES == 64
+  return kVectors >= 3 ? 6 : 8;
+#elif FUSEDRNN_VECTOR_BYTES == 32
+  return kVectors >= 3 ? 3 : 4;
+#else
+  return kVectors >= 3 ? 2 : 4;
+#endif
+}
+
+// acc[r][v] += sum over k of rows[r][k] * panel[k][v]. With few rows several sums run side by side, because one
+// alone would wait for its own previous addition.
+template <int kRows, int kVectors, typename C>
+FUSEDRNN_INLINE void multiply(Vec<C> (&acc)[kRows][kVectors], const C* const* rows, const C* panel, int64_t depth) {
+  constexpr int kWidth = Vec<C>::kWidth;
+  constexpr int kWays = kRows * kVectors >= 8 ? 1 : (kRows * kVectors >= 4 ? 2 : 4);
+  int64_t k = 0;
+  if constexpr (kWays > 1) {
+    Vec<C> part[kWays - 1][kRows][kVectors];
+    FUSEDRNN_UNROLL
+    for (int w = 0; w < kWays - 1; ++w) {
+      FUSEDRNN_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        FUSEDRNN_UNROLL
+        for (int v = 0; v < kVectors; ++v) part[w][r][v] = Vec<C>(C(0));
+      }
+    }
+    for (; k + kWays <= depth; k += kWays) {
+      FUSEDRNN_UNROLL
+      for (int w = 0; w < kWays; ++w) {
+        FUSEDRNN_UNROLL
+        for (int v = 0; v < kVectors; ++v) {
+          const Vec<C> weight = load(panel + ((k + w) * kVectors + v) * kWidth);
+          FUSEDRNN_UNROLL
+          for (int r = 0; r < kRows; ++r) {
+            Vec<C>& sum = w == 0 ? acc[r][v] : part[w == 0 ? 0 : w - 1][r][v];
+            sum.v += weight.v * rows[r][k + w];
+          }
+        }
+      }
+    }
+    FUSEDRNN_UNROLL
+    for (int w = 0; w < kWays - 1; ++w) {
+      FUSEDRNN_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        FUSEDRNN_UNROLL
+        for (int v = 0; v < kVectors; ++v) acc[r][v].v += part[w][r][v].v;
+      }
+    }
+  }
+  for (; k < depth; ++k) {
+    Vec<C> weight[kVectors];
+    FUSEDRNN_UNROLL
+    for (int v = 0; v < kVectors; ++v) weight[v] = load(panel + (k * kVectors + v) * kWidth);
+    FUSEDRNN_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      FUSEDRNN_UNROLL
+      for (int v = 0; v < kVectors; ++v) acc[r][v].v += weight[v].v * rows[r][k];
+    }
+  }
+}
+
+// One panel of weight^T: lane j of vector v at depth k is weight[first[v] + j][k]; rows beyond `count` are zero.
+template <int kVectors, typename C, typename E>
+void pack_rows(C* panel, const E* weight, int64_t stride, const int64_t* first, int64_t count, int64_t depth) {
+  constexpr int kWidth = Vec<C>::kWidth;
+  for (int v = 0; v < kVectors; ++v) {
+    for (int64_t k = 0; k < depth; k += kWidth) {
+      const int64_t width = min(kWidth, depth - k);
+      Vec<C> tile[kWidth];
+      FUSEDRNN_UNROLL
+      for (int j = 0; j < kWidth; ++j) {
+        tile[j] = j < count ? load<C>(weight + (first[v] + j) * stride + k, width) : Vec<C>(C(0));
+      }
+      transpose<1, kWidth>(tile);
+      for (int64_t j = 0; j < width; ++j) store(panel + ((k + j) * kVectors + v) * kWidth, tile[j]);
+    }
+  }
+}
+
+// One panel of weight: lane j of vector v at depth k is weight[k][v * W + j]; columns beyond `count` are zero.
+template <int kVectors, typename C, typename E>
+void pack_columns(C* panel, const E* weight, int64_t stride, int64_t count, int64_t depth) {
+  constexpr int kWidth = Vec<C>::kWidth;
+  for (int64_t k = 0; k < depth; ++k) {
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t left = count - v * kWidth;
+      const Vec<C> x = left > 0 ? load<C>(weight + k * stride + v * kWidth, left) : Vec<C>(C(0));
+      store(panel + (k * kVectors + v) * kWidth, x);
+    }
+  }
+}
+
+template <typename C, typename E>
+void convert(C* to, const E* from, int64_t count) {
+  constexpr int kWidth = Vec<C>::kWidth;
+  for (int64_t i = 0; i < count; i += kWidth) {
+    store(to + i, from ? load<C>(from + i, count - i) : Vec<C>(C(0)), count - i);
+  }
+}
+
+// What forward and backward share: sizes, the order of steps, and who does what.
+template <typename Cell, typename E>
+struct Skeleton {
+  using C = typename Compute<E>::Type;
+  using V = Vec<C>;
+  static constexpr int kWidth = V::kWidth;
+  static constexpr int kG = Cell::kGates;
+  static constexpr int kA = Cell::kAccumulators;
+  static constexpr int kS = Cell::kSaved;
+  static constexpr int kPlain = 2;  // vectors of a panel whose columns are units or outputs, not gates
+  static constexpr bool kWide = sizeof(E) == sizeof(C);
+
+  const Shape& shape;
+  const int64_t steps, batch, hidden, out;
+  const int64_t padded;  // H rounded up to whole vectors: the row length of carried state
+  const bool projected;
+  bool by_rows;
+  int64_t tile_rows;
+
+  Skeleton(const Shape& s, bool projected, int most_rows)
+      : shape(s),
+        steps(s.steps),
+        batch(s.batch),
+        hidden(s.hidden),
+        out(s.out),
+        padded(divide_up(s.hidden, kPlain * kWidth) * kPlain * kWidth),
+        projected(projected) {
+    const int64_t weight_bytes = kG * padded * out * static_cast<int64_t>(sizeof(C));
+    by_rows = s.threads > 1 && s.batch >= 2 * s.threads && weight_bytes <= s.cache_bytes / 4 * 3;
+    const int64_t share = by_rows ? divide_up(batch, s.threads) : batch;
+    tile_rows = divide_up(share, divide_up(share, most_rows));
+  }
+
+  int64_t offset(int64_t t) const { return shape.offsets[t]; }
+  int64_t rows_at(int64_t t) const { return t < 0 || t >= steps ? 0 : shape.offsets[t + 1] - shape.offsets[t]; }
+  int64_t before(int64_t t) const { return shape.reverse ? t + 1 : t - 1; }
+  int64_t after(int64_t t) const { return shape.reverse ? t - 1 : t + 1; }
+  // The row of sequence b in the step where it starts (ends).
+  int64_t edge_row(int64_t b, bool start) const {
+    if (start != shape.reverse) return b;
+    int64_t t = steps - 1;
+    while (rows_at(t) <= b) --t;
+    return offset(t) + b;
+  }
+
+  struct Range {
+    int64_t begin, end;
+  };
+  // This thread's share of `count` things that the barrier mode hands out.
+  static Range share_of(int64_t count, int thread, int threads) {
+    return {count * thread / threads, count * (thread + 1) / threads};
+  }
+  Range blocks(int64_t count, int thread, int threads) const {
+    return by_rows ? Range{0, count} : share_of(count, thread, threads);
+  }
+
+  // f(first row, number of rows) for this thread's tiles of rows `begin` .. `end`.
+  template <typename F>
+  FUSEDRNN_INLINE void tiles(int64_t begin, int64_t end, int thread, int threads, F f) const {
+    const int64_t stride = by_rows ? tile_rows * threads : tile_rows;
+    for (int64_t b = by_rows ? tile_rows * thread : 0; b < end; b += stride) {
+      const int64_t low = b < begin ? begin : b;
+      const int64_t high = min(b + tile_rows, end);
+      if (low < high) f(low, high - low);
+    }
+  }
+  void barrier_of_step(Barrier& barrier, int threads) const {
+    if (!by_rows) barrier.wait(threads);
+  }
+
+  template <typename F>
+  static void parallel(int threads, F f) {
+    if (threads == 1) return f(0, 1);
+#pragma omp parallel num_threads(threads)
+    f(omp_get_thread_num(), omp_get_num_threads());
+  }
+};
+
+// f(integral constant) for rows in 1 .. kMost.
+template <int kRows>
+struct Rows {
+  static constexpr int value = kRows;
+};
+template <int kMost, typename F>
+FUSEDRNN_INLINE void with_rows(int64_t rows, F f) {
+  if constexpr (kMost > 1) {
+    if (rows < kMost) return with_rows<kMost - 1>(rows, f);
+  }
+  f(Rows<kMost>());
+}
+
+template <typename Cell, typename E>
+struct ForwardRun : Skeleton<Cell, E> {
+  using Base = Skeleton<Cell, E>;
+  using Base::batch, Base::hidden, Base::kA, Base::kG, Base::kPlain, Base::kS, Base::kWide, Base::kWidth, Base::out,
+      Base::padded, Base::projected, Base::steps;
+  using C = typename Base::C;
+  using V = typename Base::V;
+  static constexpr int kMostRows = max_rows<kG>();
+  static constexpr int kMostPlainRows = max_rows<kPlain>();
+
+  const Forward& p;
+  const int64_t unit_blocks, out_blocks;
+  Buffer<C> panels;      // [unit block][P][G][W]
+  Buffer<C> out_panels;  // [out block][H][kPlain][W]
+  Buffer<C> bias;        // [A][padded]
+  Buffer<C> c;           // [B][padded]
+  Buffer<C> h;           // [B][padded]: unprojected, with w_hr only
+  Buffer<C> exchange;    // [3][B][P]: h of the last two steps and h0, where E is narrower than C
+  Barrier barrier;
+
+  explicit ForwardRun(const Forward& problem)
+      : Base(problem.shape, problem.w_hr != nullptr, kMostRows),
+        p(problem),
+        unit_blocks(divide_up(hidden, kWidth)),
+        out_blocks(projected ? divide_up(out, kPlain * kWidth) : 0),
+        panels(unit_blocks * out * kG * kWidth),
+        out_panels(out_blocks * hidden * kPlain * kWidth),
+        bias(kA * padded),
+        c(batch * padded),
+        h(projected ? batch * padded : 0),
+        exchange(kWide ? 0 : 3 * batch * out) {}
+
+  void run() {
+    Base::parallel(this->shape.threads, [this](int thread, int threads) { work(thread, threads); });
+  }
+
+ private:
+  const E* weights() const { return static_cast<const E*>(p.w_hh); }
+
+  void work(int thread, int threads) {
+    prepare(thread, threads);
+    barrier.wait(threads);
+    const auto units = this->blocks(unit_blocks, thread, threads);
+    const auto outs = this->blocks(out_blocks, thread, threads);
+    for (int64_t s = 0; s < steps; ++s) {
+      const int64_t t = this->shape.reverse ? steps - 1 - s : s;
+      const int64_t rows = this->rows_at(t);
+      this->tiles(0, rows, thread, threads, [&](int64_t b, int64_t count) {
+        with_rows<kMostRows>(count, [&](auto n) {
+          for (int64_t u = units.begin; u < units.end; ++u) advance<decltype(n)::value>(t, s, b, u);
+        });
+      });
+      if (projected) {
+        this->barrier_of_step(barrier, threads);
+        this->tiles(0, rows, thread, threads, [&](int64_t b, int64_t count) {
+          for (int64_t done = 0; done < count; done += kMostPlainRows) {
+            with_rows<kMostPlainRows>(min(count - done, kMostPlainRows), [&](auto n) {
+              for (int64_t o = outs.begin; o < outs.end; ++o) project<decltype(n)::value>(t, s, b + done, o);
+            });
+          }
+        });
+      }
+      this->barrier_of_step(barrier, threads);
+    }
+    barrier.wait(threads);
+    for (int64_t b = thread; b < batch; b += threads) {
+      memcpy(static_cast<E*>(p.h_n) + b * out, static_cast<const E*>(p.y) + this->edge_row(b, false) * out,
+             out * sizeof(E));
+      if constexpr (Cell::kHasCellState) {
+        for (int64_t u = 0; u < hidden; u += kWidth) {
+          store(static_cast<E*>(p.c_n) + b * hidden + u, load(c + b * padded + u), hidden - u);
+        }
+      }
+    }
+  }
+
+  void prepare(int thread, int threads) {
+    // In barrier mode every thread packs what it will use: the pages and the cache lines are then its own.
+    const auto units = Base::share_of(unit_blocks, thread, threads);
+    for (int64_t block = units.begin; block < units.end; ++block) {
+      const int64_t u = block * kWidth;
+      int64_t first[kG];
+      for (int g = 0; g < kG; ++g) first[g] = g * hidden + u;
+      pack_rows<kG>(panels + block * out * kG * kWidth, weights(), out, first, hidden - u, out);
+      for (int a = 0; a < kA; ++a) store(bias + a * padded + u, V(C(0)));
+      for (int g = 0; g < kG; ++g) {
+        add_bias(Cell::x_acc(g) * padded + u, p.b_ih, g * hidden + u, hidden - u);
+        add_bias(Cell::h_acc(g) * padded + u, p.b_hh, g * hidden + u, hidden - u);
+      }
+      if constexpr (Cell::kHasCellState) {
+        const E* c0 = static_cast<const E*>(p.c0);
+        for (int64_t b = 0; b < batch; ++b) store(c + b * padded + u, load<C>(c0 + b * hidden + u, hidden - u));
+      }
+    }
+    const auto outs = Base::share_of(out_blocks, thread, threads);
+    for (int64_t block = outs.begin; block < outs.end; ++block) {
+      int64_t first[kPlain];
+      C* panel = out_panels + block * hidden * kPlain * kWidth;
+      for (int v = 0; v < kPlain; ++v) {
+        first[0] = block * kPlain * kWidth + v * kWidth;
+        pack_rows_strided(panel + v * kWidth, static_cast<const E*>(p.w_hr), first[0]);
+      }
+    }
+    if constexpr (!kWide) {
+      for (int64_t b = thread; b < batch; b += threads) {
+        convert(exchange + (2 * batch + b) * out, static_cast<const E*>(p.h0) + b * out, out);
+      }
+    }
+  }
+
+  // One vector of a plain panel of W_hr.
+  void pack_rows_strided(C* panel, const E* weight, int64_t first) {
+    for (int64_t k = 0; k < hidden; k += kWidth) {
+      const int64_t width = min(kWidth, hidden - k);
+      V tile[kWidth];
+      FUSEDRNN_UNROLL
+      for (int j = 0; j < kWidth; ++j) {
+        tile[j] = first + j < out ? load<C>(weight + (first + j) * hidden + k, width) : V(C(0));
+      }
+      transpose<1, kWidth>(tile);
+      for (int64_t j = 0; j < width; ++j) store(panel + (k + j) * kPlain * kWidth, tile[j]);
+    }
+  }
+
+  void add_bias(int64_t at, const void* b, int64_t from, int64_t count) {
+    if (b) store(bias + at, load(bias + at) + load<C>(static_cast<const E*>(b) + from, count));
+  }
+
+  // h that row b of step t starts from.
+  FUSEDRNN_INLINE const C* h_before(int64_t t, int64_t s, int64_t b) const {
+    const int64_t previous = this->before(t);
+    const bool carried = b < this->rows_at(previous);
+    if constexpr (kWide) {
+      return carried ? static_cast<const C*>(p.y) + (this->offset(previous) + b) * out
+                     : static_cast<const C*>(p.h0) + b * out;
+    } else {
+      return exchange + ((carried ? (s - 1) & 1 : 2) * batch + b) * out;
+    }
+  }
+
+  // Units u .. u + W of kRows rows: the matmul of all gates, and the cell on its registers.
+  template <int kRows>
+  void advance(int64_t t, int64_t s, int64_t b, int64_t block) {
+    const C* before[kRows];
+    for (int r = 0; r < kRows; ++r) before[r] = h_before(t, s, b + r);
+    V sums[kRows][kG];
+    FUSEDRNN_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      FUSEDRNN_UNROLL
+      for (int g = 0; g < kG; ++g) sums[r][g] = V(C(0));
+    }
+    multiply(sums, before, panels + block * out * kG * kWidth, out);
+
+    const int64_t u = block * kWidth, count = hidden - u;
+    FUSEDRNN_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t row = this->offset(t) + b + r;
+      V acc[kA], saved[kS > 0 ? kS : 1], h_new, c_new;
+      FUSEDRNN_UNROLL
+      for (int a = 0; a < kA; ++a) acc[a] = load(bias + a * padded + u);
+      FUSEDRNN_UNROLL
+      for (int g = 0; g < kG; ++g) {
+        const E* gate_x = static_cast<const E*>(p.gates_x) + (row * kG + g) * hidden + u;
+        acc[Cell::x_acc(g)] = acc[Cell::x_acc(g)] + load<C>(gate_x, count);
+      }
+      FUSEDRNN_UNROLL
+      for (int g = 0; g < kG; ++g) acc[Cell::h_acc(g)] = acc[Cell::h_acc(g)] + sums[r][g];
+      V h_prev(C(0)), c_prev(C(0));
+      if constexpr (Cell::kUsesHPrev) h_prev = load<C>(before[r] + u, count);
+      if constexpr (Cell::kHasCellState) c_prev = load(c + (b + r) * padded + u);
+      Cell::forward(acc, h_prev, c_prev, h_new, c_new, saved);
+      if constexpr (Cell::kHasCellState) {
+        store(c + (b + r) * padded + u, c_new);
+        if (p.cells) store(static_cast<C*>(p.cells) + row * hidden + u, c_new, count);
+      }
+      if (p.gates) {
+        FUSEDRNN_UNROLL
+        for (int i = 0; i < kS; ++i) {
+          store(static_cast<E*>(p.gates) + (row * kS + i) * hidden + u, saved[i], count);
+        }
+      }
+      if (projected) {
+        store(h + (b + r) * padded + u, h_new);
+      } else {
+        emit(row, s, b + r, u, h_new, count);
+      }
+    }
+  }
+
+  template <int kRows>
+  void project(int64_t t, int64_t s, int64_t b, int64_t block) {
+    const C* rows[kRows];
+    for (int r = 0; r < kRows; ++r) rows[r] = h + (b + r) * padded;
+    V sums[kRows][kPlain];
+    FUSEDRNN_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      FUSEDRNN_UNROLL
+      for (int v = 0; v < kPlain; ++v) sums[r][v] = V(C(0));
+    }
+    multiply(sums, rows, out_panels + block * hidden * kPlain * kWidth, hidden);
+    FUSEDRNN_UNROLL
+    for (int v = 0; v < kPlain; ++v) {
+      const int64_t u = (block * kPlain + v) * kWidth;
+      if (u >= out) break;
+      FUSEDRNN_UNROLL
+      for (int r = 0; r < kRows; ++r) emit(this->offset(t) + b + r, s, b + r, u, sums[r][v], out - u);
+    }
+  }
+
+  FUSEDRNN_INLINE void emit(int64_t row, int64_t s, int64_t b, int64_t u, V value, int64_t count) {
+    store(static_cast<E*>(p.y) + row * out + u, value, count);
+    if constexpr (!kWide) store(exchange + ((s & 1) * batch + b) * out + u, rounded<E>(value), count);
+  }
+};
+
+template <typename Cell, typename E>
+struct BackwardRun : Skeleton<Cell, E> {
+  using Base = Skeleton<Cell, E>;
+  using Base::batch, Base::hidden, Base::kA, Base::kG, Base::kPlain, Base::kS, Base::kWide, Base::kWidth, Base::out,
+      Base::padded, Base::projected, Base::steps;
+  using C = typename Base::C;
+  using V = typename Base::V;
+  static constexpr int kMostRows = max_rows<kPlain>();
+
+  const Backward& p;
+  const int64_t unit_blocks, out_blocks;
+  Buffer<C> panels;       // [out block][G*H][kPlain][W] of W_hh
+  Buffer<C> hr_panels;    // [unit block][P][kPlain][W] of W_hr
+  Buffer<C> dc;           // [B][padded]
+  Buffer<C> dy;           // [B][P]: with w_hr only, the step's dy with what the recurrence brings back
+  Buffer<C> dh_direct;    // [B][padded]: with kDirectH only
+  Buffer<C> exchange;     // [2][B][A*H]: dgates of the last two steps, where E is narrower than C
+  Barrier barrier;
+
+  explicit BackwardRun(const Backward& problem)
+      : Base(problem.shape, problem.w_hr != nullptr, kMostRows),
+        p(problem),
+        unit_blocks(divide_up(hidden, kPlain * kWidth)),
+        out_blocks(divide_up(out, kPlain * kWidth)),
+        panels(out_blocks * kG * hidden * kPlain * kWidth),
+        hr_panels(projected ? unit_blocks * out * kPlain * kWidth : 0),
+        dc(batch * padded),
+        dy(projected ? batch * out : 0),
+        dh_direct(Cell::kDirectH ? batch * padded : 0),
+        exchange(kWide ? 0 : 2 * batch * kA * hidden) {}
+
+  void run() {
+    Base::parallel(this->shape.threads, [this](int thread, int threads) { work(thread, threads); });
+  }
+
+ private:
+  void work(int thread, int threads) {
+    prepare(thread, threads);
+    barrier.wait(threads);
+    const auto units = this->blocks(unit_blocks, thread, threads);
+    const auto outs = this->blocks(out_blocks, thread, threads);
+    for (int64_t s = 0; s < steps; ++s) {
+      const int64_t t = this->shape.reverse ? s : steps - 1 - s;
+      const int64_t rows = this->rows_at(t);
+      const int64_t chained = min(rows, this->rows_at(this->after(t)));
+      // Rows that a later step follows take its dgates, the others dh_n.
+      for (int pass = 0; pass < 2; ++pass) {
+        const bool chain = pass == 0;
+        this->tiles(chain ? 0 : chained, chain ? chained : rows, thread, threads, [&](int64_t b, int64_t count) {
+          with_rows<kMostRows>(count, [&](auto n) {
+            for (int64_t o = outs.begin; o < outs.end; ++o) gather<decltype(n)::value>(t, s, b, o, chain);
+          });
+        });
+      }
+      if (projected) {
+        this->barrier_of_step(barrier, threads);
+        this->tiles(0, rows, thread, threads, [&](int64_t b, int64_t count) {
+          with_rows<kMostRows>(count, [&](auto n) {
+            for (int64_t u = units.begin; u < units.end; ++u) unproject<decltype(n)::value>(t, s, b, u);
+          });
+        });
+      }
+      this->barrier_of_step(barrier, threads);
+    }
+    finish(thread, threads);
+  }
+
+  void prepare(int thread, int threads) {
+    const auto outs = Base::share_of(out_blocks, thread, threads);
+    for (int64_t block = outs.begin; block < outs.end; ++block) {
+      const int64_t u = block * kPlain * kWidth;
+      pack_columns<kPlain>(panels + block * kG * hidden * kPlain * kWidth, static_cast<const E*>(p.w_hh) + u, out,
+                           out - u, kG * hidden);
+    }
+    const auto units = Base::share_of(unit_blocks, thread, threads);
+    for (int64_t block = units.begin; block < units.end; ++block) {
+      const int64_t u = block * kPlain * kWidth;
+      if (projected) {
+        pack_columns<kPlain>(hr_panels + block * out * kPlain * kWidth, static_cast<const E*>(p.w_hr) + u, hidden,
+                             hidden - u, out);
+      }
+      for (int64_t b = 0; b < batch; ++b) {
+        for (int64_t i = u; i < u + kPlain * kWidth; i += kWidth) {
+          const E* dc_n = static_cast<const E*>(p.dc_n);
+          store(dc + b * padded + i, dc_n && i < hidden ? load<C>(dc_n + b * hidden + i, hidden - i) : V(C(0)));
+          if constexpr (Cell::kDirectH) store(dh_direct + b * padded + i, V(C(0)));
+        }
+      }
+    }
+  }
+
+  // sums += dgates W_hh of kRows rows, whose dgates begin at rows[r].
+  template <int kRows>
+  FUSEDRNN_INLINE void recur(V (&sums)[kRows][kPlain], const C* const* rows, int64_t block) const {
+    for (int g = 0; g < kG; ++g) {
+      const C* gate_rows[kRows];
+      FUSEDRNN_UNROLL
+      for (int r = 0; r < kRows; ++r) gate_rows[r] = rows[r] + Cell::h_acc(g) * hidden;
+      multiply(sums, gate_rows, panels + (block * kG + g) * hidden * kPlain * kWidth, hidden);
+    }
+  }
+
+  FUSEDRNN_INLINE const C* dgates_of(int64_t row, int64_t slot, int64_t b) const {
+    if constexpr (kWide) {
+      return static_cast<const C*>(p.dgates) + row * kA * hidden;
+    } else {
+      return exchange + (slot * batch + b) * kA * hidden;
+    }
+  }
+
+  // The gradient of y of this step, and without projection at once the cell's backward.
+  template <int kRows>
+  void gather(int64_t t, int64_t s, int64_t b, int64_t block, bool chain) {
+    V sums[kRows][kPlain];
+    FUSEDRNN_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      FUSEDRNN_UNROLL
+      for (int v = 0; v < kPlain; ++v) sums[r][v] = V(C(0));
+    }
+    if (chain) {
+      const C* rows[kRows];
+      for (int r = 0; r < kRows; ++r) rows[r] = dgates_of(this->offset(this->after(t)) + b + r, (s - 1) & 1, b + r);
+      recur(sums, rows, block);
+    }
+    FUSEDRNN_UNROLL
+    for (int v = 0; v < kPlain; ++v) {
+      const int64_t u = (block * kPlain + v) * kWidth;
+      if (u >= out) break;
+      const int64_t count = out - u;
+      FUSEDRNN_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        const int64_t row = this->offset(t) + b + r;
+        V dh = sums[r][v];
+        if (p.dy) dh = dh + load<C>(static_cast<const E*>(p.dy) + row * out + u, count);
+        if (!chain && p.dh_n) dh = dh + load<C>(static_cast<const E*>(p.dh_n) + (b + r) * out + u, count);
+        if (projected) {
+          store(dy + (b + r) * out + u, dh, count);
+          store(static_cast<E*>(p.dy_total) + row * out + u, dh, count);
+        } else {
+          if constexpr (Cell::kDirectH) dh = dh + load(dh_direct + (b + r) * padded + u);
+          retreat(t, s, b + r, u, dh);
+        }
+      }
+    }
+  }
+
+  template <int kRows>
+  void unproject(int64_t t, int64_t s, int64_t b, int64_t block) {
+    const C* rows[kRows];
+    for (int r = 0; r < kRows; ++r) rows[r] = dy + (b + r) * out;
+    V sums[kRows][kPlain];
+    FUSEDRNN_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      FUSEDRNN_UNROLL
+      for (int v = 0; v < kPlain; ++v) sums[r][v] = V(C(0));
+    }
+    multiply(sums, rows, hr_panels + block * out * kPlain * kWidth, out);
+    FUSEDRNN_UNROLL
+    for (int v = 0; v < kPlain; ++v) {
+      const int64_t u = (block * kPlain + v) * kWidth;
+      if (u >= hidden) break;
+      FUSEDRNN_UNROLL
+      for (int r = 0; r < kRows; ++r) retreat(t, s, b + r, u, sums[r][v]);
+    }
+  }
+
+  // The cell's backward for units u .. u + W of sequence b.
+  FUSEDRNN_INLINE void retreat(int64_t t, int64_t s, int64_t b, int64_t u, V dh) {
+    const int64_t count = hidden - u, row = this->offset(t) + b;
+    const int64_t previous = this->before(t);
+    const bool carried = b < this->rows_at(previous);
+    const int64_t row_before = carried ? this->offset(previous) + b : 0;
+    V saved[kS > 0 ? kS : 1], dacc[kA], dh_prev(C(0)), dc_prev(C(0));
+    V h(C(0)), h_prev(C(0)), c(C(0)), c_prev(C(0)), dc_after(C(0));
+    FUSEDRNN_UNROLL
+    for (int i = 0; i < kS; ++i) {
+      saved[i] = load<C>(static_cast<const E*>(p.gates) + (row * kS + i) * hidden + u, count);
+    }
+    if constexpr (Cell::kHasCellState) {
+      c = load<C>(static_cast<const C*>(p.cells) + row * hidden + u, count);
+      c_prev = carried ? load<C>(static_cast<const C*>(p.cells) + row_before * hidden + u, count)
+                       : load<C>(static_cast<const E*>(p.c0) + b * hidden + u, count);
+      dc_after = load(dc + b * padded + u);
+      if (projected) store(static_cast<E*>(p.h) + row * hidden + u, Cell::output(saved, c), count);
+    }
+    if constexpr (Cell::kUsesH) h = load<C>(static_cast<const E*>(p.y) + row * hidden + u, count);
+    if constexpr (Cell::kUsesHPrev) {
+      h_prev = load<C>(carried ? static_cast<const E*>(p.y) + row_before * hidden + u
+                               : static_cast<const E*>(p.h0) + b * hidden + u,
+                       count);
+    }
+    Cell::backward(dh, dc_after, saved, h, h_prev, c_prev, c, dacc, dh_prev, dc_prev);
+    if constexpr (Cell::kHasCellState) store(dc + b * padded + u, dc_prev);
+    if constexpr (Cell::kDirectH) store(dh_direct + b * padded + u, dh_prev);
+    FUSEDRNN_UNROLL
+    for (int a = 0; a < kA; ++a) {
+      store(static_cast<E*>(p.dgates) + (row * kA + a) * hidden + u, dacc[a], count);
+      if constexpr (!kWide) {
+        store(exchange + (((s & 1) * batch + b) * kA + a) * hidden + u, rounded<E>(dacc[a]), count);
+      }
+    }
+  }
+
+  // What leaves the first step of every sequence: dh0 and dc0.
+  void finish(int thread, int threads) {
+    barrier.wait(threads);
+    if constexpr (!kWide) {
+      for (int64_t b = thread; b < batch; b += threads) {
+        const int64_t row = this->edge_row(b, true);
+        convert(exchange + b * kA * hidden, static_cast<const E*>(p.dgates) + row * kA * hidden, kA * hidden);
+      }
+      barrier.wait(threads);
+    }
+    if (p.dh0) {
+      const auto outs = this->blocks(out_blocks, thread, threads);
+      this->tiles(0, batch, thread, threads, [&](int64_t b, int64_t count) {
+        with_rows<kMostRows>(count, [&](auto n) {
+          for (int64_t o = outs.begin; o < outs.end; ++o) start<decltype(n)::value>(b, o);
+        });
+      });
+    }
+    if constexpr (Cell::kHasCellState) {
+      if (!p.dc0) return;
+      for (int64_t b = thread; b < batch; b += threads) {
+        for (int64_t u = 0; u < hidden; u += kWidth) {
+          store(static_cast<E*>(p.dc0) + b * hidden + u, load(dc + b * padded + u), hidden - u);
+        }
+      }
+    }
+  }
+
+  template <int kRows>
+  void start(int64_t b, int64_t block) {
+    const C* rows[kRows];
+    V sums[kRows][kPlain];
+    FUSEDRNN_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      rows[r] = dgates_of(kWide ? this->edge_row(b + r, true) : 0, 0, b + r);
+      FUSEDRNN_UNROLL
+      for (int v = 0; v < kPlain; ++v) sums[r][v] = V(C(0));
+    }
+    recur(sums, rows, block);
+    FUSEDRNN_UNROLL
+    for (int v = 0; v < kPlain; ++v) {
+      const int64_t u = (block * kPlain + v) * kWidth;
+      if (u >= out) break;
+      FUSEDRNN_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        V dh = sums[r][v];
+        if constexpr (Cell::kDirectH) dh = dh + load(dh_direct + (b + r) * padded + u);
+        store(static_cast<E*>(p.dh0) + (b + r) * out + u, dh, out - u);
+      }
+    }
+  }
+};
+
+template <template <typename, typename> class Run, typename Cell, typename Problem>
+void run_dtype(const Problem& problem) {
+  switch (problem.shape.dtype) {
+    case Dtype::kFloat32:
+      return Run<Cell, float>(problem).run();
+    case Dtype::kFloat64:
+      return Run<Cell, double>(problem).run();
+    case Dtype::kBfloat16:
+      return Run<Cell, Bfloat16>(problem).run();
+    case Dtype::kFloat16:
+      return Run<Cell, Half>(problem).run();
+  }
+}
+
+template <template <typename, typename> class Run, typename Problem>
+void run_cell(const Problem& problem) {
+  switch (problem.shape.cell) {
+    case CellKind::kLstm:
+      return run_dtype<Run, Lstm>(problem);
+  }
+}
+
+#define FUSEDRNN_STRING(name) #name
+#define FUSEDRNN_NAME(name) FUSEDRNN_STRING(name)
+
+extern const Kernels kernels = {FUSEDRNN_NAME(FUSEDRNN_CAPABILITY), run_cell<ForwardRun, Forward>,
+                                run_cell<BackwardRun, Backward>};
+
+}  // namespace fusedrnn::FUSEDRNN_CAPABILITY

@@ -1,0 +1,227 @@
+// A SIMD vector for every instruction set from one source, in a namespace of that instruction set: nothing here
+// may be shared between files compiled with different flags.
+#pragma once
+
+#include <stdint.h>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#define FUSEDRNN_INLINE inline __attribute__((always_inline))
+#define FUSEDRNN_UNROLL _Pragma("GCC unroll 16")
+
+namespace fusedrnn::FUSEDRNN_CAPABILITY {
+
+struct Bfloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+template <typename C>
+struct Format;
+template <>
+struct Format<float> {
+  using Int = int32_t;
+  typedef float Raw __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
+  typedef float Unaligned __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES), aligned(alignof(float)), may_alias));
+  typedef int32_t RawInt __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
+  static constexpr int kMantissa = 23, kBias = 127;
+  static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  static constexpr float kOverflow = 88.8f, kUnderflow = -87.0f, kTanhIsOne = 10.0f;
+  static constexpr int kTerms = 7;
+};
+template <>
+struct Format<double> {
+  using Int = int64_t;
+  typedef double Raw __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
+  typedef double Unaligned __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES), aligned(alignof(double)), may_alias));
+  typedef int64_t RawInt __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
+  static constexpr int kMantissa = 52, kBias = 1023;
+  static constexpr double kLn2High = 6.93145751953125e-1, kLn2Low = 1.42860682030941723212e-6;
+  static constexpr double kOverflow = 709.9, kUnderflow = -708.0, kTanhIsOne = 20.0;
+  static constexpr int kTerms = 13;
+};
+
+template <typename C>
+struct Vec {
+  static constexpr int kWidth = FUSEDRNN_VECTOR_BYTES / sizeof(C);
+  using Int = typename Format<C>::Int;
+  using Raw = typename Format<C>::Raw;
+  using Unaligned = typename Format<C>::Unaligned;
+  using RawInt = typename Format<C>::RawInt;
+
+  Raw v;
+
+  Vec() = default;
+  FUSEDRNN_INLINE explicit Vec(C s) : v(s - Raw{}) {}
+  FUSEDRNN_INLINE Vec(Raw raw) : v(raw) {}
+
+  friend FUSEDRNN_INLINE Vec operator+(Vec a, Vec b) { return a.v + b.v; }
+  friend FUSEDRNN_INLINE Vec operator-(Vec a, Vec b) { return a.v - b.v; }
+  friend FUSEDRNN_INLINE Vec operator*(Vec a, Vec b) { return a.v * b.v; }
+  friend FUSEDRNN_INLINE Vec operator/(Vec a, Vec b) { return a.v / b.v; }
+};
+
+// exp(r) - 1 for |r| <= ln(2)/2, x = r + n ln(2), and 2^n.
+template <typename C>
+struct Reduced {
+  Vec<C> expm1, scale;
+};
+
+template <typename C>
+FUSEDRNN_INLINE Reduced<C> reduce(Vec<C> x) {
+  using F = Format<C>;
+  using V = Vec<C>;
+  // Adding 1.5 * 2^mantissa rounds to an integer, which then sits in the low bits.
+  const C magic = C(3) * C(typename F::Int(1) << (F::kMantissa - 1));
+  const typename V::Raw shifted = x.v * C(1.44269504088896340736) + magic;
+  const typename V::Raw n = shifted - magic;
+  const typename V::Raw r = (x.v - n * F::kLn2High) - n * F::kLn2Low;
+  constexpr double kFactorial[] = {1,    1,     2,      6,       24,       120,       720,
+                                   5040, 40320, 362880, 3628800, 39916800, 479001600, 6227020800};
+  typename V::Raw p = C(1.0 / kFactorial[F::kTerms]) - typename V::Raw{};
+#pragma GCC unroll 16
+  for (int k = F::kTerms - 1; k >= 2; --k) p = p * r + C(1.0 / kFactorial[k]);
+  p = (p * r) * r + r;
+  const typename V::RawInt scale =
+      ((typename V::RawInt)shifted << F::kMantissa) + (typename F::Int(F::kBias) << F::kMantissa);
+  return {p, (typename V::Raw)scale};
+}
+
+// exp(-x) is infinite beyond the clamp, and 1 / (1 + infinity) is 0; NaN passes both comparisons.
+template <typename C>
+FUSEDRNN_INLINE Vec<C> sigmoid(Vec<C> x) {
+  using F = Format<C>;
+  typename Vec<C>::Raw m = -x.v;
+  m = m > F::kOverflow ? F::kOverflow - typename Vec<C>::Raw{} : m;
+  m = m < F::kUnderflow ? F::kUnderflow - typename Vec<C>::Raw{} : m;
+  const Reduced<C> e = reduce(Vec<C>(m));
+  return C(1) / (C(1) + (e.scale.v + e.scale.v * e.expm1.v));
+}
+
+// tanh |x| = e / (e + 2) with e = exp(2 |x|) - 1: exact near 0, and never infinite thanks to the clamp.
+template <typename C>
+FUSEDRNN_INLINE Vec<C> tanh(Vec<C> x) {
+  using V = Vec<C>;
+  using Int = typename V::RawInt;
+  const typename V::Int sign_bit = typename V::Int(1) << (sizeof(C) * 8 - 1);
+  const Int sign = (Int)x.v & sign_bit;
+  typename V::Raw a = (typename V::Raw)((Int)x.v ^ sign);
+  a = a > Format<C>::kTanhIsOne ? Format<C>::kTanhIsOne - typename V::Raw{} : a;
+  const Reduced<C> r = reduce(V(a + a));
+  const typename V::Raw e = r.scale.v * r.expm1.v + (r.scale.v - C(1));
+  return (typename V::Raw)((Int)(e / (e + C(2))) | sign);
+}
+
+typedef uint16_t RawHalf __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES / 2)));
+typedef uint16_t RawHalfUnaligned
+    __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES / 2), aligned(alignof(uint16_t)), may_alias));
+typedef uint32_t RawWord __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
+
+template <typename C>
+FUSEDRNN_INLINE Vec<C> load(const C* p) {
+  return Vec<C>((typename Vec<C>::Raw) * reinterpret_cast<const typename Vec<C>::Unaligned*>(p));
+}
+template <typename C>
+FUSEDRNN_INLINE void store(C* p, Vec<C> x) {
+  *reinterpret_cast<typename Vec<C>::Unaligned*>(p) = x.v;
+}
+
+FUSEDRNN_INLINE Vec<float> load(const Bfloat16* p) {
+  const RawHalf bits = *reinterpret_cast<const RawHalfUnaligned*>(p);
+  return Vec<float>((Vec<float>::Raw)(__builtin_convertvector(bits, RawWord) << 16));
+}
+FUSEDRNN_INLINE void store(Bfloat16* p, Vec<float> x) {
+  const RawWord bits = (RawWord)x.v;
+  const RawWord rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const RawWord result = x.v == x.v ? rounded : 0x7fc0 - RawWord{};
+  *reinterpret_cast<RawHalfUnaligned*>(p) = __builtin_convertvector(result, RawHalf);
+}
+
+FUSEDRNN_INLINE Vec<float> load(const Half* p) {
+#if FUSEDRNN_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  return Vec<float>((Vec<float>::Raw)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif FUSEDRNN_VECTOR_BYTES == 32 && defined(__F16C__)
+  return Vec<float>((Vec<float>::Raw)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  const RawWord bits = __builtin_convertvector((RawHalf) * reinterpret_cast<const RawHalfUnaligned*>(p), RawWord);
+  const RawWord magnitude = (bits & 0x7fff) << 13;
+  // Times 2^112 moves the exponent's bias, subnormals included.
+  const RawWord finite = (RawWord)((Vec<float>::Raw)magnitude * 0x1p112f);
+  const RawWord result = (bits & 0x7c00) == 0x7c00 ? (magnitude | 0x7f800000) : finite;
+  return Vec<float>((Vec<float>::Raw)(result | ((bits & 0x8000) << 16)));
+#endif
+}
+FUSEDRNN_INLINE void store(Half* p, Vec<float> x) {
+#if FUSEDRNN_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)x.v, _MM_FROUND_TO_NEAREST_INT));
+#elif FUSEDRNN_VECTOR_BYTES == 32 && defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)x.v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  const RawWord sign = (RawWord)x.v & 0x80000000u;
+  const RawWord a = (RawWord)x.v ^ sign;
+  const RawWord normal = (a - (112u << 23) + 0xfff + ((a >> 13) & 1)) >> 13;
+  // Adding 0.5 lets the floating-point adder round a subnormal half into the low bits.
+  const RawWord subnormal = (RawWord)((Vec<float>::Raw)a + 0.5f) - 0x3f000000u;
+  RawWord result = a < (113u << 23) ? subnormal : normal;
+  result = a >= (143u << 23) ? 0x7c00 - RawWord{} : result;
+  result = a > 0x7f800000u ? 0x7e00 - RawWord{} : result;
+  *reinterpret_cast<RawHalfUnaligned*>(p) = __builtin_convertvector(result | (sign >> 16), RawHalf);
+#endif
+}
+
+// The first `count` of a vector; the others are zero.
+template <typename C, typename E>
+FUSEDRNN_INLINE Vec<C> load(const E* p, int64_t count) {
+  constexpr int kWidth = Vec<C>::kWidth;
+  if (__builtin_expect(count >= kWidth, 1)) return load(p);
+  E padded[kWidth] = {};
+  for (int64_t i = 0; i < count; ++i) padded[i] = p[i];
+  return load(static_cast<const E*>(padded));
+}
+template <typename C, typename E>
+FUSEDRNN_INLINE void store(E* p, Vec<C> x, int64_t count) {
+  constexpr int kWidth = Vec<C>::kWidth;
+  if (__builtin_expect(count >= kWidth, 1)) return store(p, x);
+  E padded[kWidth];
+  store(padded, x);
+  for (int64_t i = 0; i < count; ++i) p[i] = padded[i];
+}
+
+// x as a tensor of E would give it back.
+template <typename E, typename C>
+FUSEDRNN_INLINE Vec<C> rounded(Vec<C> x) {
+  if constexpr (sizeof(E) == sizeof(C)) {
+    return x;
+  } else {
+    E stored[Vec<C>::kWidth];
+    store(stored, x);
+    return load(static_cast<const E*>(stored));
+  }
+}
+
+// rows[i] lane j <-> rows[j] lane i: swap the off-diagonal blocks of size kBlock, 1, 2, 4 and so on.
+template <int kBlock, int kWidth, typename V>
+FUSEDRNN_INLINE void transpose(V* rows) {
+  if constexpr (kBlock < kWidth) {
+    using Raw = typename V::Raw;
+    typename V::RawInt low, high;
+#pragma GCC unroll 16
+    for (int l = 0; l < kWidth; ++l) {
+      low[l] = l & kBlock ? kWidth + l - kBlock : l;
+      high[l] = l & kBlock ? kWidth + l : l + kBlock;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) {
+      if (i & kBlock) continue;
+      const Raw a = rows[i].v, b = rows[i + kBlock].v;
+      rows[i].v = __builtin_shuffle(a, b, low);
+      rows[i + kBlock].v = __builtin_shuffle(a, b, high);
+    }
+    transpose<kBlock * 2, kWidth>(rows);
+  }
+}
+
+}  // namespace fusedrnn::FUSEDRNN_CAPABILITY
