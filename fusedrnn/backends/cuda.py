@@ -1,0 +1,397 @@
+"""The backend "cuda": the kernels of csrc/cuda, reached through ctypes.
+
+The launchers take raw pointers and a stream; outputs and scratch memory are made here, with torch, so a launch
+allocates nothing and waits for nothing. The same library is built twice: for CUDA by setup.py, and for the simulator
+of tests/ptxsim, where it takes CPU tensors (FUSEDRNN_SIMULATE=1 in a checkout, or the path of tests/ptxsim).
+
+Saved gates have a layout of their own: [rows, H, S], the S values of a unit side by side; see ``gates_in_torch_order``.
+"""
+
+import contextlib
+import ctypes
+import functools
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fusedrnn.backends.common import rows_of, weight_gradients
+from fusedrnn.backends.cuda_plan import CHIP_LIMITS, Chip, Plan, Problem, plan
+from fusedrnn.cells import CELLS, Cell, accumulation_dtype
+
+_CELL_IDS = {"lstm": 0}
+_FLOAT64, _FLOAT32, _TF32, _BFLOAT16, _FLOAT16 = range(5)
+_DTYPE_IDS = {
+    torch.float64: _FLOAT64,
+    torch.float32: _FLOAT32,
+    torch.bfloat16: _BFLOAT16,
+    torch.float16: _FLOAT16,
+}
+# A poll takes about half a microsecond on a GPU: some seconds.
+_POLL_LIMIT = 1 << 23
+_POLL_LIMIT_SIMULATED = 20_000
+
+
+def _pointers(names: str) -> list[tuple[str, type]]:
+    return [(name, ctypes.c_void_p) for name in names.split()]
+
+
+def _integers(names: str, kind: type) -> list[tuple[str, type]]:
+    return [(name, kind) for name in names.split()]
+
+
+_EXCHANGE = [
+    *_integers("slice_rows groups", ctypes.c_int32),
+    ("poll_limit", ctypes.c_uint32),
+    ("reserved2", ctypes.c_int32),
+    ("fault", ctypes.c_void_p),
+]
+
+
+class _Forward(ctypes.Structure):
+    """FusedrnnForward of csrc/cuda/params.h, where the fields are explained."""
+
+    _fields_ = [
+        *_integers("cell dtype reverse reserved", ctypes.c_int32),
+        *_integers("steps batch input hidden out", ctypes.c_int64),
+        *_pointers("offsets_host offsets_device x h0 c0 w_ih w_hh b_ih b_hh w_hr"),
+        *_pointers("y h_n c_n gates cells state unprojected"),
+        *_EXCHANGE,
+    ]
+
+
+class _Backward(ctypes.Structure):
+    """FusedrnnBackward of csrc/cuda/params.h."""
+
+    _fields_ = [
+        *_integers("cell dtype reverse reserved", ctypes.c_int32),
+        *_integers("steps batch hidden out", ctypes.c_int64),
+        *_pointers("offsets_host offsets_device dy dh_n dc_n w_hh_t w_hr_t gates cells c0 h0 y"),
+        *_pointers("dgates dc0 dh_direct state dy_total"),
+        *_EXCHANGE,
+    ]
+
+
+class _Kernels:
+    """The library, real or simulated."""
+
+    def __init__(self, dll: ctypes.CDLL, simulator=None):
+        self.dll = dll
+        self.simulator = simulator
+        for name in ("step_forward", "step_backward", "persistent_forward", "persistent_backward"):
+            function = getattr(dll, f"fusedrnn_{name}")
+            function.restype, function.argtypes = ctypes.c_int, [ctypes.c_void_p, ctypes.c_void_p]
+        dll.fusedrnn_error_string.restype = ctypes.c_char_p
+
+    def launch(self, name: str, params: ctypes.Structure, tensors: dict[str, Tensor | None]) -> None:
+        """Fills in the pointers and launches on the current stream of the tensors' device."""
+        for field, tensor in tensors.items():
+            setattr(params, field, None if tensor is None or tensor.numel() == 0 else tensor.data_ptr())
+        device = tensors["y" if "y" in tensors and tensors["y"] is not None else "dgates"].device
+        function = getattr(self.dll, f"fusedrnn_{name}")
+        if self.simulator is not None:
+            used = [t for t in tensors.values() if t is not None and t.numel() > 0]
+            with self.simulator.registered(*used):
+                error = function(ctypes.byref(params), None)
+            if error:
+                fault = tensors["fault"].tolist()
+                stuck = f" (block {fault[0]}, step {fault[1]}, packet {fault[2]})" if fault[3] else ""
+                raise RuntimeError(f"fusedrnn: {name} failed in the simulator{stuck}: {self.simulator.error()}")
+            return
+        with torch.cuda.device(device):
+            error = function(ctypes.byref(params), torch.cuda.current_stream(device).cuda_stream)
+        if error:
+            text = self.dll.fusedrnn_error_string(error).decode()
+            raise RuntimeError(f"fusedrnn: the launch of {name} failed: {text}")
+
+
+def _source_dir() -> Path:
+    return Path(__file__).resolve().parents[2] / "csrc"
+
+
+@functools.cache
+def _simulated() -> _Kernels:
+    setting = os.environ["FUSEDRNN_SIMULATE"]
+    folder = Path(__file__).resolve().parents[2] / "tests" / "ptxsim" if setting == "1" else Path(setting).resolve()
+    if not (folder / "__init__.py").exists():
+        raise RuntimeError(f"FUSEDRNN_SIMULATE must be 1 in a checkout, or the path of tests/ptxsim; got {setting!r}")
+    if "ptxsim" not in sys.modules:
+        sys.path.insert(0, str(folder.parent))
+    ptxsim = importlib.import_module("ptxsim")
+    sources = folder.parents[1] / "csrc"
+    path = ptxsim.build_simulated_library(sorted((sources / "cuda").glob("*.cu")), include_dirs=[sources])
+    library = ptxsim.Library(path)
+    return _Kernels(library.dll, library)
+
+
+@functools.cache
+def _compiled() -> _Kernels:
+    path = Path(__file__).resolve().parents[1] / "_cuda.so"
+    if not path.exists():
+        from fusedrnn._build import build_info
+
+        raise RuntimeError(f"backend 'cuda' cannot run: {build_info()['cuda_why']}")
+    return _Kernels(ctypes.CDLL(str(path)))
+
+
+def _kernels(device: torch.device) -> _Kernels:
+    if device.type == "cuda":
+        return _compiled()
+    if device.type == "cpu" and os.environ.get("FUSEDRNN_SIMULATE"):
+        return _simulated()
+    raise RuntimeError(
+        f"backend 'cuda' takes CUDA tensors (or CPU tensors with FUSEDRNN_SIMULATE=1), got {device.type}"
+    )
+
+
+@functools.cache
+def _chip(index: int | None) -> Chip:
+    p = torch.cuda.get_device_properties(index)
+    return Chip(p.name, p.multi_processor_count, p.shared_memory_per_block_optin)
+
+
+def chip(device: torch.device) -> Chip:
+    """The limits of a device; the simulator stands for an H100."""
+    return _chip(device.index) if device.type == "cuda" else CHIP_LIMITS["h100-sxm"]
+
+
+def _dtype_id(dtype: torch.dtype) -> int:
+    # The flag of torch's own RNNs on CUDA.
+    if dtype == torch.float32 and torch.backends.cudnn.allow_tf32:
+        return _TF32
+    return _DTYPE_IDS[dtype]
+
+
+def _per_packet(dtype: torch.dtype) -> int:
+    return 16 // dtype.itemsize
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _padded(t: Tensor, columns: int) -> Tensor:
+    """``t`` with zeros up to ``columns``; contiguous and at a multiple of 16 bytes."""
+    if t.shape[-1] == columns:
+        t = t.contiguous()
+        return t if t.data_ptr() % 16 == 0 else t.clone()
+    return torch.nn.functional.pad(t, (0, columns - t.shape[-1]))
+
+
+def _mailbox(like: Tensor, *shape: int) -> Tensor:
+    """An output with the sentinel in every packet."""
+    box = like.new_empty(shape)
+    box.view(torch.uint8).fill_(0xFF)
+    return box
+
+
+def _offsets(batch_sizes: Tensor | None) -> Tensor | None:
+    """[T + 1] first row of every step, on the CPU; None when every step has B rows."""
+    if batch_sizes is None:
+        return None
+    return torch.nn.functional.pad(batch_sizes.cumsum(0), (1, 0))
+
+
+def gates_in_torch_order(gates: Tensor, cell: Cell) -> Tensor:
+    """Saved gates [..., S * H] of this backend, [unit, gate], as [gate, unit]."""
+    count = len(cell.saved)
+    return gates.unflatten(-1, (-1, count)).transpose(-1, -2).flatten(-2)
+
+
+def _check(cell: str, algorithm: str) -> None:
+    if cell not in _CELL_IDS:
+        raise RuntimeError(f"backend 'cuda' has kernels for {', '.join(_CELL_IDS)}, got {cell!r}")
+    if algorithm not in ("auto", "step", "persistent"):
+        raise RuntimeError(f"backend 'cuda' has the algorithms step and persistent, got {algorithm!r}")
+
+
+def plan_for(cell: str, x: Tensor, h0: Tensor, hidden: int, w_hr, algorithm: str, *, backward: bool) -> Plan:
+    """The plan of one call. Raises RuntimeError if the algorithm asked for cannot run."""
+    problem = Problem(
+        cell=cell,
+        dtype=str(x.dtype).removeprefix("torch."),
+        batch=h0.shape[0],
+        hidden=hidden,
+        projected=w_hr is not None,
+        backward=backward,
+    )
+    return plan(problem, chip(x.device), algorithm)
+
+
+def forward(
+    cell: str, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse, algorithm, save
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See the op ``fusedrnn::sequence``."""
+    _check(cell, algorithm)
+    spec = CELLS[cell]
+    batch, out = h0.shape
+    hidden = w_hh.shape[0] // len(spec.gates)
+    x_rows = rows_of(x)
+    rows, inputs = x_rows.shape
+    steps = x.shape[0] if batch_sizes is None else batch_sizes.shape[0]
+    acc_dtype = accumulation_dtype(x.dtype)
+    lead = x.shape[:-1]
+
+    gates = x.new_empty((rows, hidden * len(spec.saved)) if save and spec.saved else (0,))
+    cells = x.new_empty((rows, hidden) if save and spec.has_cell_state else (0,), dtype=acc_dtype)
+    h_n = torch.empty_like(h0, memory_format=torch.contiguous_format)
+    c_n = x.new_empty((batch, hidden) if spec.has_cell_state else (0,))
+    if batch == 0:
+        y = x.new_empty(rows, out)
+    else:
+        chosen = plan_for(cell, x, h0, hidden, w_hr, algorithm, backward=False)
+        kernels = _kernels(x.device)
+        offsets = _offsets(batch_sizes)
+        params = _Forward(
+            cell=_CELL_IDS[cell], dtype=_dtype_id(x.dtype), reverse=reverse, steps=steps, batch=batch,
+            input=inputs, hidden=hidden, out=out, slice_rows=chosen.slice_rows, groups=chosen.groups,
+            poll_limit=_POLL_LIMIT if kernels.simulator is None else _POLL_LIMIT_SIMULATED,
+        )  # fmt: skip
+        outputs = {"h_n": h_n, "c_n": c_n, "gates": gates, "cells": cells}
+        state0 = {"c0": None if c0 is None else c0.contiguous()}
+        bias = None if b_hh is None else b_hh.contiguous()
+        if chosen.algorithm == "persistent":
+            pitch = _round_up(hidden, _per_packet(x.dtype))
+            y = _mailbox(x, rows, pitch)
+            hoisted = x_rows @ w_ih.t() if b_ih is None else torch.addmm(b_ih, x_rows, w_ih.t())
+            tensors = {
+                "x": hoisted, "h0": _padded(h0, pitch), **state0, "w_hh": _padded(w_hh, pitch), "b_hh": bias, "y": y,
+                **outputs, "offsets_device": None if offsets is None else offsets.to(x.device, non_blocking=True),
+                "fault": torch.zeros(4, dtype=torch.int32, device=x.device),
+            }  # fmt: skip
+            kernels.launch("persistent_forward", params, tensors)
+            if pitch != hidden:
+                y = y[:, :hidden].contiguous()
+        else:
+            y = x.new_empty(rows, out)
+            tensors = {
+                "x": x_rows.contiguous(), "h0": h0.contiguous(), **state0, "w_ih": w_ih.contiguous(),
+                "w_hh": w_hh.contiguous(), "b_ih": None if b_ih is None else b_ih.contiguous(), "b_hh": bias,
+                "w_hr": None if w_hr is None else w_hr.contiguous(), "y": y, **outputs, "offsets_host": offsets,
+                "state": None if save else x.new_empty(batch, hidden, dtype=acc_dtype),
+                "unprojected": None if w_hr is None else x.new_empty(batch, hidden),
+            }  # fmt: skip
+            kernels.launch("step_forward", params, tensors)
+    return (
+        y.view(*lead, out),
+        h_n,
+        c_n,
+        gates.view(*lead, -1) if gates.dim() == 2 else gates,
+        cells.view(*lead, hidden) if cells.dim() == 2 else cells,
+    )
+
+
+def _transposed(spec: Cell, w_hh: Tensor, hidden: int, pitch: int) -> Tensor:
+    """W_hh^T [P, A * pitch], the columns of a gate at its accumulator."""
+    count = len(spec.accumulators)
+    if spec.h_acc == tuple(range(count)) and pitch == hidden:
+        return w_hh.t().contiguous()
+    blocks = w_hh.new_zeros(w_hh.shape[1], count, pitch)
+    for gate, acc in enumerate(spec.h_acc):
+        blocks[:, acc, :hidden] = w_hh[gate * hidden : (gate + 1) * hidden].t()
+    return blocks.flatten(1)
+
+
+def _started(t: Tensor, batch: int, batch_sizes: Tensor | None, reverse: bool) -> Tensor:
+    """The B rows of ``t`` [N, K] in which each sequence begins."""
+    if not reverse:
+        return t[:batch]
+    if batch_sizes is None:
+        return t[t.shape[0] - batch :]
+    sizes = batch_sizes.tolist()
+    first = _offsets(batch_sizes).tolist()
+    last_step = [max(s for s, size in enumerate(sizes) if size > b) for b in range(batch)]
+    return t[torch.tensor([first[s] + b for b, s in enumerate(last_step)], device=t.device)]
+
+
+def backward(
+    cell: str,
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    y: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+    algorithm: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """See the op ``fusedrnn::sequence_backward``."""
+    _check(cell, algorithm)
+    spec = CELLS[cell]
+    batch, out = h0.shape
+    hidden = w_hh.shape[0] // len(spec.gates)
+    count = len(spec.accumulators)
+    y_rows = rows_of(y).contiguous()
+    rows = y_rows.shape[0]
+    steps = x.shape[0] if batch_sizes is None else batch_sizes.shape[0]
+    acc_dtype = accumulation_dtype(x.dtype)
+    dc0 = x.new_empty((batch, hidden) if spec.has_cell_state else (0,))
+    dgates = x.new_empty(rows, count * hidden)
+    dy_total = None if w_hr is None else x.new_empty(rows, out)
+    if batch > 0:
+        chosen = plan_for(cell, x, h0, hidden, w_hr, algorithm, backward=True)
+        kernels = _kernels(x.device)
+        offsets = _offsets(batch_sizes)
+        params = _Backward(
+            cell=_CELL_IDS[cell], dtype=_dtype_id(x.dtype), reverse=reverse, steps=steps, batch=batch,
+            hidden=hidden, out=out, slice_rows=chosen.slice_rows, groups=chosen.groups,
+            poll_limit=_POLL_LIMIT if kernels.simulator is None else _POLL_LIMIT_SIMULATED,
+        )  # fmt: skip
+        tensors = {
+            "dy": None if dy is None else rows_of(dy).contiguous(),
+            "dh_n": None if dh_n is None else dh_n.contiguous(),
+            "dc_n": None if dc_n is None else dc_n.contiguous(),
+            "gates": gates.contiguous(), "cells": cells.contiguous(),
+            "c0": None if c0 is None else c0.contiguous(), "h0": h0.contiguous(), "y": y_rows, "dc0": dc0,
+        }  # fmt: skip
+        if chosen.algorithm == "persistent":
+            pitch = _round_up(hidden, _per_packet(x.dtype))
+            box = _mailbox(x, rows, count * pitch)
+            tensors |= {
+                "w_hh_t": _padded(_transposed(spec, w_hh, hidden, pitch), count * pitch), "dgates": box,
+                "offsets_device": None if offsets is None else offsets.to(x.device, non_blocking=True),
+                "fault": torch.zeros(4, dtype=torch.int32, device=x.device),
+            }  # fmt: skip
+            kernels.launch("persistent_backward", params, tensors)
+            dgates = box if pitch == hidden else box.view(rows, count, pitch)[:, :, :hidden].reshape(rows, -1)
+        else:
+            tensors |= {
+                "w_hh_t": _transposed(spec, w_hh, hidden, hidden), "dgates": dgates, "dy_total": dy_total,
+                "w_hr_t": None if w_hr is None else w_hr.t().contiguous(), "offsets_host": offsets,
+                "state": x.new_empty(batch, hidden, dtype=acc_dtype),
+            }  # fmt: skip
+            kernels.launch("step_backward", params, tensors)
+    need_h0 = needs[1]
+    dh0 = x.new_empty(0)
+    if need_h0:
+        start = _started(dgates, batch, batch_sizes, reverse)
+        dh0 = start @ _transposed(spec, w_hh, hidden, hidden).t()
+    h = None
+    if w_hr is not None and needs[7]:
+        saved_o = gates.reshape(rows, hidden, len(spec.saved))[..., -1].to(acc_dtype)  # only the LSTM projects
+        h = (saved_o * rows_of(cells).tanh()).to(x.dtype)
+    return weight_gradients(
+        spec, dgates, x, h0, w_ih, y, h, dy_total, batch_sizes, reverse, needs, dh0, dc0
+    )
+
+
+@contextlib.contextmanager
+def simulator_options(**options):
+    """Options of the simulator (seed, torn, ...) for the length of a with block."""
+    _simulated()
+    with sys.modules["ptxsim"].options(**options):
+        yield

@@ -1,0 +1,119 @@
+"""Which CUDA algorithm runs, on what grid, and why: pure functions of frozen data, testable without a GPU."""
+
+from dataclasses import dataclass
+
+FORWARD_UNITS, BACKWARD_UNITS = 8, 16
+FORWARD_ROWS, BACKWARD_ROWS = 64, 32
+WARPS = 8
+# Chunks of 64 bytes of every weight row that fit in a warp's registers beside the rest, by (backward, bytes a number).
+MOST_CHUNKS = {(False, 2): 4, (False, 4): 8, (True, 2): 16, (True, 4): 16}
+# Slices that a group of blocks takes one after another before step is the better plan.
+MOST_ROUNDS = 4
+# Static shared memory of the backward kernel: two buffers of partial sums and the staged packets.
+BACKWARD_SHARED = {2: 36_864, 4: 40_960}
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What planning knows of a GPU."""
+
+    name: str
+    multiprocessors: int
+    shared_per_block: int
+    cooperative: bool = True
+
+
+CHIP_LIMITS = {
+    "a100": Chip("a100", 108, 166_912),
+    "h100-sxm": Chip("h100-sxm", 132, 232_448),
+    "h100-pcie": Chip("h100-pcie", 114, 232_448),
+    "b200": Chip("b200", 148, 232_448),
+    "rtx-4090": Chip("rtx-4090", 128, 101_376),
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One direction of one layer. dtype is its name without "torch."."""
+
+    cell: str
+    dtype: str
+    batch: int
+    hidden: int
+    projected: bool
+    backward: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """grid is (blocks along units, groups of batch slices); group i takes slices i, i + groups, ... of slice_rows rows."""
+
+    algorithm: str
+    grid: tuple[int, int]
+    slice_rows: int
+    groups: int
+    shared_bytes: int
+    why: str
+
+
+def _persistent(problem: Problem, chip: Chip) -> Plan | str:
+    """The persistent plan, or why there is none."""
+    size = BYTES[problem.dtype]
+    if problem.projected:
+        return "with a projection a step needs h of all units before W_hr, two exchanges a step"
+    if size == 8:
+        return "float64 is for checking gradients, and a packet of 16 bytes holds only 2 of it"
+    if not chip.cooperative:
+        return f"{chip.name} has no cooperative launch"
+    accumulators = 4
+    row_bytes = -(-problem.hidden * size // 16) * 16 * (accumulators if problem.backward else 1)
+    chunks = -(-row_bytes // (64 * WARPS))
+    most = MOST_CHUNKS[problem.backward, size]
+    if chunks > most:
+        limit = most * 64 * WARPS // size // (accumulators if problem.backward else 1)
+        return f"a block's slice of W_hh does not fit in registers: {problem.dtype} fits up to H = {limit}"
+    units = BACKWARD_UNITS if problem.backward else FORWARD_UNITS
+    blocks = -(-problem.hidden // units)
+    most_groups = chip.multiprocessors // blocks
+    if most_groups == 0:
+        return f"{blocks} blocks must be resident at once, {chip.name} has {chip.multiprocessors} multiprocessors"
+    most_rows = BACKWARD_ROWS if problem.backward else FORWARD_ROWS
+    if not problem.backward:
+        most_rows = min(most_rows, chip.shared_per_block // 2048 // 8 * 8)
+    groups = min(most_groups, -(-problem.batch // 8))
+    # Thinner slices keep more of the chip at work once H is large.
+    while blocks * groups < 48 and problem.hidden >= 512 and groups < min(most_groups, problem.batch):
+        groups += 1
+    slice_rows = -(-problem.batch // groups)
+    if slice_rows > most_rows:
+        rounds = -(-slice_rows // most_rows)
+        if rounds > MOST_ROUNDS:
+            return f"a batch of {problem.batch} takes {rounds} rounds of {groups} slices of {most_rows} rows, more than {MOST_ROUNDS}"
+        slice_rows = -(-problem.batch // (groups * rounds))
+    groups = min(groups, -(-problem.batch // slice_rows))
+    shared = BACKWARD_SHARED[size] if problem.backward else 2 * 1024 * (-(-slice_rows // 8) * 8)
+    slices = -(-problem.batch // slice_rows)
+    why = (
+        f"W_hh stays in registers: {blocks} x {groups} blocks on {chip.multiprocessors} multiprocessors, "
+        f"{slices} slices of {slice_rows} rows"
+    )
+    return Plan("persistent", (blocks, groups), slice_rows, groups, shared, why)
+
+
+def plan(problem: Problem, chip: Chip, algorithm: str = "auto") -> Plan:
+    """The algorithm and its grid. Raises RuntimeError if the algorithm asked for cannot run here."""
+    if algorithm not in ("auto", "step", "persistent"):
+        raise RuntimeError(f"backend 'cuda' has the algorithms step and persistent, got {algorithm!r}")
+    units = BACKWARD_UNITS if problem.backward else FORWARD_UNITS
+    blocks = -(-problem.hidden // units)
+    if algorithm == "step":
+        why = "step was asked for"
+    else:
+        found = _persistent(problem, chip)
+        if isinstance(found, Plan):
+            return found
+        if algorithm == "persistent":
+            raise RuntimeError(f"algorithm 'persistent' was asked for but cannot run: {found}")
+        why = f"one launch a step: {found}"
+    return Plan("step", (blocks, -(-problem.batch // 32)), 32, 1, 0, why)
