@@ -24,9 +24,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import fusedrnn
+
+try:
+    import matplotlib
+    from tqdm import tqdm
+except ImportError as error:
+    sys.exit(f"{error}: the demo needs the extra 'demo' (pip install --no-build-isolation -e '.[demo]')")
 
 UNKNOWN = "\ufffd"
 
@@ -180,8 +185,6 @@ def generate(model: CharLM, corpus: Corpus, length: int, seed: int, temperature:
 
 
 def plot(path: Path, plain: Run, fused: Run, moved: list[Run]) -> None:
-    import matplotlib
-
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -294,7 +297,12 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 2
 
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        print(f"error: --device {args.device}: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
     # Both layers shall compute in float32, not one of them in TF32.
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
@@ -318,4 +326,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal need not know every character of the text
     sys.exit(main())

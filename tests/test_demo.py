@@ -25,7 +25,8 @@ VERSE = """床前明月光，疑是地上霜。
 白头搔更短，浑欲不胜簪。
 """
 
-pytest.importorskip("tqdm", reason="the demo needs the extra 'demo'")
+for package in ("tqdm", "matplotlib"):
+    pytest.importorskip(package, reason="the demo needs the extra 'demo'")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,6 @@ def verse(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(verse):
-    pytest.importorskip("matplotlib", reason="the demo needs the extra 'demo'")
     out = verse.parent / "new" / "out"
     tiny = "--steps 12 --hidden 16 --layers 2 --batch 4 --length 8 --ulp-runs 2 --vocabulary 40 --generate 20".split()
     done = subprocess.run(
@@ -160,6 +160,16 @@ def test_not_utf8(demo, capsys, tmp_path):
     code, error = run(demo, capsys, "--text", str(path), "--out", str(tmp_path / "out"))
     assert code == 2
     assert "is not UTF-8 text" in error
+
+
+def test_no_such_device(demo, capsys, verse, tmp_path):
+    device = "toaster"
+    code, error = run(
+        demo, capsys, "--text", str(verse), "--out", str(tmp_path / "out"), "--length", "8", "--device", device
+    )
+    assert code == 2
+    assert f"--device {device}: " in error
+    assert "Traceback" not in error
 
 
 @pytest.mark.parametrize("text", ["", "床前明月光"])
