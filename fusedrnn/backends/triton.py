@@ -21,11 +21,24 @@ from fusedrnn.cells import CELLS, Cell, accumulation_dtype
 
 ALGORITHMS = ("step", "sequence")
 
-# The widest H whose W_hh [G*H, H] one program keeps for a whole sequence.
-SEQUENCE_MAX_HIDDEN = {"half": 128, "tf32": 64, "ieee": 32, "double": 16}
+# The widest H whose W_hh [G*H, H] one program keeps for a whole sequence, in registers.
+SEQUENCE_MAX_HIDDEN = {"half": 128, "tf32": 64, "ieee": 64, "double": 32}
 
 # Columns of weights that a step kernel takes at a time.
 _BLOCK_K = {"half": 128, "tf32": 64, "ieee": 32, "double": 16}
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What planning needs to know of a GPU."""
+
+    name: str
+    multiprocessors: int
+    shared_bytes: int  # that one program may have
+    min_columns: int  # of the narrowest matrix product worth compiling
+
+
+SM80 = Chip("sm_80", 108, 166912, 8)
 
 
 @dataclass(frozen=True)
@@ -68,57 +81,75 @@ def plan(
     algorithm: str = "auto",
     backward: bool = False,
     tf32: bool = False,
+    chip: Chip = SM80,
 ) -> Plan:
     """The plan for a problem; proj_size 0 is no projection.
 
     Raises:
         ValueError: the algorithm asked for cannot run this problem.
     """
-    math = math_of(dtype, tf32)
-    limit = SEQUENCE_MAX_HIDDEN[math]
     if algorithm not in ("auto", *ALGORITHMS):
         raise ValueError(f"backend 'triton' has the algorithms step and sequence, got {algorithm!r}")
-    reason = None
-    if proj_size:
-        reason = f"a projection (proj_size={proj_size}) needs h of all units before W_hr"
-    elif hidden_size > limit:
-        reason = f"W_hh fits one program up to hidden_size={limit} in {math} math, got {hidden_size}"
-    if algorithm == "sequence" and reason:
+    math = math_of(dtype, tf32)
+    found, reason = _plan_sequence(cell, batch, hidden_size, proj_size, dtype, math, chip, backward)
+    if algorithm == "sequence" and found is None:
         raise ValueError(f"algorithm 'sequence' of backend 'triton' cannot run: {reason}")
-    precision = "tf32" if math == "tf32" else "ieee"
-    itemsize = dtype.itemsize
-    gates, accumulators = len(cell.gates), len(cell.accumulators)
+    if algorithm == "step":
+        found, reason = None, "algorithm 'step' was asked for"
+    if found is not None:
+        return found
+    return _plan_step(cell, batch, input_size, hidden_size, proj_size, dtype, math, chip, backward, reason)
 
-    if algorithm == "sequence" or (algorithm == "auto" and reason is None):
-        BU = _power_of_2(hidden_size, 16, 1024)
+
+def _plan_sequence(cell, batch, hidden_size, proj_size, dtype, math, chip, backward) -> tuple[Plan | None, str]:
+    """The plan, or None and why there is none."""
+    if proj_size:
+        return None, f"a projection (proj_size={proj_size}) needs h of all units before W_hr"
+    if hidden_size > SEQUENCE_MAX_HIDDEN[math]:
+        fits = SEQUENCE_MAX_HIDDEN[math]
+        return None, f"W_hh fits one program up to hidden_size={fits} in {math} math, got {hidden_size}"
+    BU = _power_of_2(hidden_size, 16, 1024)
+    # Few rows a program keep a step short; more only when every multiprocessor has a program anyway.
+    BB = max(8, chip.min_columns) if math in ("half", "tf32") else 16
+    if batch > BB * chip.multiprocessors:
         BB = 16
-        why = "asked for" if algorithm == "sequence" else f"W_hh of hidden_size={hidden_size} fits one program"
-        return Plan(
-            "sequence", (1, -(-batch // BB)), BU, BB, BU, max(1, BU // 16), 1, precision,
-            gates * BU * BU * itemsize + BU * BB * itemsize, why,
-        )  # fmt: skip
+    num_warps = {"half": BU // 16, "tf32": BU // 16, "ieee": BU // 8, "double": 8 if backward else 4}[math]
+    shared = len(cell.gates) * BU * BU * dtype.itemsize + BU * BB * 4
+    if shared > chip.shared_bytes:
+        return None, f"W_hh takes {shared} bytes of shared memory to load, {chip.name} has {chip.shared_bytes}"
+    why = f"W_hh of hidden_size={hidden_size} fits one program"
+    grid = (1, -(-batch // BB))
+    return Plan("sequence", grid, BU, BB, BU, num_warps, 1, _precision(math), shared, why), why
 
-    why = "asked for" if algorithm == "step" else reason
-    BB = _power_of_2(batch, 8, 64 if math == "half" else 16)
+
+def _plan_step(cell, batch, input_size, hidden_size, proj_size, dtype, math, chip, backward, why) -> Plan:
+    wide = math == "half"
+    BB = _power_of_2(batch, chip.min_columns, 64 if wide else 16)
     if backward:
-        # The matmul's rows are units: 16 fill an MMA.
-        columns = proj_size or gates * hidden_size
+        # The matmul's rows are units: 16 fill a matrix instruction.
+        columns, operands = proj_size or len(cell.gates) * hidden_size, 1
         BU = rows = 16 if BB <= 32 else 32
-        operands, num_warps = 1, 2 if BB <= 16 else 4
+        num_warps = 2 if BB <= 16 else 4
     else:
-        # The matmul's rows are the accumulators of BU units: 32 of them keep W in small enough pieces to give
-        # every multiprocessor one; a larger batch has enough work for 64.
-        columns = max(input_size, proj_size or hidden_size)
+        # The matmul's rows are the accumulators of BU units: with 32 of them there are programs enough to load W
+        # on every multiprocessor at once; a larger batch has the work for 64.
+        columns, operands = max(input_size, proj_size or hidden_size), 2
         rows = 32 if BB <= 32 else 64
-        BU = rows // accumulators
-        operands, num_warps = 2, rows // 16
+        BU = rows // len(cell.accumulators)
+        num_warps = rows // 16
     if math in ("ieee", "double"):
         num_warps = 4
     BK = _power_of_2(columns, 16, _BLOCK_K[math])
     num_stages = 3
-    shared = num_stages * operands * (rows + BB) * BK * itemsize
+    tile = operands * (rows + BB) * BK * dtype.itemsize
+    while num_stages > 1 and num_stages * tile > chip.shared_bytes:
+        num_stages -= 1
     grid = (-(-hidden_size // BU), -(-batch // BB))
-    return Plan("step", grid, BU, BB, BK, num_warps, num_stages, precision, shared, why)
+    return Plan("step", grid, BU, BB, BK, num_warps, num_stages, _precision(math), num_stages * tile, why)
+
+
+def _precision(math: str) -> str:
+    return "tf32" if math == "tf32" else "ieee"
 
 
 def allow_tf32() -> bool:
@@ -128,6 +159,33 @@ def allow_tf32() -> bool:
     if precision in ("tf32", "ieee"):
         return precision == "tf32"
     return torch.backends.cudnn.allow_tf32
+
+
+@functools.cache
+def _chip(device: torch.device) -> Chip:
+    if device.type != "cuda":
+        return SM80
+    p = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return Chip(p.gcnArchName, p.multi_processor_count, p.shared_memory_per_block, 16)
+    columns = 8 if p.major < 10 else 16
+    return Chip(f"sm_{p.major}{p.minor}", p.multi_processor_count, p.shared_memory_per_block_optin, columns)
+
+
+def _plan_for(cell: Cell, x: Tensor, h0: Tensor, w_hh: Tensor, w_hr: Tensor | None, algorithm: str, backward: bool):
+    hidden, proj = w_hh.shape[0] // len(cell.gates), 0 if w_hr is None else h0.shape[1]
+    return plan(
+        cell,
+        h0.shape[0],
+        x.shape[-1],
+        hidden,
+        proj,
+        x.dtype,
+        algorithm=algorithm,
+        backward=backward,
+        tf32=x.dtype == torch.float32 and allow_tf32(),
+        chip=_chip(x.device),
+    )
 
 
 @functools.cache
@@ -260,17 +318,7 @@ def forward(
     _check_device(x)
     spec = CELLS[cell]
     batch, hidden = h0.shape[0], w_hh.shape[0] // len(spec.gates)
-    proj = 0 if w_hr is None else h0.shape[1]
-    how = plan(
-        spec,
-        batch,
-        x.shape[-1],
-        hidden,
-        proj,
-        x.dtype,
-        algorithm=algorithm,
-        tf32=x.dtype == torch.float32 and allow_tf32(),
-    )
+    how = _plan_for(spec, x, h0, w_hh, w_hr, algorithm, backward=False)
     steps = x.shape[:-1]
     acc_dtype = accumulation_dtype(x.dtype)
     empty, empty_acc = x.new_empty(0), x.new_empty(0, dtype=acc_dtype)
@@ -417,11 +465,7 @@ def backward(
     _check_device(x)
     spec = CELLS[cell]
     batch, hidden = h0.shape[0], w_hh.shape[0] // len(spec.gates)
-    proj = 0 if w_hr is None else h0.shape[1]
-    how = plan(
-        spec, batch, x.shape[-1], hidden, proj, x.dtype, algorithm=algorithm, backward=True,
-        tf32=x.dtype == torch.float32 and allow_tf32(),
-    )  # fmt: skip
+    how = _plan_for(spec, x, h0, w_hh, w_hr, algorithm, backward=True)
     rows = step_rows(x, batch_sizes)
     n_rows = rows[-1][0] + rows[-1][1]
     dgates = x.new_empty(n_rows, len(spec.accumulators) * hidden)
@@ -434,7 +478,7 @@ def backward(
     )
     if w_hr is not None:
         # Grows into the whole gradient of y: from outside, from h_n, and from the next step.
-        dy_total = x.new_zeros(n_rows, proj) if dy is None else dy.reshape(n_rows, proj).clone()
+        dy_total = x.new_zeros(n_rows, h0.shape[1]) if dy is None else dy.reshape(n_rows, h0.shape[1]).clone()
         if dh_n is not None and batch:
             dy_total[slice(0, batch) if reverse else _last_rows(rows, x.device)] += dh_n
         h = (rows_of(gates)[:, -hidden:] * rows_of(cells).tanh()).to(x.dtype) if needs[7] else None
