@@ -125,18 +125,20 @@ def check_sequence(
 
 
 def check_batch_sizes(batch_sizes: Tensor, rows: int, batch: int) -> None:
-    """Raises unless ``batch_sizes`` is non-increasing, at least 1, begins with B and adds up to N.
+    """Raises unless ``batch_sizes`` begins with B, never increases, stays at least 1 and adds up to N.
 
     Reads the values, so it runs below the op only.
     """
     sizes = batch_sizes.tolist()
-    if sizes[0] != batch or sizes[-1] < 1 or any(a < b for a, b in itertools.pairwise(sizes)):
-        raise RuntimeError(
-            f"fusedrnn::sequence: batch_sizes must be non-increasing, from the batch size {batch} down to at "
-            f"least 1, got {sizes[:8]}{'...' if len(sizes) > 8 else ''}"
-        )
+    if sizes[0] != batch:
+        raise RuntimeError(f"fusedrnn::sequence: h0 must have batch size {sizes[0]}, got {batch}")
+    for t, (before, size) in enumerate(zip([batch, *sizes], sizes)):
+        if size > before or size < 1:
+            raise RuntimeError(
+                f"fusedrnn::sequence: batch_sizes must not increase and must be at least 1, got {size} at step {t}"
+            )
     if sum(sizes) != rows:
-        raise RuntimeError(f"fusedrnn::sequence: batch_sizes must add up to {rows} rows of x, got {sum(sizes)}")
+        raise RuntimeError(f"fusedrnn::sequence: batch_sizes must add up to the {rows} rows of x, got {sum(sizes)}")
 
 
 def _backend(name: str):

@@ -318,8 +318,8 @@ def test_errors_of_our_own():
     with pytest.raises(ValueError, match="algorithm must be one of"):
         fusedrnn.LSTM(5, 8, algorithm="fast")
     bad = PackedSequence(torch.zeros(5, 5), torch.tensor([2, 2]))
-    with pytest.raises(RuntimeError, match="batch_sizes must add up to 5 rows of x, got 4"):
+    with pytest.raises(RuntimeError, match="batch_sizes must add up to the 5 rows of x, got 4"):
         ours(bad)
     bad = PackedSequence(torch.zeros(5, 5), torch.tensor([2, 3]))
-    with pytest.raises(RuntimeError, match="batch_sizes must be non-increasing"):
+    with pytest.raises(RuntimeError, match="batch_sizes must not increase and must be at least 1, got 3 at step 1"):
         ours(bad)

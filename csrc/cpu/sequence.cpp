@@ -296,8 +296,8 @@ Gradients sequence_backward_cpu(c10::string_view cell, const OptionalTensor& dy,
   if (needs.get(0)) dx = at::mm(dgates_x, w_ih).view(x.sizes());
   if (needs.get(3)) dw_ih = at::mm(dgates_x.t(), rows_of(x));
   if (needs.get(4)) dw_hh = at::mm(dgates_h.t(), previous_rows(s, h0c, yc, reverse));
-  if (needs.get(5)) db_ih = dgates_x.sum(0);
-  if (needs.get(6)) db_hh = same && needs.get(5) ? db_ih.clone() : dgates_h.sum(0);
+  if (needs.get(5) && b_ih) db_ih = dgates_x.sum(0);
+  if (needs.get(6) && b_hh) db_hh = same && db_ih.numel() ? db_ih.clone() : dgates_h.sum(0);
   if (needs.get(7) && w_hr) dw_hr = at::mm(dy_total.t(), h);
   // Outputs of an op may not alias each other.
   const auto own = [&](const Tensor& t) { return t.is_same(none) ? at::empty({0}, options) : t; };

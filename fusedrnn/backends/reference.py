@@ -27,6 +27,11 @@ def _join(state: Tensor, ended: list[Tensor]) -> Tensor:
     return torch.cat([state, *reversed(ended)]) if ended else state
 
 
+def input_gates(x: Tensor, w_ih: Tensor, b_ih: Tensor | None) -> Tensor:
+    """The input projection of all rows at once, [N, G*H]."""
+    return x @ w_ih.t() if b_ih is None else torch.addmm(b_ih, x, w_ih.t())
+
+
 def recurrence(
     cell_name: str,
     x: Tensor,
@@ -50,7 +55,7 @@ def recurrence(
     c_start, w_ih, w_hh, b_ih, b_hh, w_hr = up
     hidden = w_hh.shape[0] // len(cell.gates)
     inputs = rows_of(x).to(acc_dtype)
-    gates_x = inputs @ w_ih.t() if b_ih is None else torch.addmm(b_ih, inputs, w_ih.t())
+    gates_x = input_gates(inputs, w_ih, b_ih)
 
     rows = step_rows(x, batch_sizes)
     order = range(len(rows) - 1, -1, -1) if reverse else range(len(rows))
