@@ -4,11 +4,31 @@ import contextlib
 import ctypes
 from pathlib import Path
 
-from .build import BuildError, build_simulated_library, build_simulator, compile_ptx
+from .build import (
+    BuildError,
+    build_simulated_library,
+    build_simulator,
+    compile_ptx,
+    registers_of,
+    registers_reported,
+)
 
-__all__ = ["BuildError", "Library", "Module", "SimulationError", "build_simulated_library", "compile_ptx", "counters", "default_library", "options", "reset_counters", "set_options"]
+__all__ = [
+    "BuildError",
+    "Library",
+    "Module",
+    "SimulationError",
+    "build_simulated_library",
+    "chips",
+    "compile_ptx",
+    "counters",
+    "default_library",
+    "options",
+    "reset_counters",
+    "set_options",
+]
 
-DEFAULTS = {"seed": 0, "torn": 0, "check": 1, "races": 1, "defer": 1, "limit": 0, "chip": "h100-sxm"}
+DEFAULTS = {"seed": 0, "torn": 0, "check": 1, "races": 1, "defer": 1, "limit": 0, "resident": 264, "chip": "h100-sxm"}
 _current = dict(DEFAULTS)
 _libraries = []
 
@@ -26,14 +46,28 @@ class Library:
         self.dll = dll = ctypes.CDLL(str(path))
         u64, ptr, text, i32, u32 = ctypes.c_uint64, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint32
         for name, result, arguments in (
-            ("ps_error", text, []), ("ps_load", ptr, [text]), ("ps_unload", None, [ptr]), ("ps_kernel", i32, [ptr, text]),
-            ("ps_nparams", i32, [ptr, i32]), ("ps_param_size", i32, [ptr, i32, i32]), ("ps_register", None, [u64, u64]),
-            ("ps_unregister", None, [u64]), ("ps_option", None, [text, u64]), ("ps_count_names", text, []), ("ps_counts", None, [ptr]),
-            ("ps_count_reset", None, []), ("ps_count_alloc", None, [u64, ptr]),
+            ("ps_error", text, []),
+            ("ps_load", ptr, [text]),
+            ("ps_unload", None, [ptr]),
+            ("ps_kernel", i32, [ptr, text]),
+            ("ps_nparams", i32, [ptr, i32]),
+            ("ps_param_size", i32, [ptr, i32, i32]),
+            ("ps_register", None, [u64, u64]),
+            ("ps_unregister", None, [u64]),
+            ("ps_option", i32, [text, u64]),
+            ("ps_chip", i32, [text]),
+            ("ps_registers", None, [text, i32]),
+            ("ps_count_names", text, []),
+            ("ps_counts", None, [ptr]),
+            ("ps_count_reset", None, []),
+            ("ps_count_alloc", None, [u64, ptr]),
             ("ps_launch", i32, [ptr, i32] + [u32] * 7 + [ctypes.POINTER(ptr), i32]),
         ):
             function = getattr(dll, name)
             function.restype, function.argtypes = result, arguments
+        report = self.path.parent / "ptxas.txt"
+        if report.exists():
+            self.set_registers(registers_reported(report.read_text()))
         self._names = dll.ps_count_names().decode().split()
         for key, value in _current.items():
             self._option(key, value)
@@ -41,8 +75,15 @@ class Library:
 
     def _option(self, key, value):
         if key == "chip":
-            return
-        self.dll.ps_option(key.encode(), int(value))
+            if self.dll.ps_chip(value.encode()):
+                raise ValueError(f"unknown chip {value!r}")
+        else:
+            self.dll.ps_option(key.encode(), int(value))
+
+    def set_registers(self, registers):
+        """{kernel: registers a thread}: how many blocks fit on an SM depends on it."""
+        for kernel, count in registers.items():
+            self.dll.ps_registers(kernel.encode(), count)
 
     def error(self):
         """What the last failed launch said."""
@@ -59,9 +100,9 @@ class Library:
 
     def counters_of(self, tensor):
         """Global traffic of the whole allocation that this tensor or array lives in, since reset_counters()."""
-        buffer = (ctypes.c_uint64 * 5)()
+        buffer = (ctypes.c_uint64 * 6)()
         self.dll.ps_count_alloc(_extent(tensor)[0], buffer)
-        return dict(zip(("ld_bytes", "ld_sectors", "st_bytes", "st_sectors", "atomics"), buffer))
+        return dict(zip(("ld_bytes", "ld_sectors", "st_bytes", "st_sectors", "atomics", "poll_bytes"), buffer))
 
     @contextlib.contextmanager
     def registered(self, *tensors):
@@ -120,6 +161,18 @@ def options(**values):
         set_options(**before)
 
 
+def chips():
+    """{name: limits and where they are stated} of every chip that the option `chip` knows."""
+    dll, out = default_library().dll, {}
+    names = (
+        "sm sms threads_per_sm blocks_per_sm registers_per_sm shared_per_sm shared_per_block reserved_shared_per_block"
+    )
+    name, source, values = ctypes.c_char_p(), ctypes.c_char_p(), (ctypes.c_int * 8)()
+    while dll.ps_chip_info(len(out), ctypes.byref(name), values, ctypes.byref(source)):
+        out[name.value.decode()] = {**dict(zip(names.split(), values)), "source": source.value.decode()}
+    return out
+
+
 def counters():
     return default_library().counters()
 
@@ -133,7 +186,9 @@ class Module:
 
     def __init__(self, ptx, library=None):
         self.library = library or default_library()
-        self._handle = self.library.dll.ps_load(ptx.encode() if isinstance(ptx, str) else ptx)
+        self.ptx = ptx.decode() if isinstance(ptx, bytes) else ptx
+        self._resources_of = None
+        self._handle = self.library.dll.ps_load(self.ptx.encode())
         if not self._handle:
             raise SimulationError(self.library.error())
 
@@ -146,7 +201,16 @@ class Module:
         pointer), bytes (a struct passed by value). Returns the counters of this launch; "by_arg" holds, per parameter
         that is a tensor, the traffic of its storage."""
         with options(**launch_options):
+            if cooperative:
+                self._read_resources()
             return self._launch(name, grid, block, args, shared, cooperative)
+
+    def _read_resources(self):
+        """A cooperative launch must fit the chip at once, and registers count: ask ptxas."""
+        sm = chips()[_current["chip"]]["sm"]
+        if self._resources_of != sm:
+            self.library.set_registers(registers_of(self.ptx, sm))
+            self._resources_of = sm
 
     def _launch(self, name, grid, block, args, shared, cooperative):
         library, dll = self.library, self.library.dll
@@ -170,12 +234,16 @@ class Module:
             elif isinstance(arg, float):
                 values.append(ctypes.c_float(arg) if size == 4 else ctypes.c_double(arg))
             else:
-                values.append({1: ctypes.c_int8, 2: ctypes.c_int16, 4: ctypes.c_int32, 8: ctypes.c_int64}[size](int(arg)))
+                values.append(
+                    {1: ctypes.c_int8, 2: ctypes.c_int16, 4: ctypes.c_int32, 8: ctypes.c_int64}[size](int(arg))
+                )
         pointers = (ctypes.c_void_p * max(count, 1))(*[ctypes.cast(ctypes.pointer(v), ctypes.c_void_p) for v in values])
         with library.registered(*tensors.values()):
             before = library.counters()
             was = {i: library.counters_of(t) for i, t in tensors.items()}
-            failed = dll.ps_launch(self._handle, kernel, *map(int, grid), *map(int, block), int(shared), pointers, int(cooperative))
+            failed = dll.ps_launch(
+                self._handle, kernel, *map(int, grid), *map(int, block), int(shared), pointers, int(cooperative)
+            )
             after = library.counters()
             now = {i: library.counters_of(t) for i, t in tensors.items()}
         if failed:

@@ -1,4 +1,4 @@
-"""Compiles the simulator, and whole CUDA sources into libraries whose launches run in it. Needs g++ >= 12; sources need nvcc."""
+"""Compiles the simulator (g++ >= 12), and whole CUDA sources into libraries whose launches run in it (nvcc)."""
 
 import functools
 import hashlib
@@ -8,10 +8,22 @@ import shutil
 import site
 import subprocess
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCE_DIR = Path(__file__).resolve().parent / "src"
-CXX_FLAGS = ["-std=c++20", "-O3", "-march=native", "-fPIC", "-fno-strict-aliasing", "-fno-gnu-unique", "-fvisibility=hidden"]
+CXX_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-march=native",
+    "-fPIC",
+    "-fno-strict-aliasing",
+    "-fno-gnu-unique",
+    "-fvisibility=hidden",
+    "-fwrapv",
+    "-ffp-contract=off",
+]
 
 
 class BuildError(RuntimeError):
@@ -41,7 +53,7 @@ def _publish(temporary, path):
     return path
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _cxx():
     for name in (os.environ.get("CXX"), "g++", "g++-13", "g++-12"):
         if name and shutil.which(name):
@@ -49,7 +61,7 @@ def _cxx():
     raise BuildError("ptxsim needs g++ 12 or newer (set CXX, or install it)")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def cuda_home():
     """The folder with bin/nvcc: $CUDA_HOME, then nvcc on the PATH, then pip's nvidia/cu13. None if there is none."""
     candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
@@ -90,7 +102,7 @@ def _digest(*parts):
     return h.hexdigest()[:16]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _cpu():
     """-march=native code must not outlive a move to another processor."""
     try:
@@ -100,25 +112,30 @@ def _cpu():
         return ""
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _objects():
     """(simulator objects, cudart object), compiled once per content of src/."""
     sources = sorted(p for p in SOURCE_DIR.iterdir() if p.suffix in (".cpp", ".h", ".inc"))
     tag = _digest(*[p.name.encode() + p.read_bytes() for p in sources], CXX_FLAGS, _cpu())
     out = cache_dir() / f"objects-{tag}"
     out.mkdir(parents=True, exist_ok=True)
-    compiled = {}
-    for source in (p for p in sources if p.suffix == ".cpp"):
-        path = compiled[source.stem] = out / f"{source.stem}.o"
+    compiled = {p.stem: out / f"{p.stem}.o" for p in sources if p.suffix == ".cpp"}
+
+    def compile_one(source):
+        path = compiled[source.stem]
         if not path.exists():
             temporary = path.with_suffix(f".{os.getpid()}.o")
-            _run([_cxx(), *CXX_FLAGS, "-w", "-c", source, "-o", temporary])
+            _run([_cxx(), *CXX_FLAGS, "-c", source, "-o", temporary])
             _publish(temporary, path)
+
+    largest_first = sorted((p for p in sources if p.suffix == ".cpp"), key=lambda p: -p.stat().st_size)
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        list(pool.map(compile_one, largest_first))
     cudart = compiled.pop("cudart")
     return tuple(compiled.values()), cudart
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def build_simulator():
     """Path of libptxsim.so."""
     objects, _ = _objects()
@@ -138,7 +155,7 @@ def _includes(include_dirs):
 
 
 def _dependencies(sources, include_dirs):
-    """Content of the sources and of every header of their folders and of include_dirs: small trees, so hash them all."""
+    """Content of the sources and of all headers of their folders and of include_dirs: small trees, so hash it all."""
     parts = []
     folders = {Path(s).resolve().parent for s in sources} | {Path(d).resolve() for d in include_dirs}
     for folder in sorted(folders):
@@ -146,6 +163,34 @@ def _dependencies(sources, include_dirs):
             if path.suffix in (".cu", ".cuh", ".h", ".hpp", ".inc") and path.is_file():
                 parts += [str(path), path.read_bytes()]
     return parts
+
+
+def registers_reported(report):
+    """{kernel: registers a thread} of what `ptxas -v` prints."""
+    out, name = {}, None
+    for line in report.splitlines():
+        if found := re.search(r"Compiling entry function '(\S+)'", line):
+            name = found.group(1)
+        elif name and (found := re.search(r"Used (\d+) registers", line)):
+            out[name] = int(found.group(1))
+            name = None
+    return out
+
+
+@functools.lru_cache(maxsize=64)
+def registers_of(ptx, sm):
+    """Runs ptxas for sm (80, 90, ...): {kernel: registers a thread}. Empty if there is no ptxas."""
+    ptxas = tool("ptxas")
+    target = re.search(r"\.target sm_(\d+)(\w?)", ptx)
+    if ptxas is None or target is None:
+        return {}
+    name = f"sm_{max(int(sm), int(target.group(1)))}" + ("a" if target.group(2) else "")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        return registers_reported(
+            _run([ptxas, "-v", f"--gpu-name={name}", source, "-o", Path(folder) / "kernel.cubin"])
+        )
 
 
 def compile_ptx(source, include_dirs=(), arch="80", flags=()):
@@ -161,7 +206,20 @@ def compile_ptx(source, include_dirs=(), arch="80", flags=()):
             source = folder / f"{tag}.cu"
             source.write_text(text)
         temporary = path.with_suffix(f".{os.getpid()}.ptx")
-        _run([nvcc(), "-std=c++17", "-O3", f"-arch=compute_{arch}", "-ptx", *_includes(include_dirs), *flags, source, "-o", temporary])
+        _run(
+            [
+                nvcc(),
+                "-std=c++17",
+                "-O3",
+                f"-arch=compute_{arch}",
+                "-ptx",
+                *_includes(include_dirs),
+                *flags,
+                source,
+                "-o",
+                temporary,
+            ]
+        )
         _publish(temporary, path)
     return path.read_text()
 
@@ -174,7 +232,14 @@ def build_simulated_library(cu_sources, include_dirs=(), flags=(), arch="80"):
     """
     cu_sources = [Path(s).resolve() for s in cu_sources]
     objects, cudart = _objects()
-    tag = _digest(*_dependencies(cu_sources, include_dirs), objects[0].parent.name, tuple(map(str, cu_sources)), tuple(map(str, flags)), arch, nvcc())
+    tag = _digest(
+        *_dependencies(cu_sources, include_dirs),
+        objects[0].parent.name,
+        tuple(map(str, cu_sources)),
+        tuple(map(str, flags)),
+        arch,
+        nvcc(),
+    )
     out = cache_dir() / f"library-{tag}"
     path = out / "libsimulated.so"
     if path.exists():
@@ -183,10 +248,30 @@ def build_simulated_library(cu_sources, include_dirs=(), flags=(), arch="80"):
     kernels, reports = [], []
     for i, source in enumerate(cu_sources):
         obj = out / f"{i}-{source.stem}.{os.getpid()}.o"
-        reports.append(_run([
-            nvcc(), "-std=c++17", "-O3", "-gencode", f"arch=compute_{arch},code=[compute_{arch},sm_{arch}]", "--no-compress", "-cudart", "none",
-            "-Xptxas", "-v", "-Xcompiler", "-fPIC", *_includes(include_dirs), *flags, "-c", source, "-o", obj,
-        ]))
+        reports.append(
+            _run(
+                [
+                    nvcc(),
+                    "-std=c++17",
+                    "-O3",
+                    "-gencode",
+                    f"arch=compute_{arch},code=[compute_{arch},sm_{arch}]",
+                    "--no-compress",
+                    "-cudart",
+                    "none",
+                    "-Xptxas",
+                    "-v",
+                    "-Xcompiler",
+                    "-fPIC",
+                    *_includes(include_dirs),
+                    *flags,
+                    "-c",
+                    source,
+                    "-o",
+                    obj,
+                ]
+            )
+        )
         kernels.append(obj)
     (out / "ptxas.txt").write_text(f"sm_{arch}\n" + "".join(reports))
     temporary = path.with_suffix(f".{os.getpid()}.so")
