@@ -86,79 +86,80 @@ constexpr int max_rows() {
 #endif
 }
 
-// acc[r][v] += sum over k of rows[r][k] * panel[k][v]. With few rows several sums run side by side, because one
-// alone would wait for its own previous addition.
 template <int kRows, int kVectors, typename C>
-FUSEDRNN_INLINE void multiply(Vec<C> (&acc)[kRows][kVectors], const C* const* rows, const C* panel, int64_t depth) {
-  constexpr int kWidth = Vec<C>::kWidth;
-  constexpr int kWays = kRows * kVectors >= 8 ? 1 : (kRows * kVectors >= 4 ? 2 : 4);
-  int64_t k = 0;
-  if constexpr (kWays > 1) {
-    Vec<C> part[kWays - 1][kRows][kVectors];
+FUSEDRNN_INLINE void multiply_depth(Vec<C> (&acc)[kRows][kVectors], const C* const (&x)[kRows], int64_t k,
+                                    const C* panel) {
+  Vec<C> weight[kVectors];
+  FUSEDRNN_UNROLL
+  for (int v = 0; v < kVectors; ++v) weight[v] = load(panel + v * Vec<C>::kWidth);
+  FUSEDRNN_UNROLL
+  for (int r = 0; r < kRows; ++r) {
     FUSEDRNN_UNROLL
-    for (int w = 0; w < kWays - 1; ++w) {
-      FUSEDRNN_UNROLL
-      for (int r = 0; r < kRows; ++r) {
-        FUSEDRNN_UNROLL
-        for (int v = 0; v < kVectors; ++v) part[w][r][v] = Vec<C>(C(0));
-      }
-    }
-    for (; k + kWays <= depth; k += kWays) {
-      FUSEDRNN_UNROLL
-      for (int w = 0; w < kWays; ++w) {
-        FUSEDRNN_UNROLL
-        for (int v = 0; v < kVectors; ++v) {
-          const Vec<C> weight = load(panel + ((k + w) * kVectors + v) * kWidth);
-          FUSEDRNN_UNROLL
-          for (int r = 0; r < kRows; ++r) {
-            Vec<C>& sum = w == 0 ? acc[r][v] : part[w == 0 ? 0 : w - 1][r][v];
-            sum.v += weight.v * rows[r][k + w];
-          }
-        }
-      }
-    }
-    FUSEDRNN_UNROLL
-    for (int w = 0; w < kWays - 1; ++w) {
-      FUSEDRNN_UNROLL
-      for (int r = 0; r < kRows; ++r) {
-        FUSEDRNN_UNROLL
-        for (int v = 0; v < kVectors; ++v) acc[r][v].v += part[w][r][v].v;
-      }
-    }
-  }
-  for (; k < depth; ++k) {
-    Vec<C> weight[kVectors];
-    FUSEDRNN_UNROLL
-    for (int v = 0; v < kVectors; ++v) weight[v] = load(panel + (k * kVectors + v) * kWidth);
-    FUSEDRNN_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      FUSEDRNN_UNROLL
-      for (int v = 0; v < kVectors; ++v) acc[r][v].v += weight[v].v * rows[r][k];
-    }
+    for (int v = 0; v < kVectors; ++v) acc[r][v].v += weight[v].v * x[r][k];
   }
 }
 
-// One panel of weight^T: lane j of vector v at depth k is weight[first[v] + j][k]; rows beyond `count` are zero.
-template <int kVectors, typename C, typename E>
-void pack_rows(C* panel, const E* weight, int64_t stride, const int64_t* first, int64_t count, int64_t depth) {
+// sums[r][v] = sum over k of rows[r][k] * panel[k][v]; depth k of segment i is rows[r][skip[i] + k], and the panel
+// goes on from segment to segment. With few rows several sums run side by side, because one alone would wait for
+// its own previous addition.
+template <int kRows, int kVectors, int kSegments, typename C>
+FUSEDRNN_INLINE void multiply(Vec<C> (&sums)[kRows][kVectors], const C* const* rows, const C* panel, int64_t depth,
+                              const int64_t (&skip)[kSegments]) {
   constexpr int kWidth = Vec<C>::kWidth;
-  for (int v = 0; v < kVectors; ++v) {
-    for (int64_t k = 0; k < depth; k += kWidth) {
-      const int64_t width = min(kWidth, depth - k);
-      Vec<C> tile[kWidth];
+  constexpr int kWays = kRows * kVectors >= 8 ? 1 : (kRows * kVectors >= 4 ? 2 : 4);
+  // Local, so that they live in registers.
+  Vec<C> acc[kWays][kRows][kVectors];
+  FUSEDRNN_UNROLL
+  for (int w = 0; w < kWays; ++w) {
+    FUSEDRNN_UNROLL
+    for (int r = 0; r < kRows; ++r) {
       FUSEDRNN_UNROLL
-      for (int j = 0; j < kWidth; ++j) {
-        tile[j] = j < count ? load<C>(weight + (first[v] + j) * stride + k, width) : Vec<C>(C(0));
-      }
-      transpose<1, kWidth>(tile);
-      for (int64_t j = 0; j < width; ++j) store(panel + ((k + j) * kVectors + v) * kWidth, tile[j]);
+      for (int v = 0; v < kVectors; ++v) acc[w][r][v] = Vec<C>(C(0));
     }
+  }
+  for (int i = 0; i < kSegments; ++i) {
+    const C* x[kRows];
+    FUSEDRNN_UNROLL
+    for (int r = 0; r < kRows; ++r) x[r] = rows[r] + skip[i];
+    int64_t k = 0;
+    for (; k + kWays <= depth; k += kWays, panel += kWays * kVectors * kWidth) {
+      FUSEDRNN_UNROLL
+      for (int w = 0; w < kWays; ++w) multiply_depth(acc[w], x, k + w, panel + w * kVectors * kWidth);
+    }
+    for (; k < depth; ++k, panel += kVectors * kWidth) multiply_depth(acc[0], x, k, panel);
+  }
+  FUSEDRNN_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    FUSEDRNN_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      FUSEDRNN_UNROLL
+      for (int w = 1; w < kWays; ++w) acc[0][r][v].v += acc[w][r][v].v;
+      sums[r][v] = acc[0][r][v];
+    }
+  }
+}
+template <int kRows, int kVectors, typename C>
+FUSEDRNN_INLINE void multiply(Vec<C> (&sums)[kRows][kVectors], const C* const* rows, const C* panel, int64_t depth) {
+  multiply<kRows, kVectors, 1>(sums, rows, panel, depth, {0});
+}
+
+// One vector of a panel of weight^T: lane j at depth k is weight[j][k]; lanes beyond `count` are zero.
+// Consecutive depths are `step` elements apart in the panel.
+template <typename C, typename E>
+FUSEDRNN_COLD void pack_rows(C* panel, int64_t step, const E* weight, int64_t stride, int64_t count, int64_t depth) {
+  constexpr int kWidth = Vec<C>::kWidth;
+  for (int64_t k = 0; k < depth; k += kWidth) {
+    const int64_t width = min(kWidth, depth - k);
+    Vec<C> tile[kWidth];
+    for (int j = 0; j < kWidth; ++j) tile[j] = j < count ? load<C>(weight + j * stride + k, width) : Vec<C>(C(0));
+    transpose<1, kWidth>(tile);
+    for (int64_t j = 0; j < width; ++j) store(panel + (k + j) * step, tile[j]);
   }
 }
 
 // One panel of weight: lane j of vector v at depth k is weight[k][v * W + j]; columns beyond `count` are zero.
 template <int kVectors, typename C, typename E>
-void pack_columns(C* panel, const E* weight, int64_t stride, int64_t count, int64_t depth) {
+FUSEDRNN_COLD void pack_columns(C* panel, const E* weight, int64_t stride, int64_t count, int64_t depth) {
   constexpr int kWidth = Vec<C>::kWidth;
   for (int64_t k = 0; k < depth; ++k) {
     for (int v = 0; v < kVectors; ++v) {
@@ -305,8 +306,6 @@ struct ForwardRun : Skeleton<Cell, E> {
   }
 
  private:
-  const E* weights() const { return static_cast<const E*>(p.w_hh); }
-
   void work(int thread, int threads) {
     prepare(thread, threads);
     barrier.wait(threads);
@@ -349,9 +348,11 @@ struct ForwardRun : Skeleton<Cell, E> {
     const auto units = Base::share_of(unit_blocks, thread, threads);
     for (int64_t block = units.begin; block < units.end; ++block) {
       const int64_t u = block * kWidth;
-      int64_t first[kG];
-      for (int g = 0; g < kG; ++g) first[g] = g * hidden + u;
-      pack_rows<kG>(panels + block * out * kG * kWidth, weights(), out, first, hidden - u, out);
+      C* panel = panels + block * out * kG * kWidth;
+      for (int g = 0; g < kG; ++g) {
+        pack_rows(panel + g * kWidth, kG * kWidth, static_cast<const E*>(p.w_hh) + (g * hidden + u) * out, out,
+                  hidden - u, out);
+      }
       for (int a = 0; a < kA; ++a) store(bias + a * padded + u, V(C(0)));
       for (int g = 0; g < kG; ++g) {
         add_bias(Cell::x_acc(g) * padded + u, p.b_ih, g * hidden + u, hidden - u);
@@ -364,31 +365,17 @@ struct ForwardRun : Skeleton<Cell, E> {
     }
     const auto outs = Base::share_of(out_blocks, thread, threads);
     for (int64_t block = outs.begin; block < outs.end; ++block) {
-      int64_t first[kPlain];
       C* panel = out_panels + block * hidden * kPlain * kWidth;
       for (int v = 0; v < kPlain; ++v) {
-        first[0] = block * kPlain * kWidth + v * kWidth;
-        pack_rows_strided(panel + v * kWidth, static_cast<const E*>(p.w_hr), first[0]);
+        const int64_t first = (block * kPlain + v) * kWidth;
+        pack_rows(panel + v * kWidth, kPlain * kWidth, static_cast<const E*>(p.w_hr) + first * hidden, hidden,
+                  out - first, hidden);
       }
     }
     if constexpr (!kWide) {
       for (int64_t b = thread; b < batch; b += threads) {
         convert(exchange + (2 * batch + b) * out, static_cast<const E*>(p.h0) + b * out, out);
       }
-    }
-  }
-
-  // One vector of a plain panel of W_hr.
-  void pack_rows_strided(C* panel, const E* weight, int64_t first) {
-    for (int64_t k = 0; k < hidden; k += kWidth) {
-      const int64_t width = min(kWidth, hidden - k);
-      V tile[kWidth];
-      FUSEDRNN_UNROLL
-      for (int j = 0; j < kWidth; ++j) {
-        tile[j] = first + j < out ? load<C>(weight + (first + j) * hidden + k, width) : V(C(0));
-      }
-      transpose<1, kWidth>(tile);
-      for (int64_t j = 0; j < width; ++j) store(panel + (k + j) * kPlain * kWidth, tile[j]);
     }
   }
 
@@ -408,71 +395,56 @@ struct ForwardRun : Skeleton<Cell, E> {
     }
   }
 
-  // Units u .. u + W of kRows rows: the matmul of all gates, and the cell on its registers.
+  // Units u .. u + W of kRows rows: the matmul of all gates, then the cell.
   template <int kRows>
-  void advance(int64_t t, int64_t s, int64_t b, int64_t block) {
+  FUSEDRNN_COLD void advance(int64_t t, int64_t s, int64_t b, int64_t block) {
     const C* before[kRows];
     for (int r = 0; r < kRows; ++r) before[r] = h_before(t, s, b + r);
     V sums[kRows][kG];
-    FUSEDRNN_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      FUSEDRNN_UNROLL
-      for (int g = 0; g < kG; ++g) sums[r][g] = V(C(0));
-    }
     multiply(sums, before, panels + block * out * kG * kWidth, out);
+    for (int r = 0; r < kRows; ++r) apply_cell(t, s, b + r, block * kWidth, before[r], sums[r]);
+  }
 
-    const int64_t u = block * kWidth, count = hidden - u;
+  void apply_cell(int64_t t, int64_t s, int64_t b, int64_t u, const C* before, const V* sums) {
+    const int64_t row = this->offset(t) + b, count = hidden - u;
+    V acc[kA], saved[kS > 0 ? kS : 1], h_new, c_new;
     FUSEDRNN_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      const int64_t row = this->offset(t) + b + r;
-      V acc[kA], saved[kS > 0 ? kS : 1], h_new, c_new;
+    for (int a = 0; a < kA; ++a) acc[a] = load(bias + a * padded + u);
+    FUSEDRNN_UNROLL
+    for (int g = 0; g < kG; ++g) {
+      const E* gate_x = static_cast<const E*>(p.gates_x) + (row * kG + g) * hidden + u;
+      acc[Cell::x_acc(g)] = acc[Cell::x_acc(g)] + load<C>(gate_x, count);
+    }
+    FUSEDRNN_UNROLL
+    for (int g = 0; g < kG; ++g) acc[Cell::h_acc(g)] = acc[Cell::h_acc(g)] + sums[g];
+    V h_prev(C(0)), c_prev(C(0));
+    if constexpr (Cell::kUsesHPrev) h_prev = load<C>(before + u, count);
+    if constexpr (Cell::kHasCellState) c_prev = load(c + b * padded + u);
+    Cell::forward(acc, h_prev, c_prev, h_new, c_new, saved);
+    if constexpr (Cell::kHasCellState) {
+      store(c + b * padded + u, c_new);
+      if (p.cells) store(static_cast<C*>(p.cells) + row * hidden + u, c_new, count);
+    }
+    if (p.gates) {
       FUSEDRNN_UNROLL
-      for (int a = 0; a < kA; ++a) acc[a] = load(bias + a * padded + u);
-      FUSEDRNN_UNROLL
-      for (int g = 0; g < kG; ++g) {
-        const E* gate_x = static_cast<const E*>(p.gates_x) + (row * kG + g) * hidden + u;
-        acc[Cell::x_acc(g)] = acc[Cell::x_acc(g)] + load<C>(gate_x, count);
-      }
-      FUSEDRNN_UNROLL
-      for (int g = 0; g < kG; ++g) acc[Cell::h_acc(g)] = acc[Cell::h_acc(g)] + sums[r][g];
-      V h_prev(C(0)), c_prev(C(0));
-      if constexpr (Cell::kUsesHPrev) h_prev = load<C>(before[r] + u, count);
-      if constexpr (Cell::kHasCellState) c_prev = load(c + (b + r) * padded + u);
-      Cell::forward(acc, h_prev, c_prev, h_new, c_new, saved);
-      if constexpr (Cell::kHasCellState) {
-        store(c + (b + r) * padded + u, c_new);
-        if (p.cells) store(static_cast<C*>(p.cells) + row * hidden + u, c_new, count);
-      }
-      if (p.gates) {
-        FUSEDRNN_UNROLL
-        for (int i = 0; i < kS; ++i) {
-          store(static_cast<E*>(p.gates) + (row * kS + i) * hidden + u, saved[i], count);
-        }
-      }
-      if (projected) {
-        store(h + (b + r) * padded + u, h_new);
-      } else {
-        emit(row, s, b + r, u, h_new, count);
-      }
+      for (int i = 0; i < kS; ++i) store(static_cast<E*>(p.gates) + (row * kS + i) * hidden + u, saved[i], count);
+    }
+    if (projected) {
+      store(h + b * padded + u, h_new);
+    } else {
+      emit(row, s, b, u, h_new, count);
     }
   }
 
   template <int kRows>
-  void project(int64_t t, int64_t s, int64_t b, int64_t block) {
+  FUSEDRNN_COLD void project(int64_t t, int64_t s, int64_t b, int64_t block) {
     const C* rows[kRows];
     for (int r = 0; r < kRows; ++r) rows[r] = h + (b + r) * padded;
     V sums[kRows][kPlain];
-    FUSEDRNN_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      FUSEDRNN_UNROLL
-      for (int v = 0; v < kPlain; ++v) sums[r][v] = V(C(0));
-    }
     multiply(sums, rows, out_panels + block * hidden * kPlain * kWidth, hidden);
-    FUSEDRNN_UNROLL
     for (int v = 0; v < kPlain; ++v) {
       const int64_t u = (block * kPlain + v) * kWidth;
       if (u >= out) break;
-      FUSEDRNN_UNROLL
       for (int r = 0; r < kRows; ++r) emit(this->offset(t) + b + r, s, b + r, u, sums[r][v], out - u);
     }
   }
@@ -529,14 +501,16 @@ struct BackwardRun : Skeleton<Cell, E> {
       const int64_t rows = this->rows_at(t);
       const int64_t chained = min(rows, this->rows_at(this->after(t)));
       // Rows that a later step follows take its dgates, the others dh_n.
-      for (int pass = 0; pass < 2; ++pass) {
-        const bool chain = pass == 0;
-        this->tiles(chain ? 0 : chained, chain ? chained : rows, thread, threads, [&](int64_t b, int64_t count) {
-          with_rows<kMostRows>(count, [&](auto n) {
-            for (int64_t o = outs.begin; o < outs.end; ++o) gather<decltype(n)::value>(t, s, b, o, chain);
-          });
+      this->tiles(0, chained, thread, threads, [&](int64_t b, int64_t count) {
+        with_rows<kMostRows>(count, [&](auto n) {
+          for (int64_t o = outs.begin; o < outs.end; ++o) gather<decltype(n)::value>(t, s, b, o);
         });
-      }
+      });
+      this->tiles(chained, rows, thread, threads, [&](int64_t b, int64_t count) {
+        for (int64_t o = outs.begin; o < outs.end; ++o) {
+          for (int64_t r = b; r < b + count; ++r) begin(t, s, r, o);
+        }
+      });
       if (projected) {
         this->barrier_of_step(barrier, threads);
         this->tiles(0, rows, thread, threads, [&](int64_t b, int64_t count) {
@@ -574,15 +548,12 @@ struct BackwardRun : Skeleton<Cell, E> {
     }
   }
 
-  // sums += dgates W_hh of kRows rows, whose dgates begin at rows[r].
+  // dgates W_hh of kRows rows, whose dgates begin at rows[r].
   template <int kRows>
   FUSEDRNN_INLINE void recur(V (&sums)[kRows][kPlain], const C* const* rows, int64_t block) const {
-    for (int g = 0; g < kG; ++g) {
-      const C* gate_rows[kRows];
-      FUSEDRNN_UNROLL
-      for (int r = 0; r < kRows; ++r) gate_rows[r] = rows[r] + Cell::h_acc(g) * hidden;
-      multiply(sums, gate_rows, panels + (block * kG + g) * hidden * kPlain * kWidth, hidden);
-    }
+    int64_t skip[kG];
+    for (int g = 0; g < kG; ++g) skip[g] = Cell::h_acc(g) * hidden;
+    multiply<kRows, kPlain, kG>(sums, rows, panels + block * kG * hidden * kPlain * kWidth, hidden, skip);
   }
 
   FUSEDRNN_INLINE const C* dgates_of(int64_t row, int64_t slot, int64_t b) const {
@@ -595,62 +566,53 @@ struct BackwardRun : Skeleton<Cell, E> {
 
   // The gradient of y of this step, and without projection at once the cell's backward.
   template <int kRows>
-  void gather(int64_t t, int64_t s, int64_t b, int64_t block, bool chain) {
+  FUSEDRNN_COLD void gather(int64_t t, int64_t s, int64_t b, int64_t block) {
+    const C* rows[kRows];
+    for (int r = 0; r < kRows; ++r) rows[r] = dgates_of(this->offset(this->after(t)) + b + r, (s - 1) & 1, b + r);
     V sums[kRows][kPlain];
-    FUSEDRNN_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      FUSEDRNN_UNROLL
-      for (int v = 0; v < kPlain; ++v) sums[r][v] = V(C(0));
-    }
-    if (chain) {
-      const C* rows[kRows];
-      for (int r = 0; r < kRows; ++r) rows[r] = dgates_of(this->offset(this->after(t)) + b + r, (s - 1) & 1, b + r);
-      recur(sums, rows, block);
-    }
-    FUSEDRNN_UNROLL
+    recur(sums, rows, block);
+    for (int r = 0; r < kRows; ++r) take(t, s, b + r, block, sums[r], true);
+  }
+  // The same where no later step follows.
+  void begin(int64_t t, int64_t s, int64_t b, int64_t block) {
+    V sums[kPlain];
+    for (int v = 0; v < kPlain; ++v) sums[v] = V(C(0));
+    take(t, s, b, block, sums, false);
+  }
+
+  void take(int64_t t, int64_t s, int64_t b, int64_t block, const V* sums, bool chain) {
+    const int64_t row = this->offset(t) + b;
     for (int v = 0; v < kPlain; ++v) {
-      const int64_t u = (block * kPlain + v) * kWidth;
-      if (u >= out) break;
-      const int64_t count = out - u;
-      FUSEDRNN_UNROLL
-      for (int r = 0; r < kRows; ++r) {
-        const int64_t row = this->offset(t) + b + r;
-        V dh = sums[r][v];
-        if (p.dy) dh = dh + load<C>(static_cast<const E*>(p.dy) + row * out + u, count);
-        if (!chain && p.dh_n) dh = dh + load<C>(static_cast<const E*>(p.dh_n) + (b + r) * out + u, count);
-        if (projected) {
-          store(dy + (b + r) * out + u, dh, count);
-          store(static_cast<E*>(p.dy_total) + row * out + u, dh, count);
-        } else {
-          if constexpr (Cell::kDirectH) dh = dh + load(dh_direct + (b + r) * padded + u);
-          retreat(t, s, b + r, u, dh);
-        }
+      const int64_t u = (block * kPlain + v) * kWidth, count = out - u;
+      if (count <= 0) break;
+      V dh = sums[v];
+      if (p.dy) dh = dh + load<C>(static_cast<const E*>(p.dy) + row * out + u, count);
+      if (!chain && p.dh_n) dh = dh + load<C>(static_cast<const E*>(p.dh_n) + b * out + u, count);
+      if (projected) {
+        store(dy + b * out + u, dh, count);
+        store(static_cast<E*>(p.dy_total) + row * out + u, dh, count);
+      } else {
+        if constexpr (Cell::kDirectH) dh = dh + load(dh_direct + b * padded + u);
+        retreat(t, s, b, u, dh);
       }
     }
   }
 
   template <int kRows>
-  void unproject(int64_t t, int64_t s, int64_t b, int64_t block) {
+  FUSEDRNN_COLD void unproject(int64_t t, int64_t s, int64_t b, int64_t block) {
     const C* rows[kRows];
     for (int r = 0; r < kRows; ++r) rows[r] = dy + (b + r) * out;
     V sums[kRows][kPlain];
-    FUSEDRNN_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      FUSEDRNN_UNROLL
-      for (int v = 0; v < kPlain; ++v) sums[r][v] = V(C(0));
-    }
     multiply(sums, rows, hr_panels + block * out * kPlain * kWidth, out);
-    FUSEDRNN_UNROLL
     for (int v = 0; v < kPlain; ++v) {
       const int64_t u = (block * kPlain + v) * kWidth;
       if (u >= hidden) break;
-      FUSEDRNN_UNROLL
       for (int r = 0; r < kRows; ++r) retreat(t, s, b + r, u, sums[r][v]);
     }
   }
 
   // The cell's backward for units u .. u + W of sequence b.
-  FUSEDRNN_INLINE void retreat(int64_t t, int64_t s, int64_t b, int64_t u, V dh) {
+  void retreat(int64_t t, int64_t s, int64_t b, int64_t u, V dh) {
     const int64_t count = hidden - u, row = this->offset(t) + b;
     const int64_t previous = this->before(t);
     const bool carried = b < this->rows_at(previous);
@@ -715,21 +677,14 @@ struct BackwardRun : Skeleton<Cell, E> {
   }
 
   template <int kRows>
-  void start(int64_t b, int64_t block) {
+  FUSEDRNN_COLD void start(int64_t b, int64_t block) {
     const C* rows[kRows];
     V sums[kRows][kPlain];
-    FUSEDRNN_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      rows[r] = dgates_of(kWide ? this->edge_row(b + r, true) : 0, 0, b + r);
-      FUSEDRNN_UNROLL
-      for (int v = 0; v < kPlain; ++v) sums[r][v] = V(C(0));
-    }
+    for (int r = 0; r < kRows; ++r) rows[r] = dgates_of(kWide ? this->edge_row(b + r, true) : 0, 0, b + r);
     recur(sums, rows, block);
-    FUSEDRNN_UNROLL
     for (int v = 0; v < kPlain; ++v) {
       const int64_t u = (block * kPlain + v) * kWidth;
       if (u >= out) break;
-      FUSEDRNN_UNROLL
       for (int r = 0; r < kRows; ++r) {
         V dh = sums[r][v];
         if constexpr (Cell::kDirectH) dh = dh + load(dh_direct + (b + r) * padded + u);

@@ -8,6 +8,7 @@
 #endif
 
 #define FUSEDRNN_INLINE inline __attribute__((always_inline))
+#define FUSEDRNN_COLD __attribute__((noinline))
 #define FUSEDRNN_UNROLL _Pragma("GCC unroll 16")
 
 namespace fusedrnn::FUSEDRNN_CAPABILITY {
@@ -172,22 +173,27 @@ FUSEDRNN_INLINE void store(Half* p, Vec<float> x) {
 #endif
 }
 
-// The first `count` of a vector; the others are zero.
 template <typename C, typename E>
-FUSEDRNN_INLINE Vec<C> load(const E* p, int64_t count) {
-  constexpr int kWidth = Vec<C>::kWidth;
-  if (__builtin_expect(count >= kWidth, 1)) return load(p);
-  E padded[kWidth] = {};
+FUSEDRNN_COLD Vec<C> load_tail(const E* p, int64_t count) {
+  E padded[Vec<C>::kWidth] = {};
   for (int64_t i = 0; i < count; ++i) padded[i] = p[i];
   return load(static_cast<const E*>(padded));
 }
 template <typename C, typename E>
-FUSEDRNN_INLINE void store(E* p, Vec<C> x, int64_t count) {
-  constexpr int kWidth = Vec<C>::kWidth;
-  if (__builtin_expect(count >= kWidth, 1)) return store(p, x);
-  E padded[kWidth];
+FUSEDRNN_COLD void store_tail(E* p, Vec<C> x, int64_t count) {
+  E padded[Vec<C>::kWidth];
   store(padded, x);
   for (int64_t i = 0; i < count; ++i) p[i] = padded[i];
+}
+
+// The first `count` of a vector; the others are zero.
+template <typename C, typename E>
+FUSEDRNN_INLINE Vec<C> load(const E* p, int64_t count) {
+  return count >= Vec<C>::kWidth ? load(p) : load_tail<C>(p, count);
+}
+template <typename C, typename E>
+FUSEDRNN_INLINE void store(E* p, Vec<C> x, int64_t count) {
+  count >= Vec<C>::kWidth ? store(p, x) : store_tail(p, x, count);
 }
 
 // x as a tensor of E would give it back.
