@@ -22,8 +22,9 @@ CAPABILITIES = ("portable", "avx2", "avx512") if platform.machine() in ("x86_64"
 CAPABILITY_FLAGS = {
     "recurrence_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     # GCC 12 takes the undefined pass-through operands of its own intrinsics for a fault.
-    "recurrence_avx512.cpp": ["-Wno-uninitialized", "-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"],
-}
+    "recurrence_avx512.cpp": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl",
+                              "-Wno-uninitialized"],
+}  # fmt: skip
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
          "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # fmt: skip
 CUDA_ARCHITECTURES = "8.0+PTX;9.0"
@@ -85,19 +86,23 @@ class BuildPy(build_py):
 class BuildExt(build_ext):
     """Compiles every file with the flags of its instruction set, several at once, with or without ninja."""
 
+    def finalize_options(self):
+        super().finalize_options()
+        if torch is not None:
+            # Kept between builds, also editable ones, and apart for every torch and Python.
+            tag = f"torch-{torch.__version__}-{sys.implementation.cache_tag}"
+            self.build_temp = str(ROOT / "build" / tag)
+
     def build_extension(self, ext):
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        newest = max(p.stat().st_mtime for p in [*(ROOT / "csrc").rglob("*"), Path(__file__)])
-        if not self.force and target.exists() and target.stat().st_mtime > newest:
-            return
         print(f"fusedrnn: {FACTS['cuda_why']}", flush=True)
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         with ThreadPoolExecutor(jobs) as pool:
-            cuda = pool.submit(self.build_cuda, target.parent / "_cuda.so") if NVCC else None
+            cuda = pool.submit(self.build_cuda) if NVCC else None
             objects = list(pool.map(lambda source: self.compile_one(ext, source), ext.sources))
             if cuda:
-                cuda.result()
+                shutil.copyfile(cuda.result(), target.parent / CUDA_LIBRARY)
         self.compiler.link_shared_object(
             objects,
             str(target),
@@ -108,25 +113,43 @@ class BuildExt(build_ext):
             target_lang="c++",
         )
 
+    def copy_extensions_to_source(self):
+        super().copy_extensions_to_source()
+        built = Path(self.build_lib) / "fusedrnn" / CUDA_LIBRARY
+        if NVCC and built.exists():
+            shutil.copyfile(built, ROOT / "fusedrnn" / CUDA_LIBRARY)
+
+    def is_fresh(self, result, sources):
+        return not self.force and result.exists() and result.stat().st_mtime > max(p.stat().st_mtime for p in sources)
+
     def compile_one(self, ext, source):
-        (compiled,) = self.compiler.compile(
-            [source],
-            output_dir=self.build_temp,
-            macros=ext.define_macros,
-            include_dirs=ext.include_dirs,
-            extra_postargs=FLAGS + CAPABILITY_FLAGS.get(Path(source).name, []),
-            depends=[source],
-        )
-        return compiled
+        compiled = Path(self.build_temp) / Path(source).with_suffix(".o")
+        headers = [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cpu").glob("*.h")]
+        if not self.is_fresh(compiled, [ROOT / source, Path(__file__), *headers]):
+            self.compiler.compile(
+                [source],
+                output_dir=self.build_temp,
+                macros=ext.define_macros,
+                include_dirs=ext.include_dirs,
+                extra_postargs=FLAGS + CAPABILITY_FLAGS.get(Path(source).name, []),
+                depends=[source],
+            )
+        return str(compiled)
 
-    def build_cuda(self, target):
+    def build_cuda(self):
+        library = Path(self.build_temp) / CUDA_LIBRARY
+        if self.is_fresh(library, [Path(__file__), *(ROOT / "csrc" / "cuda").iterdir(), *(ROOT / "csrc").glob("*.h")]):
+            return library
         architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
-        command = [NVCC, "-shared", "-O3", "-std=c++20", "-lineinfo", "-cudart", "static", "-Xcompiler",
+        command = [NVCC, "-shared", "-O3", "-std=c++17", "-lineinfo", "-cudart", "static", "-Xcompiler",
                    "-fPIC,-fvisibility=hidden", "-I", str(ROOT / "csrc"), *gencode_flags(architectures),
-                   "-o", str(target), *map(str, CUDA_SOURCES)]  # fmt: skip
+                   "-o", str(library), *map(str, CUDA_SOURCES)]  # fmt: skip
+        library.parent.mkdir(parents=True, exist_ok=True)
         subprocess.run(command, check=True)
+        return library
 
 
+CUDA_LIBRARY = "_cuda.so"
 CUDA_SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 NVCC, FACTS = None, {}
 extensions = []

@@ -1,0 +1,238 @@
+"""The C++ kernels: every instruction set and number of threads against float64, and raw calls that must raise."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fusedrnn import _build
+from fusedrnn.ops import sequence, sequence_backward
+
+pytestmark = pytest.mark.skipif(not _build.loaded(), reason=f"the C++ extension: {_build.why_not_loaded()}")
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+# T, B, I, H, P, lengths
+SIZES = [
+    (1, 1, 1, 1, 0, None),
+    (4, 1, 3, 5, 0, None),
+    (3, 13, 5, 129, 0, None),
+    (5, 9, 6, 64, 0, None),
+    (3, 4, 5, 33, 7, None),
+    (3, 3, 5, 20, 40, None),
+    (6, 7, 5, 40, 0, (6, 6, 5, 3, 2, 1, 1)),
+    (6, 7, 5, 70, 9, (6, 6, 5, 3, 2, 1, 1)),
+    (40, 16, 8, 96, 0, None),
+]
+# Rounding to the dtype, a few times over: outputs are of order 1, gradients are compared relative to their largest.
+TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-13, torch.bfloat16: 4e-2, torch.float16: 5e-3}
+
+
+def draw(T, B, I, H, P, lengths, dtype, bias=True):
+    """(inputs of the op, batch_sizes, dy, dh_n, dc_n)"""
+    generator = torch.Generator().manual_seed(0)
+    P = P or None
+    rows = (T, B) if lengths is None else (sum(lengths),)
+    sizes = None if lengths is None else torch.tensor([sum(n > t for n in lengths) for t in range(T)])
+
+    def uniform(*shape, bound=1.0):
+        return ((torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1) * bound).to(dtype)
+
+    w = H**-0.5
+    b_ih, b_hh = (uniform(4 * H, bound=w), uniform(4 * H, bound=w)) if bias else (None, None)
+    inputs = (
+        uniform(*rows, I),
+        uniform(B, P or H),
+        uniform(B, H),
+        uniform(4 * H, I, bound=w),
+        uniform(4 * H, P or H, bound=w),
+        b_ih,
+        b_hh,
+        uniform(P, H, bound=w) if P else None,
+    )
+    return inputs, sizes, (uniform(*rows, P or H), uniform(B, P or H), uniform(B, H))
+
+
+def run(inputs, sizes, gradients, reverse, backend):
+    y, h_n, c_n, gates, cells = sequence("lstm", *inputs, sizes, reverse, backend, "auto", True)
+    needs = [t is not None for t in inputs]
+    back = sequence_backward(
+        "lstm", *gradients, *inputs, y, gates, cells, sizes, reverse, backend, "auto", needs
+    )  # fmt: skip
+    return [y, h_n, c_n, gates, cells, *back]
+
+
+def up(tensors):
+    return [None if t is None else t.double() for t in tensors]
+
+
+def check(size, dtype, reverse, bias=True):
+    inputs, sizes, gradients = draw(*size, dtype, bias)
+    ours = run(inputs, sizes, gradients, reverse, "cpu")
+    exact = run(up(inputs), sizes, up(gradients), reverse, "reference")
+    for i, (got, want) in enumerate(zip(ours, exact)):
+        assert got.shape == want.shape, (i, got.shape, want.shape)
+        assert not got.isnan().any(), (i, size, dtype, reverse)
+        error = (got.double() - want).abs().max() if want.numel() else 0
+        bound = TOLERANCE[dtype] * max(1.0, want.abs().max() if want.numel() else 0)
+        assert error <= bound, (i, size, dtype, reverse, error, bound)
+    again = run(inputs, sizes, gradients, reverse, "cpu")
+    assert all(torch.equal(a, b) for a, b in zip(ours, again)), "not bitwise repeatable"
+
+
+def everything():
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for dtype in DTYPES:
+            for size in SIZES:
+                for reverse in (False, True):
+                    check(size, dtype, reverse)
+        check((3, 2, 4, 6, 0, None), torch.float32, False, bias=False)
+
+
+def special_values():
+    """Saturated and non-finite gates: no NaN but from NaN."""
+    for dtype in DTYPES:
+        for value in (1e3, 3e4, float("inf")):
+            x = torch.tensor([[[value]], [[-value]]], dtype=dtype)
+            one = torch.ones(4, 1, dtype=dtype)
+            y, *_ = sequence(
+                "lstm", x, *torch.zeros(2, 1, 1, dtype=dtype), one, one, None, None, None, None, False, "cpu", "auto",
+                False,
+            )  # fmt: skip
+            want = torch.tensor([[[1.0]], [[0.0]]]).double().tanh()
+            assert torch.allclose(y.double(), want, rtol=TOLERANCE[dtype]), (dtype, value, y)
+        x = torch.full((1, 1, 1), float("nan"), dtype=dtype)
+        y, *_ = sequence(
+            "lstm", x, *torch.zeros(2, 1, 1, dtype=dtype), one, one, None, None, None, None, False, "cpu", "auto", False
+        )  # fmt: skip
+        assert y.isnan().all()
+
+
+@pytest.mark.parametrize("capability", ["portable", "avx2", "avx512"])
+def test_instruction_set(capability):
+    if capability not in _build.build_info()["cpu_capabilities_built"]:
+        pytest.skip(f"{capability} was not compiled in")
+    ran = subprocess.run(
+        [sys.executable, __file__],
+        env={**os.environ, "FUSEDRNN_CPU_CAPABILITY": capability},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    used = ran.stdout.strip()
+    if used != capability:
+        pytest.skip(f"this processor does not run {capability}: tested {used} again")
+
+
+def raw(**changed):
+    """A raw forward call with some arguments replaced."""
+    inputs, _, _ = draw(3, 2, 4, 5, 0, None, torch.float32)
+    names = ("x", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
+    given = {"cell": "lstm", **dict(zip(names, inputs)), "batch_sizes": None} | changed
+    return sequence(*given.values(), False, "cpu", "auto", True)
+
+
+MALFORMED = {
+    "x 2-D": {"x": torch.zeros(3, 4)},
+    "x other size": {"x": torch.zeros(3, 2, 3)},
+    "x other batch": {"x": torch.zeros(3, 1, 4)},
+    "x integer": {"x": torch.zeros(3, 2, 4, dtype=torch.int64)},
+    "no steps": {"x": torch.zeros(0, 2, 4)},
+    "h0 other size": {"h0": torch.zeros(2, 6)},
+    "h0 1-D": {"h0": torch.zeros(5)},
+    "h0 float64": {"h0": torch.zeros(2, 5, dtype=torch.float64)},
+    "no c0": {"c0": None},
+    "c0 other batch": {"c0": torch.zeros(1, 5)},
+    "w_ih too small": {"w_ih": torch.zeros(19, 4)},
+    "w_hh not a multiple of 4": {"w_hh": torch.zeros(19, 5)},
+    "w_hh not square": {"w_hh": torch.zeros(20, 4), "h0": torch.zeros(2, 4)},
+    "w_hh empty": {"w_hh": torch.zeros(0, 5)},
+    "b_ih too small": {"b_ih": torch.zeros(5)},
+    "b_hh 2-D": {"b_hh": torch.zeros(20, 1)},
+    "w_hr other size": {"w_hr": torch.zeros(5, 4)},
+    "batch_sizes of dense x": {"batch_sizes": torch.tensor([2, 2, 2])},
+    "unknown cell": {"cell": "elman"},
+}
+PACKED = {
+    "increase": [1, 2, 3],
+    "zero": [3, 3, 0],
+    "negative": [4, 3, -1],
+    "too many": [3, 3, 3],
+    "too few": [3, 2],
+    "huge": [3, 2**62, 2**62],
+    "other batch": [2, 2, 2],
+    "none": [],
+}
+
+
+@pytest.mark.parametrize("changed", MALFORMED.values(), ids=MALFORMED)
+def test_malformed_raw_call_raises(changed):
+    with pytest.raises((RuntimeError, ValueError)):
+        raw(**changed)
+
+
+@pytest.mark.parametrize("sizes", PACKED.values(), ids=PACKED)
+def test_malformed_batch_sizes_raise(sizes):
+    with pytest.raises(RuntimeError):
+        raw(x=torch.zeros(6, 4), h0=torch.zeros(3, 5), c0=torch.zeros(3, 5), batch_sizes=torch.tensor(sizes).long())
+    with pytest.raises(RuntimeError):
+        raw(x=torch.zeros(6, 4), h0=torch.zeros(3, 5), c0=torch.zeros(3, 5), batch_sizes=torch.tensor([3.0, 2, 1]))
+
+
+@pytest.mark.parametrize("name", ["y", "gates", "cells", "dy", "dh_n", "dc_n"])
+def test_malformed_backward_raises(name):
+    inputs, sizes, gradients = draw(3, 2, 4, 5, 0, None, torch.float32)
+    y, _, _, gates, cells = sequence("lstm", *inputs, sizes, False, "cpu", "auto", True)
+    tensors = dict(zip(("dy", "dh_n", "dc_n"), gradients)) | {"y": y, "gates": gates, "cells": cells}
+    for wrong in (tensors[name][..., :-1], tensors[name].int(), tensors[name].new_empty(0)):
+        t = tensors | {name: wrong}
+        with pytest.raises(RuntimeError):
+            sequence_backward(
+                "lstm", t["dy"], t["dh_n"], t["dc_n"], *inputs, t["y"], t["gates"], t["cells"], sizes, False, "cpu",
+                "auto", [True] * 7 + [False],
+            )  # fmt: skip
+
+
+def test_outputs_not_needed_are_empty_and_do_not_alias():
+    inputs, sizes, gradients = draw(3, 2, 4, 5, 0, None, torch.float32)
+    y, h_n, c_n, gates, cells = sequence("lstm", *inputs, sizes, False, "cpu", "auto", False)
+    assert gates.shape == cells.shape == (0,)
+    y, h_n, c_n, gates, cells = sequence("lstm", *inputs, sizes, False, "cpu", "auto", True)
+    for needed in range(7):
+        needs = [i == needed for i in range(8)]
+        back = sequence_backward(
+            "lstm", *gradients, *inputs, y, gates, cells, sizes, False, "cpu", "auto", needs
+        )  # fmt: skip
+        assert [t.shape != (0,) for t in back] == needs
+    everything_needed = sequence_backward(
+        "lstm", None, None, None, *inputs, y, gates, cells, sizes, False, "cpu", "auto", [True] * 7 + [False]
+    )  # fmt: skip
+    assert all(t.eq(0).all() for t in everything_needed)
+    pointers = [t.data_ptr() for t in everything_needed[:-1]]
+    assert len(set(pointers)) == len(pointers)
+
+
+def test_inside_a_parallel_region_and_from_another_thread():
+    from concurrent.futures import ThreadPoolExecutor
+
+    inputs, sizes, _ = draw(20, 4, 8, 128, 0, None, torch.float32)
+    call = lambda: sequence("lstm", *inputs, sizes, False, "cpu", "auto", False)[0]
+    want = call()
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(want, f.result()) for f in [pool.submit(call) for _ in range(8)])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
+def test_one_openmp_runtime():
+    call = "import fusedrnn; print(open('/proc/self/maps').read())"
+    maps = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, check=True).stdout
+    runtimes = {line.split()[-1] for line in maps.splitlines() if "gomp" in line or "iomp" in line}
+    assert len(runtimes) == 1, runtimes
+
+
+if __name__ == "__main__":
+    everything()
+    special_values()
+    print(_build.build_info()["cpu_capability"])
