@@ -82,11 +82,13 @@ def step_forward_kernel(
 
     b_h = b_h.to(h.dtype.element_ty)
     tl.store(h + tl.cast(i_h, tl.int64) * H + o_out, b_h, mask=m_out)
-    if h_n is not None:
-        tl.store(h_n + o_out, b_h, mask=m_last)
     if cells is not None:
         tl.store(cells + tl.cast(i_cell, tl.int64) * H + o_out, b_c, mask=m_out)
-        tl.store(c_n + o_out, b_c.to(c_n.dtype.element_ty), mask=m_last)
+    if n_next < n:
+        if h_n is not None:
+            tl.store(h_n + o_out, b_h, mask=m_last)
+        if cells is not None:
+            tl.store(c_n + o_out, b_c.to(c_n.dtype.element_ty), mask=m_last)
     if gates is not None:
         S: tl.constexpr = len(b_saved)
         p_gates = gates + tl.cast(i_row, tl.int64) * (S * H) + o_b.to(tl.int64) * (S * H) + o_u
@@ -144,11 +146,12 @@ def step_backward_kernel(
     o_b = tl.program_id(1) * BB + tl.arange(0, BB)
     i_b = tl.maximum(tl.minimum(o_b, n_d - 1), 0).to(tl.int64)
     i_unit = tl.minimum(i_u + tl.arange(0, BU), H - 1).to(tl.int64)
+    n_k = tl.where(n_d > 0, K, 0)
     b_dh = tl.zeros((BU, BB), ACC)
     for r in tl.static_range(len(RUNS)):
         p_w = w_t + i_unit * LW + RUNS[r][1] * K
         p_d = d + (i_d + i_b) * LD + RUNS[r][0] * K
-        b_dh = dot_rows(b_dh, p_w, p_d, 0, RUNS[r][2] * K, BK, EVEN_K, PRECISION)
+        b_dh = dot_rows(b_dh, p_w, p_d, 0, RUNS[r][2] * n_k, BK, EVEN_K, PRECISION)
 
     o_u = (i_u + tl.arange(0, BU))[:, None]
     o_b = o_b[None, :]

@@ -16,8 +16,8 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reaso
 
 CHIPS = {
     80: Chip("sm_80", 108, 166912, 8),
-    90: Chip("sm_90", 132, 232448, 8),
-    100: Chip("sm_100", 148, 232448, 16),
+    90: Chip("sm_90", 132, 232448, 8, True),
+    100: Chip("sm_100", 148, 232448, 16, True),
     "gfx942": Chip("gfx942", 304, 65536, 16),
 }
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}

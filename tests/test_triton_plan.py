@@ -9,7 +9,7 @@ from fusedrnn.backends import triton
 from fusedrnn.cells import CELLS
 
 LSTM = CELLS["lstm"]
-H100 = triton.Chip("sm_90", 132, 232448, 8)
+H100 = triton.Chip("sm_90", 132, 232448, 8, True)
 RTX4090 = triton.Chip("sm_89", 128, 101376, 8)
 
 

@@ -36,6 +36,7 @@ class Chip:
     multiprocessors: int
     shared_bytes: int  # that one program may have
     min_columns: int  # of the narrowest matrix product worth compiling
+    async_dot: bool = False  # products run while the next tile arrives, so that one tile more is held
 
 
 SM80 = Chip("sm_80", 108, 166912, 8)
@@ -141,11 +142,12 @@ def _plan_step(cell, batch, input_size, hidden_size, proj_size, dtype, math, chi
         num_warps = 4
     BK = _power_of_2(columns, 16, _BLOCK_K[math])
     num_stages = 3
-    tile = operands * (rows + BB) * BK * dtype.itemsize
-    while num_stages > 1 and num_stages * tile > chip.shared_bytes:
-        num_stages -= 1
+    tiles = num_stages if chip.async_dot else num_stages - 1
+    while tiles * operands * (rows + BB) * BK * dtype.itemsize > chip.shared_bytes:
+        BK //= 2
+    shared = tiles * operands * (rows + BB) * BK * dtype.itemsize
     grid = (-(-hidden_size // BU), -(-batch // BB))
-    return Plan("step", grid, BU, BB, BK, num_warps, num_stages, _precision(math), num_stages * tile, why)
+    return Plan("step", grid, BU, BB, BK, num_warps, num_stages, _precision(math), shared, why)
 
 
 def _precision(math: str) -> str:
@@ -168,8 +170,13 @@ def _chip(device: torch.device) -> Chip:
     p = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         return Chip(p.gcnArchName, p.multi_processor_count, p.shared_memory_per_block, 16)
-    columns = 8 if p.major < 10 else 16
-    return Chip(f"sm_{p.major}{p.minor}", p.multi_processor_count, p.shared_memory_per_block_optin, columns)
+    return Chip(
+        f"sm_{p.major}{p.minor}",
+        p.multi_processor_count,
+        p.shared_memory_per_block_optin,
+        8 if p.major < 10 else 16,
+        p.major >= 9,
+    )
 
 
 def _plan_for(cell: Cell, x: Tensor, h0: Tensor, w_hh: Tensor, w_hr: Tensor | None, algorithm: str, backward: bool):
