@@ -47,8 +47,13 @@ struct ForwardSums {
     return (row * kWarps + warp) * kForwardUnits + (unit ^ (row & 6));
   }
 
-  __device__ static __forceinline__ void store(Sum* sums, int tile, const Accumulator (&acc)[kMTiles<Cell>][4]) {
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  // Where a lane's sums of tile 0 go; row + 1 is kWarps * kForwardUnits on, the next tile 8 times as far.
+  __device__ static __forceinline__ int lane_place() {
+    const int lane = threadIdx.x & 31;
+    return place(2 * (lane & 3), threadIdx.x >> 5, lane >> 2);
+  }
+
+  __device__ static __forceinline__ void store(Sum* at, const Accumulator (&acc)[kMTiles<Cell>][4]) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       Sum sum;
@@ -57,63 +62,86 @@ struct ForwardSums {
         sum.v[2 * m] = acc[m][j];
         sum.v[2 * m + 1] = acc[m][2 + j];
       }
-      sums[place(tile * 8 + 2 * (lane & 3) + j, warp, lane >> 2)] = sum;
+      at[j * kWarps * kForwardUnits] = sum;
     }
   }
 
-  __device__ static __forceinline__ void add_up(const Sum* sums, int row, int unit, Accumulator* total) {
+  // `at` is place(row, 0, unit).
+  __device__ static __forceinline__ void add_up(const Sum* at, Accumulator* total) {
 #pragma unroll
     for (int warp = 0; warp < kWarps; ++warp) {
-      const Sum sum = sums[place(row, warp, unit)];
+      const Sum sum = at[warp * kForwardUnits];
 #pragma unroll
       for (int a = 0; a < Cell::kAccumulators; ++a) total[a] += sum.v[a];
     }
   }
 };
 
-// Partial sums of a backward block: [warp][unit][row], rows permuted by unit for the same reason.
+// Partial sums of a backward block: [warp][row][unit]. A thread takes two units of a row at a time; rows are kPitch
+// apart so that the stores of a warp spread over the banks.
 template <typename Accumulator>
 struct BackwardSums {
-  static constexpr int kBytes = kWarps * kBackwardUnits * kBackwardRows * int(sizeof(Accumulator));
+  using Pair = Pack<Accumulator, 2>;
+  static constexpr int kPitch = kBackwardUnits + 4;
+  static constexpr int kSize = kWarps * kBackwardRows * kPitch;
 
   __device__ static __forceinline__ int place(int row, int warp, int unit) {
-    return (warp * kBackwardUnits + unit) * kBackwardRows + (row ^ ((unit & 3) << 3 | (unit >> 2) << 1));
+    return (warp * kBackwardRows + row) * kPitch + unit;
   }
 
-  __device__ static __forceinline__ void store(Accumulator* sums, int tile, const Accumulator (&acc)[4]) {
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, row = tile * 8 + 2 * (lane & 3);
+  __device__ static __forceinline__ int lane_place() {
+    const int lane = threadIdx.x & 31;
+    return place(2 * (lane & 3), threadIdx.x >> 5, lane >> 2);
+  }
+
+  __device__ static __forceinline__ void store(Accumulator* at, const Accumulator (&acc)[4]) {
+    at[0] = acc[0];
+    at[kPitch] = acc[1];
+    at[8] = acc[2];
+    at[kPitch + 8] = acc[3];
+  }
+
+  // `at` is place(row, 0, unit), unit even.
+  __device__ static __forceinline__ void add_up(const Accumulator* at, Accumulator (&total)[2]) {
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const Pack<Accumulator, 2> pair = {acc[2 * j], acc[2 * j + 1]};
-      *reinterpret_cast<Pack<Accumulator, 2>*>(sums + place(row, warp, (lane >> 2) + 8 * j)) = pair;
+    for (int warp = 0; warp < kWarps; ++warp) {
+      const Pair pair = *reinterpret_cast<const Pair*>(at + warp * kBackwardRows * kPitch);
+      total[0] += pair.v[0];
+      total[1] += pair.v[1];
     }
-  }
-
-  __device__ static __forceinline__ Accumulator add_up(const Accumulator* sums, int row, int unit) {
-    Accumulator total = 0;
-#pragma unroll
-    for (int warp = 0; warp < kWarps; ++warp) total += sums[place(row, warp, unit)];
-    return total;
   }
 };
 
-// One unit of one row, one step on. acc holds what the sums start from: biases and the hoisted input part.
+// One unit of one row, one step on: the sums of all warps, then the cell. acc holds what the sums start from: biases
+// and the hoisted input part.
 template <typename Cell, typename Accumulator>
-__device__ __forceinline__ void advance(const typename ForwardSums<Cell, Accumulator>::Sum* sums, int row, int unit,
-                                        Accumulator* acc, Accumulator h_prev, Accumulator c_prev, Accumulator& h,
-                                        Accumulator& c, Accumulator* saved) {
-  ForwardSums<Cell, Accumulator>::add_up(sums, row, unit, acc);
+__device__ __forceinline__ void advance(const typename ForwardSums<Cell, Accumulator>::Sum* at, Accumulator* acc,
+                                        Accumulator h_prev, Accumulator c_prev, Accumulator& h, Accumulator& c,
+                                        Accumulator* saved) {
+  ForwardSums<Cell, Accumulator>::add_up(at, acc);
   Cell::forward(acc, h_prev, c_prev, h, c, saved);
 }
 
-// One unit of one row, one step back. dh holds what the sum starts from: dy, or dy + dh_n.
+// What a thread knows of its two units of a row in a backward step.
 template <typename Cell, typename Accumulator>
-__device__ __forceinline__ void advance_back(const Accumulator* sums, int row, int unit, bool recurrent, Accumulator dh,
-                                             Accumulator dc, const Accumulator* saved, Accumulator h, Accumulator h_prev,
-                                             Accumulator c_prev, Accumulator c, Accumulator* dacc, Accumulator& dh_prev,
-                                             Accumulator& dc_prev) {
-  if (recurrent) dh += BackwardSums<Accumulator>::add_up(sums, row, unit);
-  Cell::backward(dh, dc, saved, h, h_prev, c_prev, c, dacc, dh_prev, dc_prev);
+struct BackwardUnits {
+  Accumulator dh[2];  // dy, or dy + dh_n; what passed the matmul on the way back
+  Accumulator dc[2], saved[2][kSavedOrOne<Cell>], h[2], h_prev[2], c[2], c_prev[2];
+  Accumulator dacc[Cell::kAccumulators][2], dh_prev[2], dc_prev[2];
+};
+
+// Two units of one row, one step back: the sums of all warps, then the cell.
+template <typename Cell, typename Accumulator>
+__device__ __forceinline__ void advance_back(const Accumulator* at, bool recurrent, BackwardUnits<Cell, Accumulator>& u) {
+  if (recurrent) BackwardSums<Accumulator>::add_up(at, u.dh);
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    Accumulator dacc[Cell::kAccumulators];
+    u.dh_prev[j] = u.dc_prev[j] = 0;
+    Cell::backward(u.dh[j], u.dc[j], u.saved[j], u.h[j], u.h_prev[j], u.c_prev[j], u.c[j], dacc, u.dh_prev[j], u.dc_prev[j]);
+#pragma unroll
+    for (int a = 0; a < Cell::kAccumulators; ++a) u.dacc[a][j] = dacc[a];
+  }
 }
 
 template <typename Scalar, typename Accumulator, int N>

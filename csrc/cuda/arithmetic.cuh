@@ -23,10 +23,11 @@ __device__ __forceinline__ uint32_t to_tf32(uint32_t x) {
   return r;
 }
 
-#define FUSEDRNN_MMA(SHAPE, ...)                                                                                       \
-  asm("mma.sync.aligned." SHAPE " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                               \
-      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])                                                         \
-      : "r"(low.w[i]), "r"(high.w[i]), "r"(low.w[i + 1]), "r"(high.w[i + 1]), "r"(b.w[i]), "r"(b.w[i + 1]))
+#define FUSEDRNN_MMA(SHAPE)                                                                                         \
+  asm("mma.sync.aligned." SHAPE " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"                        \
+      : "=f"(acc[0]), "=f"(acc[1]), "=f"(acc[2]), "=f"(acc[3])                                                      \
+      : "r"(low.w[i]), "r"(high.w[i]), "r"(low.w[i + 1]), "r"(high.w[i + 1]), "r"(b.w[i]), "r"(b.w[i + 1]), \
+        "f"(acc[0]), "f"(acc[1]), "f"(acc[2]), "f"(acc[3]))
 
 // acc[0..1]: row l / 4 of A by rows 2 (l % 4) and 2 (l % 4) + 1 of B; acc[2..3]: row l / 4 + 8 of A.
 template <typename Scalar, typename Accumulator>

@@ -8,8 +8,8 @@
 //  - A vector access is a set of scalar accesses of unspecified order, and 64 bits is the widest scalar the model speaks
 //    of. So each 64-bit half carries its own flag: it is either the sentinel or data, and a packet is ready when both
 //    halves are data. Nothing is concluded about any other location: no fence, no acquire, no release is needed.
-//  - Data never looks like the sentinel: encode() replaces a 16-bit or 32-bit value whose bits are all ones (a NaN) by
-//    the canonical NaN, so the first 32 bits of a half of data are never all ones.
+//  - Data never looks like the sentinel: every value goes through encode(), so the first 32 bits of a half of data
+//    are never all ones, whatever NaN the input holds.
 //  - The fill comes from an earlier operation on the same stream, so it happens before the whole launch.
 #pragma once
 
@@ -22,14 +22,16 @@ namespace fusedrnn::mailbox {
 
 constexpr uint32_t kSentinel = 0xFFFFFFFFu;
 
-__device__ __forceinline__ Piece take(const void* packet) {
+// The packet `offset` bytes beyond an address.
+template <int offset>
+__device__ __forceinline__ Piece take(const void* at) {
   Piece p;
   asm volatile(
       "{\n\t.reg .b64 low, high;\n\t"
-      "ld.relaxed.gpu.global.v2.b64 {low, high}, [%4];\n\t"
+      "ld.relaxed.gpu.global.v2.b64 {low, high}, [%4+%5];\n\t"
       "mov.b64 {%0, %1}, low;\n\tmov.b64 {%2, %3}, high;\n\t}"
       : "=r"(p.w[0]), "=r"(p.w[1]), "=r"(p.w[2]), "=r"(p.w[3])
-      : "l"(packet)
+      : "l"(at), "n"(offset)
       : "memory");
   return p;
 }
@@ -52,17 +54,12 @@ __device__ __forceinline__ bool pending(const Piece (&p)[n]) {
   return largest == kSentinel;
 }
 
-__device__ __forceinline__ uint16_t encode(__nv_bfloat16 x) {
-  const uint16_t bits = __bfloat16_as_ushort(x);
-  return bits == 0xFFFF ? 0x7FFF : bits;
-}
-__device__ __forceinline__ uint16_t encode(__half x) {
-  const uint16_t bits = __half_as_ushort(x);
-  return bits == 0xFFFF ? 0x7FFF : bits;
-}
-__device__ __forceinline__ uint32_t encode(float x) {
-  const uint32_t bits = __float_as_uint(x);
-  return bits == kSentinel ? 0x7FFFFFFFu : bits;
+// A result as it is stored. Bits that are all ones would be a NaN; cvt to 16 bits makes every NaN the canonical 0x7FFF
+// (PTX ISA, cvt), so only float32 can keep the bits of a NaN that came in.
+__device__ __forceinline__ __nv_bfloat16 encode(__nv_bfloat16 x) { return x; }
+__device__ __forceinline__ __half encode(__half x) { return x; }
+__device__ __forceinline__ float encode(float x) {
+  return __float_as_uint(x) == kSentinel ? __uint_as_float(0x7FFFFFFFu) : x;
 }
 
 // A packet that never came: says where, and ends the launch. "Line" of the message is the step.

@@ -1,6 +1,8 @@
 // One cooperative launch for a whole sequence. W_hh stays in registers; h (backward: dgates) goes through the mailbox.
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "advance.cuh"
 #include "mailbox.cuh"
 #include "params.h"
@@ -10,39 +12,63 @@ namespace {
 
 // The rows of one time step that belong to a batch slice.
 struct StepRows {
-  int64_t offset;  // of the slice's first row
-  int rows;
+  int64_t offset = 0;  // of the slice's first row
+  int rows = 0;
 };
 
-__device__ __forceinline__ StepRows step_rows(const int64_t* offsets, int64_t batch, int64_t t, int64_t first, int limit) {
-  if (offsets == nullptr) return {t * batch + first, limit};
-  const int64_t offset = offsets[t], rows = offsets[t + 1] - offset - first;
-  return {offset + first, int(rows < 0 ? 0 : rows < limit ? rows : limit)};
-}
+struct Timeline {
+  const int64_t* offsets;
+  int64_t batch, first;
+  int limit;
 
-// A lane's pieces of one row of h or dgates: n of them, 32 pieces apart, the first one piece0 of `pieces`.
-template <int n>
+  __device__ __forceinline__ StepRows at(int t) const {
+    if (offsets == nullptr) return {t * batch + first, limit};
+    const int64_t offset = offsets[t], rows = offsets[t + 1] - offset - first;
+    return {offset + first, int(rows < 0 ? 0 : rows < limit ? rows : limit)};
+  }
+};
+
+// Where a lane's pieces of a row lie: piece c of n at 512 bytes * c, the row holds them if c < held.
+// kWhole: every lane's row holds all n.
+template <bool kWhole, int n>
 struct Inbox {
-  const char* at;
-  bool wait;  // the row comes from another block of this launch
+  int held;
 
-  __device__ __forceinline__ void fetch(Piece (&p)[n], int piece0, int pieces) const {
-#pragma unroll
-    for (int c = 0; c < n; ++c) {
-      p[c] = Piece{};
-      if (piece0 + 32 * c < pieces) p[c] = mailbox::take(at + 512 * c);
+  __device__ static __forceinline__ Inbox of(int piece0, int pieces) { return {(pieces - piece0 + 31) >> 5}; }
+
+  template <int c = 0>
+  __device__ __forceinline__ void fetch(const char* at, Piece (&p)[n]) const {
+    if constexpr (c < n) {
+      if constexpr (kWhole) {
+        p[c] = mailbox::take<512 * c>(at);
+      } else {
+        p[c] = Piece{};
+        if (c < held) p[c] = mailbox::take<512 * c>(at);
+      }
+      fetch<c + 1>(at, p);
     }
   }
 
+  // Until all packets of the row are there. `recurrent` tells a row of this launch from one of h0, which may hold any bits.
   template <typename Params>
-  __device__ __forceinline__ void await(Piece (&p)[n], int piece0, int pieces, const Params& params, int64_t step, int row) const {
-    uint32_t polls = 0;
-    while (wait && mailbox::pending(p)) {
-      if (++polls > params.poll_limit) mailbox::give_up(params.fault, step, row * pieces + piece0);
-      fetch(p, piece0, pieces);
+  __device__ __forceinline__ void await(const char* at, Piece (&p)[n], bool recurrent, const Params& params, int64_t step) const {
+    if (mailbox::pending(p) && recurrent) {
+      uint32_t polls = 0;
+      do {
+        if (++polls > params.poll_limit)
+          mailbox::give_up(params.fault, step, int((at - static_cast<const char*>(Params::exchanged(params))) / 16));
+        fetch(at, p);
+      } while (mailbox::pending(p));
     }
     __syncwarp();
   }
+};
+
+struct Forward : FusedrnnForward {
+  __device__ static const void* exchanged(const Forward& p) { return p.y; }
+};
+struct Backward : FusedrnnBackward {
+  __device__ static const void* exchanged(const Backward& p) { return p.dgates; }
 };
 
 // Tiles are 8 rows high, so is the room for their sums.
@@ -52,40 +78,40 @@ __host__ __device__ constexpr int forward_buffer_bytes(int slice_rows) {
 }
 
 // 16 bytes of a row's consecutive units, one unit a lane, gathered in the first of their lanes.
-__device__ __forceinline__ Piece gather(uint16_t bits) {
+template <typename Scalar>
+__device__ __forceinline__ Piece gather(Scalar x) {
   Piece p;
-  const uint32_t pair = bits | __shfl_down_sync(~0u, uint32_t(bits), 1) << 16;
-  p.w[0] = pair;
+  if constexpr (sizeof(Scalar) == 2) {
+    const uint32_t bits = *reinterpret_cast<const uint16_t*>(&x);
+    p.w[0] = bits | __shfl_down_sync(~0u, bits, 1) << 16;
 #pragma unroll
-  for (int i = 1; i < 4; ++i) p.w[i] = __shfl_down_sync(~0u, pair, 2 * i);
-  return p;
-}
-__device__ __forceinline__ Piece gather(uint32_t bits) {
-  Piece p;
-  p.w[0] = bits;
+    for (int i = 1; i < 4; ++i) p.w[i] = __shfl_down_sync(~0u, p.w[0], 2 * i);
+  } else {
+    p.w[0] = __float_as_uint(x);
 #pragma unroll
-  for (int i = 1; i < 4; ++i) p.w[i] = __shfl_down_sync(~0u, bits, i);
+    for (int i = 1; i < 4; ++i) p.w[i] = __shfl_down_sync(~0u, p.w[0], i);
+  }
   return p;
 }
 
-template <typename Cell, typename Type, int kChunks>
-__global__ void __launch_bounds__(kThreads, 1) persistent_forward(const __grid_constant__ FusedrnnForward p) {
+template <typename Cell, typename Type, int kChunks, bool kWhole>
+__global__ void __launch_bounds__(kThreads, 1) persistent_forward(const __grid_constant__ Forward p) {
   using Math = Arithmetic<Type>;
   using Scalar = typename Math::Scalar;
   using Accumulator = typename Math::Accumulator;
   using Sums = ForwardSums<Cell, Accumulator>;
+  using Sum = typename Sums::Sum;
   constexpr int kPer = 16 / sizeof(Scalar), kGates = Cell::kGates, kAccs = Cell::kAccumulators, kMT = kMTiles<Cell>;
-  constexpr int kElements = kForwardRows * kForwardUnits / kThreads;
+  constexpr int kElements = kForwardRows * kForwardUnits / kThreads, kStride = kForwardRows / kElements;
   extern __shared__ __align__(16) unsigned char shared[];
 
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const int64_t hidden = p.hidden, pitch = (hidden + kPer - 1) / kPer * kPer;
-  const int pieces = int(pitch / kPer), piece0 = 4 * warp + (lane & 3);
-  const Scalar* const h0 = static_cast<const Scalar*>(p.h0) + piece0 * kPer;
-  const Scalar* const y_in = static_cast<const Scalar*>(p.y) + piece0 * kPer;
+  const int hidden = int(p.hidden), pitch = kWhole ? hidden : (hidden + kPer - 1) / kPer * kPer;
+  const int pieces = pitch / kPer, piece0 = 4 * warp + (lane & 3);
+  const auto inbox = Inbox<kWhole, kChunks>::of(piece0, pieces);
 
   Piece weights[kChunks][2 * kMT];
-  const int64_t lane_unit = int64_t(blockIdx.x) * kForwardUnits + (lane >> 2);
+  const int lane_unit = int(blockIdx.x) * kForwardUnits + (lane >> 2);
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
 #pragma unroll
@@ -93,68 +119,74 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_forward(const __grid_c
       const int gate = a < kAccs ? h_gate<Cell>(a) : -1;
       weights[c][a] = Piece{};
       if (gate >= 0 && lane_unit < hidden && piece0 + 32 * c < pieces) {
-        const Scalar* row = static_cast<const Scalar*>(p.w_hh) + (gate * hidden + lane_unit) * pitch;
-        weights[c][a] = load_piece<true>(row, int64_t(piece0 + 32 * c) * kPer, pitch);
+        const Scalar* row = static_cast<const Scalar*>(p.w_hh) + (int64_t(gate) * hidden + lane_unit) * pitch;
+        weights[c][a] = load_piece<true>(row, (piece0 + 32 * c) * kPer, pitch);
         Math::prepare(weights[c][a]);
       }
     }
   }
 
-  // From here on a thread is row element / 8 and unit element % 8 of the block, element = thread + 256 i.
-  const int64_t unit = int64_t(blockIdx.x) * kForwardUnits + (threadIdx.x & 7);
-  const bool real_unit = unit < hidden;
-  const int my_row = threadIdx.x >> 3;
+  // From here on a thread is row my_row + kStride i and unit threadIdx % 8 of the block.
+  const int unit = int(blockIdx.x) * kForwardUnits + (threadIdx.x & 7), my_row = threadIdx.x >> 3;
+  const bool real_unit = unit < hidden, sends = (lane & (kPer - 1)) == 0 && unit < pitch;
   Accumulator bias[kAccs];
 #pragma unroll
   for (int a = 0; a < kAccs; ++a) {
     const int gate = h_gate<Cell>(a);
     bias[a] = 0;
-    if (p.b_hh && gate >= 0 && real_unit) bias[a] = widen(static_cast<const Scalar*>(p.b_hh)[gate * hidden + unit]);
+    if (p.b_hh && gate >= 0 && real_unit) bias[a] = widen(static_cast<const Scalar*>(p.b_hh)[int64_t(gate) * hidden + unit]);
   }
-
-  const int buffer_bytes = forward_buffer_bytes<Sums>(p.slice_rows);
+  Sum* const sums_out = reinterpret_cast<Sum*>(shared) + Sums::lane_place();
+  const Sum* const sums_in = reinterpret_cast<const Sum*>(shared) + Sums::place(my_row, 0, threadIdx.x & 7);
+  const int buffer_sums = forward_buffer_bytes<Sums>(p.slice_rows) / int(sizeof(Sum));
   int buffer = 0;
+
   for (int64_t first = int64_t(blockIdx.y) * p.slice_rows; first < p.batch; first += int64_t(gridDim.y) * p.slice_rows) {
     const int limit = int(p.batch - first < p.slice_rows ? p.batch - first : p.slice_rows);
+    const Timeline timeline{p.offsets_device, p.batch, first, limit};
+    const int64_t in_slice = int64_t(my_row) * hidden + unit, in_batch = first * hidden + in_slice;
     Accumulator c[kElements], h_carried[kElements];
 #pragma unroll
     for (int i = 0; i < kElements; ++i) {
-      const int row = my_row + 32 * i;
       c[i] = h_carried[i] = 0;
-      if (row < limit && real_unit) {
-        if constexpr (Cell::kHasCellState) c[i] = widen(static_cast<const Scalar*>(p.c0)[(first + row) * hidden + unit]);
-        if constexpr (Cell::kUsesHPrev) h_carried[i] = widen(static_cast<const Scalar*>(p.h0)[(first + row) * pitch + unit]);
+      if (my_row + kStride * i < limit && real_unit) {
+        if constexpr (Cell::kHasCellState) c[i] = widen(static_cast<const Scalar*>(p.c0)[in_batch + i * kStride * hidden]);
+        if constexpr (Cell::kUsesHPrev)
+          h_carried[i] = widen(static_cast<const Scalar*>(p.h0)[(first + my_row + kStride * i) * pitch + unit]);
       }
     }
+    const char* const h0_at = reinterpret_cast<const char*>(static_cast<const Scalar*>(p.h0) + first * pitch + piece0 * kPer);
+    const char* const y_at = reinterpret_cast<const char*>(static_cast<const Scalar*>(p.y) + piece0 * kPer);
+    const Scalar* const x_at = static_cast<const Scalar*>(p.x) + int64_t(my_row) * (kGates * hidden) + unit;
 
-    const int64_t last = p.steps - 1;
-    StepRows before = {0, 0}, now = step_rows(p.offsets_device, p.batch, p.reverse ? last : 0, first, limit);
-    for (int64_t s = 0; s <= last; ++s) {
-      StepRows next = {0, 0};
-      if (s < last) next = step_rows(p.offsets_device, p.batch, p.reverse ? last - s - 1 : s + 1, first, limit);
+    const int direction = p.reverse ? -1 : 1;
+    int t = p.reverse ? int(p.steps) - 1 : 0;
+    StepRows before, now = timeline.at(t);
+    for (int left = int(p.steps) - 1; left >= 0; --left) {
+      t += direction;
+      StepRows next;
+      if (left > 0) next = timeline.at(t);
 
       Scalar inputs[kElements][kGates];
 #pragma unroll
       for (int i = 0; i < kElements; ++i) {
-        const int row = my_row + 32 * i;
-        const Scalar* x = static_cast<const Scalar*>(p.x) + (now.offset + row) * (kGates * hidden) + unit;
+        if (my_row + kStride * i < now.rows && real_unit) {
+          const Scalar* x = x_at + (now.offset + kStride * i) * (kGates * hidden);
 #pragma unroll
-        for (int g = 0; g < kGates; ++g) {
-          inputs[i][g] = Scalar(0.0f);
-          if (row < now.rows && real_unit) inputs[i][g] = x[g * hidden];
+          for (int g = 0; g < kGates; ++g) inputs[i][g] = x[g * hidden];
         }
       }
 
-      auto* sums = reinterpret_cast<typename Sums::Sum*>(shared + buffer * buffer_bytes);
-      const int tiles = (now.rows + 7) >> 3;
-      const auto inbox = [&](int tile) {
-        int row = tile * 8 + (lane >> 2);
-        row = row < now.rows ? row : now.rows - 1;
-        const bool wait = row < before.rows;
-        const Scalar* base = wait ? y_in + before.offset * pitch : h0 + first * pitch;
-        return Inbox<kChunks>{reinterpret_cast<const char*>(base + row * pitch), wait};
+      const char* const h_at = y_at + before.offset * (pitch * int(sizeof(Scalar)));
+      const int last_row = now.rows - 1;
+      const auto source = [&](int row) {
+        row = row < last_row ? row : last_row;
+        const char* base = row < before.rows ? h_at : h0_at;
+        return base + int64_t(row) * (pitch * int(sizeof(Scalar)));
       };
-      const auto multiply = [&](int tile, Piece (&h)[kChunks]) {
+      const auto recurrent = [&](int row) { return (row < last_row ? row : last_row) < before.rows; };
+      Sum* sums = sums_out + buffer;
+      const auto multiply = [&](Piece (&h)[kChunks]) {
         Accumulator acc[kMT][4] = {};
 #pragma unroll
         for (int c = 0; c < kChunks; ++c) {
@@ -162,237 +194,276 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_forward(const __grid_c
 #pragma unroll
           for (int m = 0; m < kMT; ++m) Math::multiply(acc[m], weights[c][2 * m], weights[c][2 * m + 1], h[c]);
         }
-        Sums::store(sums, tile, acc);
+        Sums::store(sums, acc);
+        sums += 8 * kWarps * kForwardUnits;
       };
       if constexpr (kChunks <= 4) {
         // Two tiles in flight: the packets of the next one travel while this one is multiplied.
         Piece even[kChunks], odd[kChunks];
-        Inbox<kChunks> even_box{}, odd_box{};
-        if (tiles > 0) {
-          even_box = inbox(0);
-          even_box.fetch(even, piece0, pieces);
-        }
-        for (int tile = 0; tile < tiles; tile += 2) {
-          if (tile + 1 < tiles) {
-            odd_box = inbox(tile + 1);
-            odd_box.fetch(odd, piece0, pieces);
+        const char *even_at = source(lane >> 2), *odd_at;
+        if (now.rows > 0) inbox.fetch(even_at, even);
+        for (int row = lane >> 2, tile = 0; tile < now.rows; tile += 16, row += 16) {
+          if (tile + 8 < now.rows) {
+            odd_at = source(row + 8);
+            inbox.fetch(odd_at, odd);
           }
-          even_box.await(even, piece0, pieces, p, s, tile * 8 + (lane >> 2));
-          multiply(tile, even);
-          if (tile + 1 < tiles) {
-            if (tile + 2 < tiles) {
-              even_box = inbox(tile + 2);
-              even_box.fetch(even, piece0, pieces);
+          inbox.await(even_at, even, recurrent(row), p, t - direction);
+          multiply(even);
+          if (tile + 8 < now.rows) {
+            if (tile + 16 < now.rows) {
+              even_at = source(row + 16);
+              inbox.fetch(even_at, even);
             }
-            odd_box.await(odd, piece0, pieces, p, s, tile * 8 + 8 + (lane >> 2));
-            multiply(tile + 1, odd);
+            inbox.await(odd_at, odd, recurrent(row + 8), p, t - direction);
+            multiply(odd);
           }
         }
       } else {
 #pragma unroll 1
-        for (int tile = 0; tile < tiles; ++tile) {
+        for (int row = lane >> 2, tile = 0; tile < now.rows; tile += 8, row += 8) {
           Piece packets[kChunks];
-          const Inbox<kChunks> box = inbox(tile);
-          box.fetch(packets, piece0, pieces);
-          box.await(packets, piece0, pieces, p, s, tile * 8 + (lane >> 2));
-          multiply(tile, packets);
+          const char* at = source(row);
+          inbox.fetch(at, packets);
+          inbox.await(at, packets, recurrent(row), p, t - direction);
+          multiply(packets);
         }
       }
       __syncthreads();
 
 #pragma unroll
       for (int i = 0; i < kElements; ++i) {
-        const int row = my_row + 32 * i;
-        if (4 * warp + 32 * i < now.rows) {  // the same for the whole warp: lanes of missing rows help to gather
+        const int row = my_row + kStride * i;
+        if (4 * warp + kStride * i < now.rows) {  // the same for the whole warp: lanes of missing rows help to gather
           Accumulator acc[kAccs], h, c_now = 0, saved[kSavedOrOne<Cell>];
 #pragma unroll
           for (int a = 0; a < kAccs; ++a) {
-            acc[a] = bias[a];
-            if (x_gate<Cell>(a) >= 0) acc[a] += widen(inputs[i][x_gate<Cell>(a) >= 0 ? x_gate<Cell>(a) : 0]);
+            constexpr auto gate = [](int acc) { return x_gate<Cell>(acc); };
+            acc[a] = gate(a) >= 0 ? bias[a] + widen(inputs[i][gate(a) >= 0 ? gate(a) : 0]) : bias[a];
           }
-          advance<Cell, Accumulator>(sums, row, threadIdx.x & 7, acc, h_carried[i], c[i], h, c_now, saved);
-          const Scalar stored = narrow<Scalar>(real_unit ? h : Accumulator(0));
-          const Piece packet = gather(mailbox::encode(stored));
-          const bool present = row < now.rows;
-          const int64_t n = now.offset + row;
-          if (present && (lane & (kPer - 1)) == 0 && unit < pitch)
-            mailbox::put(static_cast<Scalar*>(p.y) + n * pitch + unit, packet);
-          if (present && real_unit) {
-            c[i] = c_now;
-            h_carried[i] = widen(stored);
-            if constexpr (Cell::kSaved > 0)
-              if (p.gates)
-                store_pack<Scalar, Accumulator, Cell::kSaved>(static_cast<Scalar*>(p.gates) + (n * hidden + unit) * Cell::kSaved, saved);
-            if constexpr (Cell::kHasCellState)
-              if (p.cells) static_cast<Accumulator*>(p.cells)[n * hidden + unit] = c_now;
-            if (row >= next.rows) {
-              static_cast<Scalar*>(p.h_n)[(first + row) * hidden + unit] = stored;
+          advance<Cell, Accumulator>(sums_in + buffer + i * kStride * kWarps * kForwardUnits, acc, h_carried[i], c[i], h, c_now, saved);
+          const Scalar stored = mailbox::encode(narrow<Scalar>(real_unit ? h : Accumulator(0)));
+          const Piece packet = gather(stored);
+          if (row < now.rows) {
+            const int64_t at = (now.offset + kStride * i) * hidden + in_slice;
+            if (sends) {
+              const int64_t y_index = kWhole ? at : (now.offset + row) * pitch + unit;
+              mailbox::put(static_cast<Scalar*>(p.y) + y_index, packet);
+            }
+            if (real_unit) {
+              c[i] = c_now;
+              h_carried[i] = widen(stored);
+              if constexpr (Cell::kSaved > 0)
+                if (p.gates) store_pack<Scalar, Accumulator, Cell::kSaved>(static_cast<Scalar*>(p.gates) + at * Cell::kSaved, saved);
               if constexpr (Cell::kHasCellState)
-                static_cast<Scalar*>(p.c_n)[(first + row) * hidden + unit] = narrow<Scalar>(c_now);
+                if (p.cells) static_cast<Accumulator*>(p.cells)[at] = c_now;
+              if (row >= next.rows) {
+                static_cast<Scalar*>(p.h_n)[in_batch + i * kStride * hidden] = stored;
+                if constexpr (Cell::kHasCellState)
+                  static_cast<Scalar*>(p.c_n)[in_batch + i * kStride * hidden] = narrow<Scalar>(c_now);
+              }
             }
           }
         }
       }
-      buffer ^= 1;
+      buffer = buffer_sums - buffer;
       before = now;
       now = next;
     }
   }
 }
 
-template <typename Cell, typename Type, int kChunks>
-__global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_constant__ FusedrnnBackward p) {
+template <typename Cell, typename Type, int kChunks, bool kWhole>
+__global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_constant__ Backward p) {
   using Math = Arithmetic<Type>;
   using Scalar = typename Math::Scalar;
   using Accumulator = typename Math::Accumulator;
   using Sums = BackwardSums<Accumulator>;
-  constexpr int kPer = 16 / sizeof(Scalar), kAccs = Cell::kAccumulators;
-  constexpr int kElements = kBackwardRows * kBackwardUnits / kThreads;
-  constexpr int kStage = 2 * kAccs * kBackwardUnits;  // what a warp stages: 2 rows x accumulators x 16 units
-  constexpr int kPackets = kStage / kPer;
-  __shared__ __align__(16) Accumulator all_sums[2][Sums::kBytes / sizeof(Accumulator)];
-  __shared__ __align__(16) Scalar stages[kWarps][kElements][kStage];
+  using Units = BackwardUnits<Cell, Accumulator>;
+  constexpr int kPer = 16 / sizeof(Scalar), kAccs = Cell::kAccumulators, kSaved = kSavedOrOne<Cell>;
+  constexpr int kPackets = kBackwardUnits / kPer;            // of 16 units
+  constexpr int kStage = 4 * kAccs * kBackwardUnits;         // what a warp stages: 4 rows x accumulators x 16 units
+  __shared__ __align__(16) Accumulator all_sums[2 * Sums::kSize];
+  __shared__ __align__(16) Scalar stages[kWarps][kStage];
 
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const int64_t hidden = p.hidden, pitch = (hidden + kPer - 1) / kPer * kPer, row_size = kAccs * pitch;
-  const int pieces = int(row_size / kPer), piece0 = 4 * warp + (lane & 3);
-  const Scalar* const inbound = static_cast<const Scalar*>(p.dgates) + piece0 * kPer;
+  const int hidden = int(p.hidden), pitch = kWhole ? hidden : (hidden + kPer - 1) / kPer * kPer, row_size = kAccs * pitch;
+  const int pieces = row_size / kPer, piece0 = 4 * warp + (lane & 3);
+  const auto inbox = Inbox<kWhole, kChunks>::of(piece0, pieces);
+  const char* const inbound = reinterpret_cast<const char*>(static_cast<const Scalar*>(p.dgates) + piece0 * kPer);
 
   Piece weights[kChunks][2];
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      const int64_t row = int64_t(blockIdx.x) * kBackwardUnits + (lane >> 2) + 8 * j;
+      const int row = int(blockIdx.x) * kBackwardUnits + (lane >> 2) + 8 * j;
       weights[c][j] = Piece{};
       if (row < hidden && piece0 + 32 * c < pieces) {
-        weights[c][j] = load_piece<true>(static_cast<const Scalar*>(p.w_hh_t) + row * row_size, int64_t(piece0 + 32 * c) * kPer, row_size);
+        weights[c][j] = load_piece<true>(static_cast<const Scalar*>(p.w_hh_t) + int64_t(row) * row_size, (piece0 + 32 * c) * kPer, row_size);
         Math::prepare(weights[c][j]);
       }
     }
   }
 
-  // From here on a thread is row element / 16 and unit element % 16 of the block, element = thread + 256 i.
-  const int64_t unit = int64_t(blockIdx.x) * kBackwardUnits + (threadIdx.x & 15);
-  const bool real_unit = unit < hidden;
-  const int my_row = threadIdx.x >> 4;
-  // Packets leave by lane: row lane / (kPackets / 2), then accumulator, then packet of the 16 units.
-  constexpr int kPerUnits = kBackwardUnits / kPer;
-
+  // From here on a thread is row threadIdx / 8 and units 2 (threadIdx % 8) and the next of the block.
+  const int unit = int(blockIdx.x) * kBackwardUnits + 2 * (threadIdx.x & 7), row = threadIdx.x >> 3;
+  const bool real[2] = {unit < hidden, unit + 1 < hidden};
+  // Packets leave by lane: row lane / 8 of the warp's 4, then accumulator, then packet of the 16 units.
+  Scalar* const stage = stages[warp];
+  Accumulator* const sums_out = all_sums + Sums::lane_place();
+  const Accumulator* const sums_in = all_sums + Sums::place(row, 0, 2 * (threadIdx.x & 7));
   int buffer = 0;
+
+  // Two neighbours of a [rows, H] array; one access where both exist and the row length is even.
+  const auto load_two = [&](const auto* from, Accumulator (&to)[2]) {
+    using Element = std::remove_cv_t<std::remove_reference_t<decltype(*from)>>;
+    if (kWhole) {
+      const auto pair = *reinterpret_cast<const Pack<Element, 2>*>(from);
+      to[0] = widen(pair.v[0]);
+      to[1] = widen(pair.v[1]);
+    } else {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) to[j] = real[j] ? Accumulator(widen(from[j])) : Accumulator(0);
+    }
+  };
+
   for (int64_t first = int64_t(blockIdx.y) * p.slice_rows; first < p.batch; first += int64_t(gridDim.y) * p.slice_rows) {
     const int limit = int(p.batch - first < p.slice_rows ? p.batch - first : p.slice_rows);
-    Accumulator c[kElements], dc[kElements], dh_direct[kElements];
-#pragma unroll
-    for (int i = 0; i < kElements; ++i) c[i] = dc[i] = dh_direct[i] = 0;
+    const Timeline timeline{p.offsets_device, p.batch, first, limit};
+    const int64_t in_slice = int64_t(row) * hidden + unit, in_batch = first * hidden + in_slice;
+    Accumulator c_carried[2] = {}, dc_carried[2] = {}, dh_carried[2] = {};
 
-    const int64_t last = p.steps - 1;
-    StepRows before = {0, 0}, now = step_rows(p.offsets_device, p.batch, p.reverse ? 0 : last, first, limit);
-    for (int64_t s = 0; s <= last; ++s) {
-      StepRows next = {0, 0};
-      if (s < last) next = step_rows(p.offsets_device, p.batch, p.reverse ? s + 1 : last - s - 1, first, limit);
+    const int direction = p.reverse ? 1 : -1;
+    int t = p.reverse ? 0 : int(p.steps) - 1;
+    StepRows before, now = timeline.at(t);
+    for (int left = int(p.steps) - 1; left >= 0; --left) {
+      t += direction;
+      StepRows next;
+      if (left > 0) next = timeline.at(t);
 
       // What does not come from another block of this launch, asked for before the wait.
-      Accumulator dh[kElements], c_prev[kElements], h_prev[kElements], h[kElements];
-      Pack<Scalar, kSavedOrOne<Cell>> gates[kElements];
+      Units u;
+      Pack<Scalar, kWhole ? 2 * kSaved : kSaved> gates[kWhole ? 1 : 2];
+      const int64_t at = now.offset * hidden + in_slice;
+      const bool mine = row < now.rows && real[0];
+      if (mine) {
+        if constexpr (Cell::kSaved > 0) {
+          const auto* from = reinterpret_cast<const std::remove_reference_t<decltype(gates[0])>*>(static_cast<const Scalar*>(p.gates) + at * kSaved);
+          gates[0] = from[0];
+          if constexpr (!kWhole) gates[1] = from[real[1] ? 1 : 0];
+        }
 #pragma unroll
-      for (int i = 0; i < kElements; ++i) {
-        const int row = my_row + 16 * i;
-        dh[i] = c_prev[i] = h_prev[i] = h[i] = 0;
-        gates[i] = {};
-        if (row < now.rows && real_unit) {
-          const int64_t n = now.offset + row, at = n * hidden + unit, start = (first + row) * hidden + unit;
-          if constexpr (Cell::kSaved > 0)
-            gates[i] = *reinterpret_cast<const Pack<Scalar, kSavedOrOne<Cell>>*>(static_cast<const Scalar*>(p.gates) + at * Cell::kSaved);
-          if (p.dy) dh[i] = widen(static_cast<const Scalar*>(p.dy)[at]);
-          if (row >= before.rows) {
-            if (p.dh_n) dh[i] += widen(static_cast<const Scalar*>(p.dh_n)[start]);
-            if constexpr (Cell::kHasCellState) {
-              c[i] = static_cast<const Accumulator*>(p.cells)[at];
-              dc[i] = p.dc_n ? widen(static_cast<const Scalar*>(p.dc_n)[start]) : Accumulator(0);
-            }
+        for (int j = 0; j < 2; ++j) {
+          u.dh[j] = 0;
+          u.c[j] = c_carried[j];
+          u.dc[j] = dc_carried[j];
+        }
+        if (p.dy) load_two(static_cast<const Scalar*>(p.dy) + at, u.dh);
+        if (row >= before.rows) {
+          Accumulator more[2] = {};
+          if (p.dh_n) load_two(static_cast<const Scalar*>(p.dh_n) + in_batch, more);
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            u.dh[j] += more[j];
+            u.dc[j] = 0;
           }
-          const int64_t at_next = (next.offset + row) * hidden + unit;
-          if constexpr (Cell::kHasCellState)
-            c_prev[i] = row < next.rows ? static_cast<const Accumulator*>(p.cells)[at_next]
-                                        : Accumulator(widen(static_cast<const Scalar*>(p.c0)[start]));
-          if constexpr (Cell::kUsesH) h[i] = widen(static_cast<const Scalar*>(p.y)[at]);
-          if constexpr (Cell::kUsesHPrev)
-            h_prev[i] = row < next.rows ? widen(static_cast<const Scalar*>(p.y)[at_next]) : widen(static_cast<const Scalar*>(p.h0)[start]);
+          if constexpr (Cell::kHasCellState) {
+            load_two(static_cast<const Accumulator*>(p.cells) + at, u.c);
+            if (p.dc_n) load_two(static_cast<const Scalar*>(p.dc_n) + in_batch, u.dc);
+          }
+        } else if constexpr (Cell::kDirectH) {
+#pragma unroll
+          for (int j = 0; j < 2; ++j) u.dh[j] += dh_carried[j];
+        }
+        const int64_t at_next = next.offset * hidden + in_slice;
+        if constexpr (Cell::kHasCellState) {
+          if (row < next.rows)
+            load_two(static_cast<const Accumulator*>(p.cells) + at_next, u.c_prev);
+          else
+            load_two(static_cast<const Scalar*>(p.c0) + in_batch, u.c_prev);
+        }
+        if constexpr (Cell::kUsesH) load_two(static_cast<const Scalar*>(p.y) + at, u.h);
+        if constexpr (Cell::kUsesHPrev) {
+          if (row < next.rows)
+            load_two(static_cast<const Scalar*>(p.y) + at_next, u.h_prev);
+          else
+            load_two(static_cast<const Scalar*>(p.h0) + in_batch, u.h_prev);
         }
       }
 
-      Accumulator* sums = all_sums[buffer];
       const int recurrent_rows = before.rows < now.rows ? before.rows : now.rows;
-      const int tiles = (recurrent_rows + 7) >> 3;
+      const char* const dgates_at = inbound + before.offset * (row_size * int(sizeof(Scalar)));
+      Accumulator* sums = sums_out + buffer;
 #pragma unroll 1
-      for (int tile = 0; tile < tiles; ++tile) {
-        int row = tile * 8 + (lane >> 2);
-        row = row < recurrent_rows ? row : recurrent_rows - 1;
-        const Inbox<kChunks> box{reinterpret_cast<const char*>(inbound + (before.offset + row) * row_size), true};
-        Piece pieces_in[kChunks];
+      for (int tile = 0; tile < recurrent_rows; tile += 8) {
+        const int wanted = tile + (lane >> 2), there = wanted < recurrent_rows ? wanted : recurrent_rows - 1;
+        const char* from = dgates_at + int64_t(there) * (row_size * int(sizeof(Scalar)));
+        Piece packets[kChunks];
+        inbox.fetch(from, packets);
+        inbox.await(from, packets, true, p, t - direction);
         Accumulator acc[4] = {};
-        box.fetch(pieces_in, piece0, pieces);
-        box.await(pieces_in, piece0, pieces, p, s, row);
 #pragma unroll
         for (int c = 0; c < kChunks; ++c) {
-          Math::prepare(pieces_in[c]);
-          Math::multiply(acc, weights[c][0], weights[c][1], pieces_in[c]);
+          Math::prepare(packets[c]);
+          Math::multiply(acc, weights[c][0], weights[c][1], packets[c]);
         }
-        Sums::store(sums, tile, acc);
+        Sums::store(sums, acc);
+        sums += 8 * Sums::kPitch;
       }
       __syncthreads();
 
+      if (4 * warp < now.rows) {  // the same for the whole warp
+        if (mine) {
 #pragma unroll
-      for (int i = 0; i < kElements; ++i) {
-        const int row = my_row + 16 * i;
-        if (2 * warp + 16 * i < now.rows) {  // the same for the whole warp
-          Accumulator dacc[kAccs], saved[kSavedOrOne<Cell>], dh_prev = 0, dc_prev = 0;
+          for (int j = 0; j < 2; ++j)
 #pragma unroll
-          for (int k = 0; k < Cell::kSaved; ++k) saved[k] = widen(gates[i].v[k]);
-          if constexpr (Cell::kDirectH)
-            if (row < before.rows) dh[i] += dh_direct[i];
-          advance_back<Cell, Accumulator>(sums, row, threadIdx.x & 15, row < recurrent_rows, dh[i], dc[i], saved, h[i], h_prev[i],
-                                          c_prev[i], c[i], dacc, dh_prev, dc_prev);
-          Scalar* stage = stages[warp][i];
+            for (int k = 0; k < Cell::kSaved; ++k) u.saved[j][k] = widen(kWhole ? gates[0].v[j * kSaved + k] : gates[kWhole ? 0 : j].v[k]);
+          advance_back<Cell, Accumulator>(sums_in + buffer, row < recurrent_rows, u);
 #pragma unroll
-          for (int a = 0; a < kAccs; ++a) {
-            const auto bits = mailbox::encode(narrow<Scalar>(real_unit ? dacc[a] : Accumulator(0)));
-            reinterpret_cast<decltype(mailbox::encode(Scalar()))*>(stage)[((lane >> 4) * kAccs + a) * kBackwardUnits + (lane & 15)] = bits;
+          for (int j = 0; j < 2; ++j) {
+            c_carried[j] = u.c_prev[j];
+            dc_carried[j] = u.dc_prev[j];
+            dh_carried[j] = u.dh_prev[j];
           }
-          __syncwarp();
+        }
 #pragma unroll
-          for (int k = lane; k < kPackets; k += 32) {
-            const int packet_row = 2 * warp + 16 * i + k / (kPackets / 2), a = k / kPerUnits % kAccs;
-            const int64_t packet_unit = int64_t(blockIdx.x) * kBackwardUnits + k % kPerUnits * kPer;
-            if (packet_row < now.rows && packet_unit < pitch)
-              mailbox::put(static_cast<Scalar*>(p.dgates) + (now.offset + packet_row) * row_size + a * pitch + packet_unit,
-                           *reinterpret_cast<const Piece*>(stage + k * kPer));
-          }
-          if (row < now.rows && real_unit) {
-            c[i] = c_prev[i];
-            dc[i] = dc_prev;
-            dh_direct[i] = dh_prev;
-            if (row >= next.rows) {
-              const int64_t start = (first + row) * hidden + unit;
-              if constexpr (Cell::kHasCellState) static_cast<Scalar*>(p.dc0)[start] = narrow<Scalar>(dc_prev);
-              if constexpr (Cell::kDirectH) static_cast<Accumulator*>(p.dh_direct)[start] = dh_prev;
-            }
+        for (int a = 0; a < kAccs; ++a) {
+          Pack<Scalar, 2> pair;
+#pragma unroll
+          for (int j = 0; j < 2; ++j) pair.v[j] = mailbox::encode(narrow<Scalar>(kWhole || real[j] ? u.dacc[a][j] : Accumulator(0)));
+          *reinterpret_cast<Pack<Scalar, 2>*>(stage + ((lane >> 3) * kAccs + a) * kBackwardUnits + 2 * (lane & 7)) = pair;
+        }
+        __syncwarp();
+#pragma unroll
+        for (int k = lane; k < 4 * kAccs * kPackets; k += 32) {
+          const int packet_row = 4 * warp + k / (kAccs * kPackets), a = k / kPackets % kAccs;
+          const int packet_unit = int(blockIdx.x) * kBackwardUnits + k % kPackets * kPer;
+          if (packet_row < now.rows && packet_unit < pitch)
+            mailbox::put(static_cast<Scalar*>(p.dgates) + (now.offset + packet_row) * row_size + a * pitch + packet_unit,
+                         *reinterpret_cast<const Piece*>(stage + k * kPer));
+        }
+        __syncwarp();
+        if (mine && row >= next.rows) {
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            if (!real[j]) continue;
+            if constexpr (Cell::kHasCellState) static_cast<Scalar*>(p.dc0)[in_batch + j] = narrow<Scalar>(u.dc_prev[j]);
+            if constexpr (Cell::kDirectH) static_cast<Accumulator*>(p.dh_direct)[in_batch + j] = u.dh_prev[j];
           }
         }
       }
-      buffer ^= 1;
+      buffer = Sums::kSize - buffer;
       before = now;
       now = next;
     }
   }
 }
 
-template <typename Params>
-int launch(void (*kernel)(Params), const Params& params, int units, int shared, cudaStream_t stream) {
+template <typename Kernel, typename Params>
+int launch(Kernel kernel, const Params& params, int units, int shared, cudaStream_t stream) {
   const unsigned blocks = unsigned((params.hidden + units - 1) / units);
   if (shared > 0) {
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     if (error != cudaSuccess) return error;
   }
   Params copy = params;
@@ -401,67 +472,83 @@ int launch(void (*kernel)(Params), const Params& params, int units, int shared, 
                                      size_t(shared), stream);
 }
 
-// Chunks of 64 bytes that a warp holds of every row of weights, rounded up to a size that is compiled.
-int chunks_of(int64_t row_bytes) { return int((row_bytes + 64 * kWarps - 1) / (64 * kWarps)); }
+// Calls run(chunks, whole) with the smallest compiled number of chunks that holds a row of weights.
+template <int... kCompiled, typename Run>
+int with_chunks(int64_t row_bytes, const Run& run) {
+  int result = cudaErrorInvalidValue;
+  constexpr int kChunkBytes = 64 * kWarps;
+  (void)((row_bytes <= kCompiled * kChunkBytes &&
+          (result = row_bytes == kCompiled * kChunkBytes
+                        ? run(std::integral_constant<int, kCompiled>(), std::true_type())
+                        : run(std::integral_constant<int, kCompiled>(), std::false_type()),
+           true)) ||
+         ...);
+  return result;
+}
 
 template <typename Cell, typename Type>
-int forward(const FusedrnnForward& p, cudaStream_t stream) {
+int forward(const Forward& p, cudaStream_t stream) {
   using Math = Arithmetic<Type>;
-  constexpr int kSize = sizeof(typename Math::Scalar);
   const int shared = 2 * forward_buffer_bytes<ForwardSums<Cell, typename Math::Accumulator>>(p.slice_rows);
-  const int chunks = chunks_of((p.hidden * kSize + 15) / 16 * 16);
-  const auto run = [&](auto kernel) { return launch<FusedrnnForward>(kernel, p, kForwardUnits, shared, stream); };
-  if (chunks <= 1) return run(persistent_forward<Cell, Type, 1>);
-  if (chunks <= 2) return run(persistent_forward<Cell, Type, 2>);
-  if (chunks <= 3) return run(persistent_forward<Cell, Type, 3>);
-  if (chunks <= 4) return run(persistent_forward<Cell, Type, 4>);
-  if constexpr (kSize == 4) {
-    if (chunks <= 6) return run(persistent_forward<Cell, Type, 6>);
-    if (chunks <= 8) return run(persistent_forward<Cell, Type, 8>);
+  const auto run = [&](auto chunks, auto whole) {
+    return launch(persistent_forward<Cell, Type, chunks(), whole()>, p, kForwardUnits, shared, stream);
+  };
+  constexpr int kSize = sizeof(typename Math::Scalar);
+  const int64_t row_bytes = (p.hidden * kSize + 15) / 16 * 16;
+  if constexpr (kSize == 2)
+    return with_chunks<1, 2, 3, 4>(row_bytes, run);
+  else
+    return with_chunks<2, 4, 6, 8>(row_bytes, run);
+}
+
+template <typename Cell, typename Type>
+int backward(const Backward& p, cudaStream_t stream) {
+  constexpr int kPer = 16 / int(sizeof(typename Arithmetic<Type>::Scalar));
+  const auto run = [&](auto chunks, auto whole) {
+    return launch(persistent_backward<Cell, Type, chunks(), whole()>, p, kBackwardUnits, 0, stream);
+  };
+  return with_chunks<4, 8, 12, 16>((p.hidden + kPer - 1) / kPer * 16 * Cell::kAccumulators, run);
+}
+
+#define FUSEDRNN_DISPATCH(FUNCTION, CELL)                       \
+  switch (p.dtype) {                                            \
+    case kBfloat16:                                             \
+      return FUNCTION<CELL, __nv_bfloat16>(p, stream);          \
+    case kFloat16:                                              \
+      return FUNCTION<CELL, __half>(p, stream);                 \
+    case kTf32:                                                 \
+      return FUNCTION<CELL, Tf32>(p, stream);                   \
+    case kFloat32:                                              \
+      return FUNCTION<CELL, float>(p, stream);                  \
+    default:                                                    \
+      return cudaErrorInvalidValue;                             \
+  }
+
+int dispatch(const Forward& p, cudaStream_t stream) {
+  switch (p.cell) {
+    case kLstmCell:
+      FUSEDRNN_DISPATCH(forward, Lstm)
   }
   return cudaErrorInvalidValue;
 }
 
-template <typename Cell, typename Type>
-int backward(const FusedrnnBackward& p, cudaStream_t stream) {
-  constexpr int kPer = 16 / int(sizeof(typename Arithmetic<Type>::Scalar));
-  const int chunks = chunks_of((p.hidden + kPer - 1) / kPer * 16 * Cell::kAccumulators);
-  const auto run = [&](auto kernel) { return launch<FusedrnnBackward>(kernel, p, kBackwardUnits, 0, stream); };
-  if (chunks <= 2) return run(persistent_backward<Cell, Type, 2>);
-  if (chunks <= 4) return run(persistent_backward<Cell, Type, 4>);
-  if (chunks <= 8) return run(persistent_backward<Cell, Type, 8>);
-  if (chunks <= 12) return run(persistent_backward<Cell, Type, 12>);
-  if (chunks <= 16) return run(persistent_backward<Cell, Type, 16>);
+int dispatch(const Backward& p, cudaStream_t stream) {
+  switch (p.cell) {
+    case kLstmCell:
+      FUSEDRNN_DISPATCH(backward, Lstm)
+  }
   return cudaErrorInvalidValue;
 }
 
 }  // namespace
 }  // namespace fusedrnn
 
-#define FUSEDRNN_DISPATCH(FUNCTION, CELL)                                         \
-  switch (params->dtype) {                                                        \
-    case kBfloat16:                                                               \
-      return FUNCTION<CELL, __nv_bfloat16>(*params, static_cast<cudaStream_t>(stream)); \
-    case kFloat16:                                                                \
-      return FUNCTION<CELL, __half>(*params, static_cast<cudaStream_t>(stream));  \
-    case kTf32:                                                                   \
-      return FUNCTION<CELL, Tf32>(*params, static_cast<cudaStream_t>(stream));    \
-    case kFloat32:                                                                \
-      return FUNCTION<CELL, float>(*params, static_cast<cudaStream_t>(stream));   \
-    default:                                                                      \
-      return cudaErrorInvalidValue;                                               \
-  }
-
 extern "C" int fusedrnn_persistent_forward(const FusedrnnForward* params, void* stream) {
-  using namespace fusedrnn;
-  if (params->cell != kLstmCell) return cudaErrorInvalidValue;
-  FUSEDRNN_DISPATCH(forward, Lstm)
+  return fusedrnn::dispatch(fusedrnn::Forward{*params}, static_cast<cudaStream_t>(stream));
 }
 
 extern "C" int fusedrnn_persistent_backward(const FusedrnnBackward* params, void* stream) {
-  using namespace fusedrnn;
-  if (params->cell != kLstmCell) return cudaErrorInvalidValue;
-  FUSEDRNN_DISPATCH(backward, Lstm)
+  return fusedrnn::dispatch(fusedrnn::Backward{*params}, static_cast<cudaStream_t>(stream));
 }
 
 extern "C" const char* fusedrnn_error_string(int error) { return cudaGetErrorString(cudaError_t(error)); }

@@ -10,7 +10,7 @@ MOST_CHUNKS = {(False, 2): 4, (False, 4): 8, (True, 2): 16, (True, 4): 16}
 # Slices that a group of blocks takes one after another before step is the better plan.
 MOST_ROUNDS = 4
 # Static shared memory of the backward kernel: two buffers of partial sums and the staged packets.
-BACKWARD_SHARED = {2: 36_864, 4: 40_960}
+BACKWARD_SHARED = {2: 45_056, 4: 49_152}
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
