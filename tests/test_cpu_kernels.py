@@ -197,9 +197,9 @@ def test_malformed_backward_raises(name):
 
 def test_outputs_not_needed_are_empty_and_do_not_alias():
     inputs, sizes, gradients = draw(3, 2, 4, 5, 0, None, torch.float32)
-    y, h_n, c_n, gates, cells = sequence("lstm", *inputs, sizes, False, "cpu", "auto", False)
+    *_, gates, cells = sequence("lstm", *inputs, sizes, False, "cpu", "auto", False)
     assert gates.shape == cells.shape == (0,)
-    y, h_n, c_n, gates, cells = sequence("lstm", *inputs, sizes, False, "cpu", "auto", True)
+    y, _, _, gates, cells = sequence("lstm", *inputs, sizes, False, "cpu", "auto", True)
     for needed in range(7):
         needs = [i == needed for i in range(8)]
         back = sequence_backward(
