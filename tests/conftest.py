@@ -1,12 +1,21 @@
 """Fixtures that every test shares."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # The GPU kernels run in tests/ptxsim, from their compiled code, on CPU tensors.
+    os.environ.setdefault("FUSEDRNN_SIMULATE", str(Path(__file__).with_name("ptxsim")))
+
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _defaults(monkeypatch):
+    """One seed, and float32 products in float32 unless a test asks for tf32."""
     torch.manual_seed(0)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @pytest.fixture

@@ -130,17 +130,33 @@ def widened(given: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.detach().double().cpu() for name, t in given.items()}
 
 
-def models(case: Case, given: dict[str, Tensor], **options) -> list[dict[str, Tensor]]:
+def _cut_to_tf32(t: Tensor) -> Tensor:
+    """float32 without the 13 low bits of its mantissa: what mma does with operands of type tf32."""
+    bits = t.contiguous().view(torch.int32)
+    return torch.where(t.isfinite(), (bits & ~0x1FFF).view(torch.float32), t)
+
+
+def models(case: Case, given: dict[str, Tensor], tf32: bool = False, **options) -> list[dict[str, Tensor]]:
     """What float32 math gives that rounds only what a kernel stores: y, gates, gate gradients.
 
     The second one also rounds the input gates, as a kernel does that computes them in one GEMM beforehand.
+    With ``tf32`` the operands of the products are cut, and in a second model not those of the GEMM beforehand.
     """
-    plain = run(case, given, "reference", **options)
-    dtype, exact = given["x"].dtype, reference.input_gates
-    if dtype in (torch.float32, torch.float64):
-        return [plain]
-    with unittest.mock.patch.object(reference, "input_gates", lambda *a: exact(*a).to(dtype).float()):
-        return [plain, run(case, given, "reference", **options)]
+    dtype, product, input_gates = given["x"].dtype, reference.product, reference.input_gates
+
+    def cut_product(a: Tensor, b: Tensor) -> Tensor:
+        return product(_cut_to_tf32(a), _cut_to_tf32(b))
+
+    def hoisted(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        with unittest.mock.patch.object(reference, "product", product):
+            return input_gates(x, w, b).to(dtype).to(x.dtype)
+
+    with unittest.mock.patch.object(reference, "product", cut_product if tf32 else product):
+        found = [run(case, given, "reference", **options)]
+        if tf32 or dtype in (torch.bfloat16, torch.float16):
+            with unittest.mock.patch.object(reference, "input_gates", hoisted):
+                found.append(run(case, given, "reference", **options))
+    return found
 
 
 def assert_close(

@@ -1,4 +1,7 @@
-"""One suite for every backend: outputs and all gradients against float64, edge sizes, packed, repeatable."""
+"""One suite for every backend: outputs and all gradients against float64, edge sizes, packed, repeatable.
+
+Without a GPU the kernels of "triton" and "cuda" are compiled for sm_80 and run by tests/ptxsim on CPU tensors.
+"""
 
 import pytest
 import torch
@@ -7,42 +10,81 @@ from problems import CASES, INPUTS, Case, assert_close, call, make, models, run,
 from fusedrnn import planning
 from fusedrnn.planning import Problem
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-RUNS = [("reference", "auto"), ("cpu", "auto")]
+GPU_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+RUNS = [
+    ("reference", "auto"),
+    ("cpu", "auto"),
+    ("triton", "step"),
+    ("triton", "sequence"),
+    ("cuda", "step"),
+    ("cuda", "persistent"),
+]
+MATHS = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "tf32": torch.float32,
+}
+EVERYTHING = [(*r, math) for r in RUNS for math in MATHS if math != "tf32" or r[0] in ("triton", "cuda")]
+
+
+def device_of(backend: str) -> str:
+    return GPU_DEVICE if backend in ("triton", "cuda") else "cpu"
 
 
 def need(backend: str, dtype: torch.dtype = torch.float32) -> None:
-    reason = planning.unsupported(backend, Problem("lstm", 4, 4, 0, dtype, "cpu"), planning.machine())
+    problem = Problem("lstm", 4, 4, 0, dtype, device_of(backend), (8, 0))
+    reason = planning.unsupported(backend, problem, planning.machine())
     if reason:
         pytest.skip(f"the kernels of backend {backend} are not tested here: {reason}")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def may_refuse(algorithm: str, case: Case, math: str) -> bool:
+    """Whether this algorithm may be for other problems; a step must run everything."""
+    if algorithm == "sequence":
+        return bool(case.proj) or case.H > 16
+    return algorithm == "persistent" and (bool(case.proj) or math == "float64")
+
+
+def cases_of(algorithm: str) -> list[Case]:
+    return [case for case in CASES if algorithm in ("auto", "step") or (not case.proj and case.H <= 32)]
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("backend, algorithm", RUNS)
-def test_agrees_with_float64(backend, algorithm, case, dtype, poisoned):
+@pytest.mark.parametrize("backend, algorithm, math", EVERYTHING)
+def test_agrees_with_float64(backend, algorithm, math, case, poisoned, monkeypatch):
+    dtype = MATHS[math]
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", math == "tf32")
     need(backend, dtype)
-    given = make(case, dtype)
+    given = make(case, dtype, device_of(backend))
+    try:
+        got = run(case, given, backend, algorithm)
+    except (RuntimeError, ValueError) as error:
+        if may_refuse(algorithm, case, math) and f"algorithm '{algorithm}'" in str(error):
+            return
+        raise
     exact = run(case, widened(given), "reference")
-    assert_close(run(case, given, backend, algorithm), exact, models(case, given))
+    assert_close(got, exact, models(case, make(case, dtype), tf32=math == "tf32"))
 
 
 @pytest.mark.parametrize("backend, algorithm", RUNS)
 def test_without_grad_is_the_same(backend, algorithm, poisoned):
     need(backend)
-    for case in CASES:
-        given = make(case, torch.float32)
+    for case in cases_of(algorithm):
+        given = make(case, torch.float32, device_of(backend))
         with_grad = run(case, given, backend, algorithm)
         for name, t in run(case, given, backend, algorithm, wrt=()).items():
             assert torch.equal(t, with_grad[name]), (case, name)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("math", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("backend, algorithm", RUNS)
-def test_bitwise_repeatable(backend, algorithm, dtype):
+def test_bitwise_repeatable(backend, algorithm, math):
+    dtype = MATHS[math]
     need(backend, dtype)
     for case in (Case(T=9, B=6, I=12, H=40), Case(T=6, B=3, I=5, H=24, lengths=(6, 4, 4), reverse=True)):
-        given = make(case, dtype)
+        given = make(case, dtype, device_of(backend))
         first = run(case, given, backend, algorithm)
         for name, t in run(case, given, backend, algorithm).items():
             assert torch.equal(t, first[name]), (case, name)
@@ -52,7 +94,7 @@ def test_bitwise_repeatable(backend, algorithm, dtype):
 def test_empty_batch(backend, algorithm):
     need(backend)
     case = Case(T=3, B=0, I=4, H=5)
-    given = make(case, torch.float32)
+    given = make(case, torch.float32, device_of(backend))
     found = run(case, given, backend, algorithm)
     assert found["y"].shape == (3, 0, 5)
     assert found["h_n"].shape == found["c_n"].shape == (0, 5)
@@ -64,7 +106,7 @@ def test_empty_batch(backend, algorithm):
 def test_expanded_input(backend, algorithm):
     need(backend)
     case = Case(T=4, B=3, I=5, H=8)
-    given = make(case, torch.float32)
+    given = make(case, torch.float32, device_of(backend))
     given["x"] = given["x"][:, :1].expand(4, 3, 5)
     given["h0"] = given["h0"][:1].expand(3, 8)
     dense = {name: t.contiguous() for name, t in given.items()}
@@ -79,7 +121,7 @@ def test_special_values_are_torchs(backend, algorithm, value):
     """inf saturates a gate, NaN stays in its row; nothing becomes NaN by itself."""
     need(backend)
     case = Case(T=4, B=3, I=5, H=7)
-    given = make(case, torch.float32)
+    given = make(case, torch.float32, device_of(backend))
     given["x"][1, 1, 2] = value
     want = run(case, given, "reference", wrt=())
     for name, t in run(case, given, backend, algorithm, wrt=()).items():
@@ -90,8 +132,8 @@ def test_special_values_are_torchs(backend, algorithm, value):
 @pytest.mark.parametrize("backend, algorithm", RUNS)
 def test_gradients_of_some_outputs_only(backend, algorithm, through):
     need(backend)
-    for case in (CASES[4], CASES[7], CASES[9]):
-        given = make(case, torch.float32)
+    for case in (CASES[4], CASES[7], cases_of(algorithm)[-1], CASES[9] if algorithm in ("auto", "step") else CASES[8]):
+        given = make(case, torch.float32, device_of(backend))
         exact = run(case, widened(given), "reference", through=through)
         got = run(case, given, backend, algorithm, through=through)
         assert_close(got, exact, models(case, given, through=through))
@@ -100,8 +142,8 @@ def test_gradients_of_some_outputs_only(backend, algorithm, through):
 @pytest.mark.parametrize("backend, algorithm", RUNS)
 def test_only_asked_gradients_are_computed(backend, algorithm):
     need(backend)
-    for case in (CASES[4], CASES[10]):
-        given = make(case, torch.float32)
+    for case in (CASES[4], CASES[10] if algorithm in ("auto", "step") else CASES[8]):
+        given = make(case, torch.float32, device_of(backend))
         full = run(case, given, backend, algorithm)
         for name in INPUTS:
             if name in given:
@@ -124,7 +166,7 @@ def test_only_asked_gradients_are_computed(backend, algorithm):
 @pytest.mark.parametrize("backend, algorithm", RUNS)
 def test_gradcheck(backend, algorithm, case):
     need(backend, torch.float64)
-    given = make(case, torch.float64)
+    given = make(case, torch.float64, device_of(backend))
     names = [name for name in INPUTS if name in given]
 
     def function(*tensors):
