@@ -75,8 +75,7 @@ class Library:
 
     def _option(self, key, value):
         if key == "chip":
-            if self.dll.ps_chip(value.encode()):
-                raise ValueError(f"unknown chip {value!r}")
+            self.dll.ps_chip(value.encode())
         else:
             self.dll.ps_option(key.encode(), int(value))
 
@@ -143,6 +142,8 @@ def set_options(**values):
     unknown = set(values) - set(DEFAULTS)
     if unknown:
         raise ValueError(f"unknown option {sorted(unknown)}; there are {sorted(DEFAULTS)}")
+    if "chip" in values and values["chip"] not in chips():
+        raise ValueError(f"unknown chip {values['chip']!r}; there are {sorted(chips())}")
     before = {k: _current[k] for k in values}
     _current.update(values)
     for library in _libraries:

@@ -161,7 +161,7 @@ def _dependencies(sources, include_dirs):
     for folder in sorted(folders):
         for path in sorted(folder.rglob("*")):
             if path.suffix in (".cu", ".cuh", ".h", ".hpp", ".inc") and path.is_file():
-                parts += [str(path), path.read_bytes()]
+                parts += [str(path.relative_to(folder)), path.read_bytes()]
     return parts
 
 
@@ -199,7 +199,7 @@ def compile_ptx(source, include_dirs=(), arch="80", flags=()):
     folder = cache_dir() / "ptx"
     folder.mkdir(parents=True, exist_ok=True)
     parts = [text] if text is not None else _dependencies([source], include_dirs)
-    tag = _digest(*parts, str(source), arch, tuple(flags), nvcc())
+    tag = _digest(*parts, Path(source).name if text is None else "", arch, tuple(flags), nvcc())
     path = folder / f"{tag}.ptx"
     if not path.exists():
         if text is not None:
@@ -235,7 +235,7 @@ def build_simulated_library(cu_sources, include_dirs=(), flags=(), arch="80"):
     tag = _digest(
         *_dependencies(cu_sources, include_dirs),
         objects[0].parent.name,
-        tuple(map(str, cu_sources)),
+        tuple(s.name for s in cu_sources),
         tuple(map(str, flags)),
         arch,
         nvcc(),

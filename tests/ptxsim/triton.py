@@ -38,7 +38,7 @@ def _specialise(parameters, arguments, constexprs):
         name = parameter.name
         if name in constexprs or parameter.is_constexpr:
             signature[name] = "constexpr"
-            constants[(i,)] = constexprs[name] if name in constexprs else parameter.default
+            constants[(i,)] = constexprs.get(name, parameter.default)
             continue
         if name not in arguments:
             raise TypeError(f"no value for parameter {name!r}")
@@ -96,7 +96,8 @@ def launch(
 ):
     """Runs a @triton.jit function; returns the counters of the launch, with "by_arg" keyed by parameter name.
 
-    grid: a tuple, or a function of the constexprs. arguments and constexprs: by name. launch_options: see Module.launch.
+    grid: a tuple, or a function of the constexprs. arguments and constexprs: by name.
+    launch_options: see Module.launch.
     """
     constexprs = constexprs or {}
     compiled, module, names = compile(kernel, arguments, constexprs, arch, num_warps, num_stages, enable_fp_fusion)

@@ -586,7 +586,6 @@ u32 Parser::variable(const std::string& directive, std::string declaration, bool
 
 void Parser::device_functions() {
   if (device_functions_parsed_) return;
-  device_functions_parsed_ = true;
   device_call_ = call_bytes_;  // parameters of declarations
   for (size_t i = 0; i < program.functions.size(); i++)
     if (!program.functions[i].entry && program.functions[i].defined) {
@@ -600,6 +599,7 @@ void Parser::device_functions() {
       device_call_ = call_bytes_;
       device_polls_ = poll_slots_;
     }
+  device_functions_parsed_ = true;
 }
 
 // Device functions share one frame each for the whole module (there is no recursion); a kernel's own comes
@@ -612,7 +612,6 @@ void Parser::body(int index) {
     call_bytes_ = device_call_;
     poll_slots_ = device_polls_;
   }
-  f.parsed = true;
   current_ = &f;
   at = f.body;
   line = f.body_line;
@@ -712,6 +711,7 @@ void Parser::body(int index) {
   f.local_bytes = align_up(local_bytes_, 16);
   f.call_bytes = align_up(call_bytes_, 16);
   f.poll_slots = poll_slots_;
+  f.parsed = true;
 }
 
 void Parser::statement(std::string s, int here) {
