@@ -156,11 +156,8 @@ def _precision(math: str) -> str:
 
 def allow_tf32() -> bool:
     """Whether torch's own LSTM may compute float32 products in tf32."""
-    rnn = getattr(torch.backends.cudnn, "rnn", None)
-    precision = getattr(rnn, "fp32_precision", None)
-    if precision in ("tf32", "ieee"):
-        return precision == "tf32"
-    return torch.backends.cudnn.allow_tf32
+    # Follows torch.backends.cudnn.allow_tf32 as well, which itself raises when RNNs and convolutions differ.
+    return torch.backends.cudnn.rnn.fp32_precision == "tf32"
 
 
 @functools.cache
@@ -205,11 +202,18 @@ def why_unavailable() -> str | None:
     return None
 
 
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 @functools.cache
 def _simulator():
-    """ptxsim's bridge to Triton when FUSEDRNN_SIMULATE asks for it: 1 in a checkout, or the path of tests/ptxsim."""
+    """ptxsim's bridge to Triton when FUSEDRNN_SIMULATE asks for it: 1 in a checkout, or the path of tests/ptxsim.
+
+    With TRITON_INTERPRET=1 nothing is compiled, so nothing is simulated.
+    """
     setting = os.environ.get("FUSEDRNN_SIMULATE")
-    if not setting:
+    if not setting or _interpreted():
         return None
     path = Path(__file__).resolve().parents[2] / "tests/ptxsim" if setting == "1" else Path(setting).resolve()
     if "ptxsim" not in sys.modules:
@@ -240,7 +244,7 @@ def _check_device(x: Tensor) -> None:
         raise RuntimeError(f"backend 'triton' cannot run: {reason}")
     if x.is_cuda or _simulator() is not None:
         return
-    if not os.environ.get("TRITON_INTERPRET") == "1":
+    if not _interpreted():
         raise RuntimeError(
             f"backend 'triton' takes CUDA tensors, got {x.device}; CPU tensors run with TRITON_INTERPRET=1 "
             "(float32) or FUSEDRNN_SIMULATE=1"
