@@ -130,31 +130,35 @@ def widened(given: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.detach().double().cpu() for name, t in given.items()}
 
 
-def _cut_to_tf32(t: Tensor) -> Tensor:
-    """float32 without the 13 low bits of its mantissa: what mma does with operands of type tf32."""
+def _to_tf32(t: Tensor, nearest: bool) -> Tensor:
+    """float32 with the 10 bits of mantissa of tf32: rounded to nearest, or cut as mma does with its operands."""
     bits = t.contiguous().view(torch.int32)
+    bits = bits + (0xFFF + ((bits >> 13) & 1) if nearest else 0)
     return torch.where(t.isfinite(), (bits & ~0x1FFF).view(torch.float32), t)
 
 
 def models(case: Case, given: dict[str, Tensor], tf32: bool = False, **options) -> list[dict[str, Tensor]]:
     """What float32 math gives that rounds only what a kernel stores: y, gates, gate gradients.
 
-    The second one also rounds the input gates, as a kernel does that computes them in one GEMM beforehand.
-    With ``tf32`` the operands of the products are cut, and in a second model not those of the GEMM beforehand.
+    A kernel may compute the input gates in one GEMM beforehand: then they are rounded too. With ``tf32`` the
+    operands of the products are rounded or cut, those of a GEMM beforehand perhaps not.
     """
     dtype, product, input_gates = given["x"].dtype, reference.product, reference.input_gates
+    products = [product]
+    if tf32:
+        products = [lambda a, b, n=n: product(_to_tf32(a, n), _to_tf32(b, n)) for n in (True, False)]
 
-    def cut_product(a: Tensor, b: Tensor) -> Tensor:
-        return product(_cut_to_tf32(a), _cut_to_tf32(b))
-
-    def hoisted(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    def beforehand(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         with unittest.mock.patch.object(reference, "product", product):
             return input_gates(x, w, b).to(dtype).to(x.dtype)
 
-    with unittest.mock.patch.object(reference, "product", cut_product if tf32 else product):
-        found = [run(case, given, "reference", **options)]
-        if tf32 or dtype in (torch.bfloat16, torch.float16):
-            with unittest.mock.patch.object(reference, "input_gates", hoisted):
+    found = []
+    for one in products:
+        for gates in (input_gates, beforehand):
+            with (
+                unittest.mock.patch.object(reference, "product", one),
+                unittest.mock.patch.object(reference, "input_gates", gates),
+            ):
                 found.append(run(case, given, "reference", **options))
     return found
 
