@@ -99,48 +99,75 @@ FUSEDRNN_INLINE void multiply_depth(Vec<C> (&acc)[kRows][kVectors], const C* con
   }
 }
 
-// sums[r][v] = sum over k of rows[r][k] * panel[k][v]; depth k of segment i is rows[r][skip[i] + k], and the panel
-// goes on from segment to segment. With few rows several sums run side by side, because one alone would wait for
-// its own previous addition.
-template <int kRows, int kVectors, int kSegments, typename C>
-FUSEDRNN_INLINE void multiply(Vec<C> (&sums)[kRows][kVectors], const C* const* rows, const C* panel, int64_t depth,
-                              const int64_t (&skip)[kSegments]) {
+// sums[r][v] += sum over k < depth of rows[r][skip + k] * panel[k][v]. With few rows several sums run side by side,
+// because one alone would wait for its own previous addition.
+template <int kRows, int kVectors, typename C>
+FUSEDRNN_COLD void multiply(Vec<C>* sums, const C* const* rows, int64_t skip, const C* panel, int64_t depth) {
   constexpr int kWidth = Vec<C>::kWidth;
   constexpr int kWays = kRows * kVectors >= 8 ? 1 : (kRows * kVectors >= 4 ? 2 : 4);
   // Local, so that they live in registers.
   Vec<C> acc[kWays][kRows][kVectors];
+  const C* x[kRows];
   FUSEDRNN_UNROLL
-  for (int w = 0; w < kWays; ++w) {
+  for (int r = 0; r < kRows; ++r) {
+    x[r] = rows[r] + skip;
     FUSEDRNN_UNROLL
-    for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVectors; ++v) {
+      acc[0][r][v] = sums[r * kVectors + v];
       FUSEDRNN_UNROLL
-      for (int v = 0; v < kVectors; ++v) acc[w][r][v] = Vec<C>(C(0));
+      for (int w = 1; w < kWays; ++w) acc[w][r][v] = Vec<C>(C(0));
     }
   }
-  for (int i = 0; i < kSegments; ++i) {
-    const C* x[kRows];
+  int64_t k = 0;
+  for (; k + kWays <= depth; k += kWays, panel += kWays * kVectors * kWidth) {
     FUSEDRNN_UNROLL
-    for (int r = 0; r < kRows; ++r) x[r] = rows[r] + skip[i];
-    int64_t k = 0;
-    for (; k + kWays <= depth; k += kWays, panel += kWays * kVectors * kWidth) {
-      FUSEDRNN_UNROLL
-      for (int w = 0; w < kWays; ++w) multiply_depth(acc[w], x, k + w, panel + w * kVectors * kWidth);
-    }
-    for (; k < depth; ++k, panel += kVectors * kWidth) multiply_depth(acc[0], x, k, panel);
+    for (int w = 0; w < kWays; ++w) multiply_depth(acc[w], x, k + w, panel + w * kVectors * kWidth);
   }
+  for (; k < depth; ++k, panel += kVectors * kWidth) multiply_depth(acc[0], x, k, panel);
   FUSEDRNN_UNROLL
   for (int r = 0; r < kRows; ++r) {
     FUSEDRNN_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       FUSEDRNN_UNROLL
       for (int w = 1; w < kWays; ++w) acc[0][r][v].v += acc[w][r][v].v;
-      sums[r][v] = acc[0][r][v];
+      sums[r * kVectors + v] = acc[0][r][v];
     }
   }
 }
+
 template <int kRows, int kVectors, typename C>
-FUSEDRNN_INLINE void multiply(Vec<C> (&sums)[kRows][kVectors], const C* const* rows, const C* panel, int64_t depth) {
-  multiply<kRows, kVectors, 1>(sums, rows, panel, depth, {0});
+FUSEDRNN_INLINE void multiply_rows(int64_t count, Vec<C>* sums, const C* const* rows, int64_t skip, const C* panel,
+                                   int64_t depth) {
+  if constexpr (kRows > 1) {
+    if (count < kRows) return multiply_rows<kRows - 1, kVectors>(count, sums, rows, skip, panel, depth);
+  }
+  multiply<kRows, kVectors>(sums, rows, skip, panel, depth);
+}
+
+// At most so many rows of sums wait in the first-level cache, beside a piece of the panel.
+constexpr int64_t kGroup = 48;
+constexpr int64_t kPieceBytes = 24 * 1024;
+
+// sums[count][kVectors] = rows times one panel. The depth comes in kSegments of `depth`, segment i of a row begins
+// at skip[i]. A piece of the panel is fetched once for all rows.
+template <int kVectors, int kSegments, typename C>
+void product(Vec<C>* sums, const C* const* rows, int64_t count, const C* panel, int64_t depth,
+             const int64_t (&skip)[kSegments]) {
+  constexpr int64_t kMost = max_rows<kVectors>();
+  constexpr int64_t kPiece = kPieceBytes / (kVectors * FUSEDRNN_VECTOR_BYTES);
+  if (count == 0) return;
+  for (int64_t i = 0; i < count * kVectors; ++i) sums[i] = Vec<C>(C(0));
+  const int64_t piece = count <= kMost ? depth : kPiece;
+  const int64_t tile = divide_up(count, divide_up(count, kMost));
+  for (int i = 0; i < kSegments; ++i) {
+    for (int64_t k = 0; k < depth; k += piece) {
+      const C* from = panel + (i * depth + k) * kVectors * Vec<C>::kWidth;
+      for (int64_t r = 0; r < count; r += tile) {
+        multiply_rows<kMost, kVectors>(min(tile, count - r), sums + r * kVectors, rows + r, skip[i] + k, from,
+                                       min(piece, depth - k));
+      }
+    }
+  }
 }
 
 // One vector of a panel of weight^T: lane j at depth k is weight[j][k]; lanes beyond `count` are zero.
@@ -195,9 +222,8 @@ struct Skeleton {
   const int64_t padded;  // H rounded up to whole vectors: the row length of carried state
   const bool projected;
   bool by_rows;
-  int64_t tile_rows;
 
-  Skeleton(const Shape& s, bool projected, int most_rows)
+  Skeleton(const Shape& s, bool projected)
       : shape(s),
         steps(s.steps),
         batch(s.batch),
@@ -207,8 +233,6 @@ struct Skeleton {
         projected(projected) {
     const int64_t weight_bytes = kG * padded * out * static_cast<int64_t>(sizeof(C));
     by_rows = s.threads > 1 && s.batch >= 2 * s.threads && weight_bytes <= s.cache_bytes / 4 * 3;
-    const int64_t share = by_rows ? divide_up(batch, s.threads) : batch;
-    tile_rows = divide_up(share, divide_up(share, most_rows));
   }
 
   int64_t offset(int64_t t) const { return shape.offsets[t]; }
@@ -234,15 +258,18 @@ struct Skeleton {
     return by_rows ? Range{0, count} : share_of(count, thread, threads);
   }
 
-  // f(first row, number of rows) for this thread's tiles of rows `begin` .. `end`.
+  // This thread's rows below `end`, in groups: f(first row, distance of rows, how many). By rows they are dealt out
+  // one by one, since sequences of a packed batch end at different steps.
   template <typename F>
-  FUSEDRNN_INLINE void tiles(int64_t begin, int64_t end, int thread, int threads, F f) const {
-    const int64_t stride = by_rows ? tile_rows * threads : tile_rows;
-    for (int64_t b = by_rows ? tile_rows * thread : 0; b < end; b += stride) {
-      const int64_t low = b < begin ? begin : b;
-      const int64_t high = min(b + tile_rows, end);
-      if (low < high) f(low, high - low);
-    }
+  FUSEDRNN_INLINE void groups(int64_t end, int thread, int threads, F f) const {
+    const int64_t first = by_rows ? thread : 0, stride = by_rows ? threads : 1;
+    const int64_t mine = end > first ? divide_up(end - first, stride) : 0;
+    for (int64_t i = 0; i < mine; i += kGroup) f(first + i * stride, stride, min(kGroup, mine - i));
+  }
+  // f(block), there and back in turn: what the last step used last is still in the cache.
+  template <typename F>
+  FUSEDRNN_INLINE static void sweep(Range blocks, int64_t s, F f) {
+    for (int64_t i = blocks.begin; i < blocks.end; ++i) f(s & 1 ? blocks.end - 1 - (i - blocks.begin) : i);
   }
   void barrier_of_step(Barrier& barrier, int threads) const {
     if (!by_rows) barrier.wait(threads);
@@ -256,19 +283,6 @@ struct Skeleton {
   }
 };
 
-// f(integral constant) for rows in 1 .. kMost.
-template <int kRows>
-struct Rows {
-  static constexpr int value = kRows;
-};
-template <int kMost, typename F>
-FUSEDRNN_INLINE void with_rows(int64_t rows, F f) {
-  if constexpr (kMost > 1) {
-    if (rows < kMost) return with_rows<kMost - 1>(rows, f);
-  }
-  f(Rows<kMost>());
-}
-
 template <typename Cell, typename E>
 struct ForwardRun : Skeleton<Cell, E> {
   using Base = Skeleton<Cell, E>;
@@ -276,9 +290,6 @@ struct ForwardRun : Skeleton<Cell, E> {
       Base::padded, Base::projected, Base::steps;
   using C = typename Base::C;
   using V = typename Base::V;
-  static constexpr int kMostRows = max_rows<kG>();
-  static constexpr int kMostPlainRows = max_rows<kPlain>();
-
   const Forward& p;
   const int64_t unit_blocks, out_blocks;
   Buffer<C> panels;      // [unit block][P][G][W]
@@ -290,7 +301,7 @@ struct ForwardRun : Skeleton<Cell, E> {
   Barrier barrier;
 
   explicit ForwardRun(const Forward& problem)
-      : Base(problem.shape, problem.w_hr != nullptr, kMostRows),
+      : Base(problem.shape, problem.w_hr != nullptr),
         p(problem),
         unit_blocks(divide_up(hidden, kWidth)),
         out_blocks(projected ? divide_up(out, kPlain * kWidth) : 0),
@@ -314,19 +325,13 @@ struct ForwardRun : Skeleton<Cell, E> {
     for (int64_t s = 0; s < steps; ++s) {
       const int64_t t = this->shape.reverse ? steps - 1 - s : s;
       const int64_t rows = this->rows_at(t);
-      this->tiles(0, rows, thread, threads, [&](int64_t b, int64_t count) {
-        with_rows<kMostRows>(count, [&](auto n) {
-          for (int64_t u = units.begin; u < units.end; ++u) advance<decltype(n)::value>(t, s, b, u);
-        });
+      this->groups(rows, thread, threads, [&](int64_t first, int64_t stride, int64_t count) {
+        advance(t, s, units, first, stride, count);
       });
       if (projected) {
         this->barrier_of_step(barrier, threads);
-        this->tiles(0, rows, thread, threads, [&](int64_t b, int64_t count) {
-          for (int64_t done = 0; done < count; done += kMostPlainRows) {
-            with_rows<kMostPlainRows>(min(count - done, kMostPlainRows), [&](auto n) {
-              for (int64_t o = outs.begin; o < outs.end; ++o) project<decltype(n)::value>(t, s, b + done, o);
-            });
-          }
+        this->groups(rows, thread, threads, [&](int64_t first, int64_t stride, int64_t count) {
+          project(t, s, outs, first, stride, count);
         });
       }
       this->barrier_of_step(barrier, threads);
@@ -395,14 +400,17 @@ struct ForwardRun : Skeleton<Cell, E> {
     }
   }
 
-  // Units u .. u + W of kRows rows: the matmul of all gates, then the cell.
-  template <int kRows>
-  FUSEDRNN_COLD void advance(int64_t t, int64_t s, int64_t b, int64_t block) {
-    const C* before[kRows];
-    for (int r = 0; r < kRows; ++r) before[r] = h_before(t, s, b + r);
-    V sums[kRows][kG];
-    multiply(sums, before, panels + block * out * kG * kWidth, out);
-    for (int r = 0; r < kRows; ++r) apply_cell(t, s, b + r, block * kWidth, before[r], sums[r]);
+  // One step of `count` rows: for a block of units the matmul of all gates, then the cell.
+  void advance(int64_t t, int64_t s, typename Base::Range units, int64_t first, int64_t stride, int64_t count) {
+    const C* before[kGroup];
+    for (int64_t i = 0; i < count; ++i) before[i] = h_before(t, s, first + i * stride);
+    this->sweep(units, s, [&](int64_t block) {
+      V sums[kGroup * kG];
+      product<kG, 1>(sums, before, count, panels + block * out * kG * kWidth, out, {0});
+      for (int64_t i = 0; i < count; ++i) {
+        apply_cell(t, s, first + i * stride, block * kWidth, before[i], sums + i * kG);
+      }
+    });
   }
 
   void apply_cell(int64_t t, int64_t s, int64_t b, int64_t u, const C* before, const V* sums) {
@@ -436,17 +444,19 @@ struct ForwardRun : Skeleton<Cell, E> {
     }
   }
 
-  template <int kRows>
-  FUSEDRNN_COLD void project(int64_t t, int64_t s, int64_t b, int64_t block) {
-    const C* rows[kRows];
-    for (int r = 0; r < kRows; ++r) rows[r] = h + (b + r) * padded;
-    V sums[kRows][kPlain];
-    multiply(sums, rows, out_panels + block * hidden * kPlain * kWidth, hidden);
-    for (int v = 0; v < kPlain; ++v) {
-      const int64_t u = (block * kPlain + v) * kWidth;
-      if (u >= out) break;
-      for (int r = 0; r < kRows; ++r) emit(this->offset(t) + b + r, s, b + r, u, sums[r][v], out - u);
-    }
+  void project(int64_t t, int64_t s, typename Base::Range outs, int64_t first, int64_t stride, int64_t count) {
+    const C* rows[kGroup];
+    for (int64_t i = 0; i < count; ++i) rows[i] = h + (first + i * stride) * padded;
+    this->sweep(outs, s, [&](int64_t block) {
+      V sums[kGroup * kPlain];
+      product<kPlain, 1>(sums, rows, count, out_panels + block * hidden * kPlain * kWidth, hidden, {0});
+      for (int64_t i = 0; i < count; ++i) {
+        for (int v = 0; v < kPlain; ++v) {
+          const int64_t u = (block * kPlain + v) * kWidth, b = first + i * stride;
+          if (u < out) emit(this->offset(t) + b, s, b, u, sums[i * kPlain + v], out - u);
+        }
+      }
+    });
   }
 
   FUSEDRNN_INLINE void emit(int64_t row, int64_t s, int64_t b, int64_t u, V value, int64_t count) {
@@ -462,8 +472,6 @@ struct BackwardRun : Skeleton<Cell, E> {
       Base::padded, Base::projected, Base::steps;
   using C = typename Base::C;
   using V = typename Base::V;
-  static constexpr int kMostRows = max_rows<kPlain>();
-
   const Backward& p;
   const int64_t unit_blocks, out_blocks;
   Buffer<C> panels;       // [out block][G*H][kPlain][W] of W_hh
@@ -475,7 +483,7 @@ struct BackwardRun : Skeleton<Cell, E> {
   Barrier barrier;
 
   explicit BackwardRun(const Backward& problem)
-      : Base(problem.shape, problem.w_hr != nullptr, kMostRows),
+      : Base(problem.shape, problem.w_hr != nullptr),
         p(problem),
         unit_blocks(divide_up(hidden, kPlain * kWidth)),
         out_blocks(divide_up(out, kPlain * kWidth)),
@@ -501,22 +509,13 @@ struct BackwardRun : Skeleton<Cell, E> {
       const int64_t rows = this->rows_at(t);
       const int64_t chained = min(rows, this->rows_at(this->after(t)));
       // Rows that a later step follows take its dgates, the others dh_n.
-      this->tiles(0, chained, thread, threads, [&](int64_t b, int64_t count) {
-        with_rows<kMostRows>(count, [&](auto n) {
-          for (int64_t o = outs.begin; o < outs.end; ++o) gather<decltype(n)::value>(t, s, b, o);
-        });
-      });
-      this->tiles(chained, rows, thread, threads, [&](int64_t b, int64_t count) {
-        for (int64_t o = outs.begin; o < outs.end; ++o) {
-          for (int64_t r = b; r < b + count; ++r) begin(t, s, r, o);
-        }
+      this->groups(rows, thread, threads, [&](int64_t first, int64_t stride, int64_t count) {
+        gather(t, s, outs, first, stride, count, chained);
       });
       if (projected) {
         this->barrier_of_step(barrier, threads);
-        this->tiles(0, rows, thread, threads, [&](int64_t b, int64_t count) {
-          with_rows<kMostRows>(count, [&](auto n) {
-            for (int64_t u = units.begin; u < units.end; ++u) unproject<decltype(n)::value>(t, s, b, u);
-          });
+        this->groups(rows, thread, threads, [&](int64_t first, int64_t stride, int64_t count) {
+          unproject(t, s, units, first, stride, count);
         });
       }
       this->barrier_of_step(barrier, threads);
@@ -548,12 +547,11 @@ struct BackwardRun : Skeleton<Cell, E> {
     }
   }
 
-  // dgates W_hh of kRows rows, whose dgates begin at rows[r].
-  template <int kRows>
-  FUSEDRNN_INLINE void recur(V (&sums)[kRows][kPlain], const C* const* rows, int64_t block) const {
+  // dgates W_hh of rows whose dgates begin at rows[i].
+  void recur(V* sums, const C* const* rows, int64_t count, int64_t block) const {
     int64_t skip[kG];
     for (int g = 0; g < kG; ++g) skip[g] = Cell::h_acc(g) * hidden;
-    multiply<kRows, kPlain, kG>(sums, rows, panels + block * kG * hidden * kPlain * kWidth, hidden, skip);
+    product<kPlain, kG>(sums, rows, count, panels + block * kG * hidden * kPlain * kWidth, hidden, skip);
   }
 
   FUSEDRNN_INLINE const C* dgates_of(int64_t row, int64_t slot, int64_t b) const {
@@ -565,19 +563,20 @@ struct BackwardRun : Skeleton<Cell, E> {
   }
 
   // The gradient of y of this step, and without projection at once the cell's backward.
-  template <int kRows>
-  FUSEDRNN_COLD void gather(int64_t t, int64_t s, int64_t b, int64_t block) {
-    const C* rows[kRows];
-    for (int r = 0; r < kRows; ++r) rows[r] = dgates_of(this->offset(this->after(t)) + b + r, (s - 1) & 1, b + r);
-    V sums[kRows][kPlain];
-    recur(sums, rows, block);
-    for (int r = 0; r < kRows; ++r) take(t, s, b + r, block, sums[r], true);
-  }
-  // The same where no later step follows.
-  void begin(int64_t t, int64_t s, int64_t b, int64_t block) {
-    V sums[kPlain];
-    for (int v = 0; v < kPlain; ++v) sums[v] = V(C(0));
-    take(t, s, b, block, sums, false);
+  void gather(int64_t t, int64_t s, typename Base::Range outs, int64_t first, int64_t stride, int64_t count,
+              int64_t chained) {
+    const int64_t with = min(count, chained > first ? divide_up(chained - first, stride) : 0);
+    const C* rows[kGroup];
+    for (int64_t i = 0; i < with; ++i) {
+      const int64_t b = first + i * stride;
+      rows[i] = dgates_of(this->offset(this->after(t)) + b, (s - 1) & 1, b);
+    }
+    this->sweep(outs, s, [&](int64_t block) {
+      V sums[kGroup * kPlain];
+      recur(sums, rows, with, block);
+      for (int64_t i = with * kPlain; i < count * kPlain; ++i) sums[i] = V(C(0));
+      for (int64_t i = 0; i < count; ++i) take(t, s, first + i * stride, block, sums + i * kPlain, i < with);
+    });
   }
 
   void take(int64_t t, int64_t s, int64_t b, int64_t block, const V* sums, bool chain) {
@@ -598,17 +597,19 @@ struct BackwardRun : Skeleton<Cell, E> {
     }
   }
 
-  template <int kRows>
-  FUSEDRNN_COLD void unproject(int64_t t, int64_t s, int64_t b, int64_t block) {
-    const C* rows[kRows];
-    for (int r = 0; r < kRows; ++r) rows[r] = dy + (b + r) * out;
-    V sums[kRows][kPlain];
-    multiply(sums, rows, hr_panels + block * out * kPlain * kWidth, out);
-    for (int v = 0; v < kPlain; ++v) {
-      const int64_t u = (block * kPlain + v) * kWidth;
-      if (u >= hidden) break;
-      for (int r = 0; r < kRows; ++r) retreat(t, s, b + r, u, sums[r][v]);
-    }
+  void unproject(int64_t t, int64_t s, typename Base::Range units, int64_t first, int64_t stride, int64_t count) {
+    const C* rows[kGroup];
+    for (int64_t i = 0; i < count; ++i) rows[i] = dy + (first + i * stride) * out;
+    this->sweep(units, s, [&](int64_t block) {
+      V sums[kGroup * kPlain];
+      product<kPlain, 1>(sums, rows, count, hr_panels + block * out * kPlain * kWidth, out, {0});
+      for (int64_t i = 0; i < count; ++i) {
+        for (int v = 0; v < kPlain; ++v) {
+          const int64_t u = (block * kPlain + v) * kWidth;
+          if (u < hidden) retreat(t, s, first + i * stride, u, sums[i * kPlain + v]);
+        }
+      }
+    });
   }
 
   // The cell's backward for units u .. u + W of sequence b.
@@ -660,10 +661,8 @@ struct BackwardRun : Skeleton<Cell, E> {
     }
     if (p.dh0) {
       const auto outs = this->blocks(out_blocks, thread, threads);
-      this->tiles(0, batch, thread, threads, [&](int64_t b, int64_t count) {
-        with_rows<kMostRows>(count, [&](auto n) {
-          for (int64_t o = outs.begin; o < outs.end; ++o) start<decltype(n)::value>(b, o);
-        });
+      this->groups(batch, thread, threads, [&](int64_t first, int64_t stride, int64_t count) {
+        start(outs, first, stride, count);
       });
     }
     if constexpr (Cell::kHasCellState) {
@@ -676,21 +675,26 @@ struct BackwardRun : Skeleton<Cell, E> {
     }
   }
 
-  template <int kRows>
-  FUSEDRNN_COLD void start(int64_t b, int64_t block) {
-    const C* rows[kRows];
-    V sums[kRows][kPlain];
-    for (int r = 0; r < kRows; ++r) rows[r] = dgates_of(kWide ? this->edge_row(b + r, true) : 0, 0, b + r);
-    recur(sums, rows, block);
-    for (int v = 0; v < kPlain; ++v) {
-      const int64_t u = (block * kPlain + v) * kWidth;
-      if (u >= out) break;
-      for (int r = 0; r < kRows; ++r) {
-        V dh = sums[r][v];
-        if constexpr (Cell::kDirectH) dh = dh + load(dh_direct + (b + r) * padded + u);
-        store(static_cast<E*>(p.dh0) + (b + r) * out + u, dh, out - u);
-      }
+  void start(typename Base::Range outs, int64_t first, int64_t stride, int64_t count) {
+    const C* rows[kGroup];
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t b = first + i * stride;
+      rows[i] = dgates_of(kWide ? this->edge_row(b, true) : 0, 0, b);
     }
+    this->sweep(outs, steps, [&](int64_t block) {
+      V sums[kGroup * kPlain];
+      recur(sums, rows, count, block);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t b = first + i * stride;
+        for (int v = 0; v < kPlain; ++v) {
+          const int64_t u = (block * kPlain + v) * kWidth;
+          if (u >= out) break;
+          V dh = sums[i * kPlain + v];
+          if constexpr (Cell::kDirectH) dh = dh + load(dh_direct + b * padded + u);
+          store(static_cast<E*>(p.dh0) + b * out + u, dh, out - u);
+        }
+      }
+    });
   }
 };
 

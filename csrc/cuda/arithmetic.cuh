@@ -33,7 +33,9 @@ __device__ __forceinline__ uint32_t to_tf32(uint32_t x) {
 template <typename Scalar, typename Accumulator>
 __device__ __forceinline__ void multiply_exactly(Accumulator (&acc)[4], const Piece& low, const Piece& high, const Piece& b) {
   constexpr int kPer = 16 / sizeof(Scalar);
-  const int lane = threadIdx.x & 31, row = lane & 28, column = 8 * (lane & 3);
+  const int lane = threadIdx.x & 31, column = 8 * (lane & 3);
+  int row = lane & 28;
+  asm volatile("" : "+r"(row));  // else the shuffles of weights leave the loops around this, into more registers than there are
   const Scalar* l = reinterpret_cast<const Scalar*>(low.w);
   const Scalar* h = reinterpret_cast<const Scalar*>(high.w);
   const Scalar* r = reinterpret_cast<const Scalar*>(b.w);
@@ -49,6 +51,16 @@ __device__ __forceinline__ void multiply_exactly(Accumulator (&acc)[4], const Pi
       acc[3] = fma(a1, b1, acc[3]);
     }
   }
+}
+
+// A value the compiler shall compute once and keep: it cannot see where it came from.
+template <typename Value>
+__device__ __forceinline__ Value keep(Value x) {
+  if constexpr (sizeof(Value) == 8)
+    asm("" : "+l"(x));
+  else
+    asm("" : "+r"(x));
+  return x;
 }
 
 template <typename Type>

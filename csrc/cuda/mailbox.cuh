@@ -5,12 +5,14 @@
 //
 // Why this is right in PTX's memory model:
 //  - Store and load are relaxed, at gpu scope, of the same location and the same size: morally strong, so no data race.
-//  - A vector access is a set of scalar accesses of unspecified order, and 64 bits is the widest scalar the model speaks
-//    of. So each 64-bit half carries its own flag: it is either the sentinel or data, and a packet is ready when both
-//    halves are data. Nothing is concluded about any other location: no fence, no acquire, no release is needed.
-//  - Data never looks like the sentinel: every value goes through encode(), so the first 32 bits of a half of data
-//    are never all ones, whatever NaN the input holds.
+//  - A vector access is a set of scalar accesses in no particular order, so each of the four words of a packet carries
+//    its own flag: a word is the sentinel or it is data. Nothing is concluded about any other location: no fence, no
+//    acquire and no release is needed.
+//  - Data never holds the sentinel: every value goes through encode(), whatever NaN the input holds.
 //  - The fill comes from an earlier operation on the same stream, so it happens before the whole launch.
+//
+// The sentinel is a NaN in every dtype, and a product with a NaN is NaN, even if the other factor is 0. So readers
+// multiply first and look at the sums: packets are inspected only if a sum is NaN (missing()).
 #pragma once
 
 #include "arithmetic.cuh"
@@ -26,32 +28,22 @@ constexpr uint32_t kSentinel = 0xFFFFFFFFu;
 template <int offset>
 __device__ __forceinline__ Piece take(const void* at) {
   Piece p;
-  asm volatile(
-      "{\n\t.reg .b64 low, high;\n\t"
-      "ld.relaxed.gpu.global.v2.b64 {low, high}, [%4+%5];\n\t"
-      "mov.b64 {%0, %1}, low;\n\tmov.b64 {%2, %3}, high;\n\t}"
-      : "=r"(p.w[0]), "=r"(p.w[1]), "=r"(p.w[2]), "=r"(p.w[3])
-      : "l"(at), "n"(offset)
-      : "memory");
+  asm volatile("ld.relaxed.gpu.global.v4.b32 {%0, %1, %2, %3}, [%4+%5];"
+               : "=r"(p.w[0]), "=r"(p.w[1]), "=r"(p.w[2]), "=r"(p.w[3])
+               : "l"(at), "n"(offset)
+               : "memory");
   return p;
 }
 
-__device__ __forceinline__ void put(void* packet, const Piece& p) {
-  asm volatile(
-      "{\n\t.reg .b64 low, high;\n\t"
-      "mov.b64 low, {%1, %2};\n\tmov.b64 high, {%3, %4};\n\t"
-      "st.relaxed.gpu.global.v2.b64 [%0], {low, high};\n\t}" ::"l"(packet),
-      "r"(p.w[0]), "r"(p.w[1]), "r"(p.w[2]), "r"(p.w[3])
-      : "memory");
+__device__ __forceinline__ void put(void* at, const Piece& p) {
+  asm volatile("st.relaxed.gpu.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(p.w[0]), "r"(p.w[1]), "r"(p.w[2]),
+               "r"(p.w[3])
+               : "memory");
 }
 
-// Whether any of n packets has a half that has not arrived.
-template <int n>
-__device__ __forceinline__ bool pending(const Piece (&p)[n]) {
-  uint32_t largest = 0;
-#pragma unroll
-  for (int i = 0; i < n; ++i) largest = max(max(largest, p[i].w[0]), p[i].w[2]);
-  return largest == kSentinel;
+// Whether a word of a packet has not arrived.
+__device__ __forceinline__ bool missing(const Piece& p) {
+  return max(max(p.w[0], p.w[1]), max(p.w[2], p.w[3])) == kSentinel;
 }
 
 // A result as it is stored. Bits that are all ones would be a NaN; cvt to 16 bits makes every NaN the canonical 0x7FFF

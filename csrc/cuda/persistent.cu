@@ -36,33 +36,48 @@ struct Inbox {
 
   __device__ static __forceinline__ Inbox of(int piece0, int pieces) { return {(pieces - piece0 + 31) >> 5}; }
 
-  template <int c = 0>
+  template <int c, int end>
   __device__ __forceinline__ void fetch(const char* at, Piece (&p)[n]) const {
-    if constexpr (c < n) {
+    if constexpr (c < end) {
       if constexpr (kWhole) {
         p[c] = mailbox::take<512 * c>(at);
       } else {
         p[c] = Piece{};
         if (c < held) p[c] = mailbox::take<512 * c>(at);
       }
-      fetch<c + 1>(at, p);
+      fetch<c + 1, end>(at, p);
     }
   }
 
-  // Until all packets of the row are there. `recurrent` tells a row of this launch from one of h0, which may hold any bits.
+  // Until every packet of the row is there. A row that is not `recurrent` comes from h0 and may hold any bits.
   template <typename Params>
-  __device__ __forceinline__ void await(const char* at, Piece (&p)[n], bool recurrent, const Params& params, int64_t step) const {
-    if (mailbox::pending(p) && recurrent) {
+  __device__ __forceinline__ void await(const char* at, bool recurrent, const Params& params, int step) const {
+    if (recurrent) {
       uint32_t polls = 0;
-      do {
-        if (++polls > params.poll_limit)
-          mailbox::give_up(params.fault, step, int((at - static_cast<const char*>(Params::exchanged(params))) / 16));
-        fetch(at, p);
-      } while (mailbox::pending(p));
+      for (int c = 0; c < (kWhole ? n : min(n, held)); ++c)
+        while (mailbox::missing(mailbox::take<0>(at + 512 * c)))
+          if (++polls > params.poll_limit)
+            mailbox::give_up(params.fault, step, int((at - static_cast<const char*>(Params::exchanged(params))) / 16) + 32 * c);
     }
     __syncwarp();
   }
 };
+
+// f(0), f(1), ... f(n - 1), the argument a compile-time constant.
+template <int n, int i = 0, typename F>
+__device__ __forceinline__ void unrolled(const F& f) {
+  if constexpr (i < n) {
+    f(std::integral_constant<int, i>());
+    unrolled<n, i + 1>(f);
+  }
+}
+
+// Whether a sum of this warp is NaN, in any row of B; rows of A need no look, since a NaN in B makes all of them NaN.
+template <typename Accumulator>
+__device__ __forceinline__ bool any_nan(const Accumulator (&acc)[4]) {
+  const Accumulator either = acc[0] + acc[1];
+  return __any_sync(~0u, either != either);
+}
 
 struct Forward : FusedrnnForward {
   __device__ static const void* exchanged(const Forward& p) { return p.y; }
@@ -110,6 +125,8 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_forward(const __grid_c
   const int pieces = pitch / kPer, piece0 = 4 * warp + (lane & 3);
   const auto inbox = Inbox<kWhole, kChunks>::of(piece0, pieces);
 
+  const int row_bytes = keep(pitch * int(sizeof(Scalar)));
+
   Piece weights[kChunks][2 * kMT];
   const int lane_unit = int(blockIdx.x) * kForwardUnits + (lane >> 2);
 #pragma unroll
@@ -127,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_forward(const __grid_c
   }
 
   // From here on a thread is row my_row + kStride i and unit threadIdx % 8 of the block.
-  const int unit = int(blockIdx.x) * kForwardUnits + (threadIdx.x & 7), my_row = threadIdx.x >> 3;
+  const int unit = keep(int(blockIdx.x) * kForwardUnits + (threadIdx.x & 7)), my_row = keep(int(threadIdx.x >> 3));
   const bool real_unit = unit < hidden, sends = (lane & (kPer - 1)) == 0 && unit < pitch;
   Accumulator bias[kAccs];
 #pragma unroll
@@ -136,15 +153,15 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_forward(const __grid_c
     bias[a] = 0;
     if (p.b_hh && gate >= 0 && real_unit) bias[a] = widen(static_cast<const Scalar*>(p.b_hh)[int64_t(gate) * hidden + unit]);
   }
-  Sum* const sums_out = reinterpret_cast<Sum*>(shared) + Sums::lane_place();
-  const Sum* const sums_in = reinterpret_cast<const Sum*>(shared) + Sums::place(my_row, 0, threadIdx.x & 7);
+  Sum* const all_sums = reinterpret_cast<Sum*>(shared);
+  const int sums_out = keep(Sums::lane_place()), sums_in = keep(Sums::place(my_row, 0, threadIdx.x & 7));
   const int buffer_sums = forward_buffer_bytes<Sums>(p.slice_rows) / int(sizeof(Sum));
   int buffer = 0;
 
   for (int64_t first = int64_t(blockIdx.y) * p.slice_rows; first < p.batch; first += int64_t(gridDim.y) * p.slice_rows) {
     const int limit = int(p.batch - first < p.slice_rows ? p.batch - first : p.slice_rows);
     const Timeline timeline{p.offsets_device, p.batch, first, limit};
-    const int64_t in_slice = int64_t(my_row) * hidden + unit, in_batch = first * hidden + in_slice;
+    const int64_t in_slice = keep(int64_t(my_row) * hidden + unit), in_batch = first * hidden + in_slice;
     Accumulator c[kElements], h_carried[kElements];
 #pragma unroll
     for (int i = 0; i < kElements; ++i) {
@@ -155,11 +172,11 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_forward(const __grid_c
           h_carried[i] = widen(static_cast<const Scalar*>(p.h0)[(first + my_row + kStride * i) * pitch + unit]);
       }
     }
-    const char* const h0_at = reinterpret_cast<const char*>(static_cast<const Scalar*>(p.h0) + first * pitch + piece0 * kPer);
-    const char* const y_at = reinterpret_cast<const char*>(static_cast<const Scalar*>(p.y) + piece0 * kPer);
-    const Scalar* const x_at = static_cast<const Scalar*>(p.x) + int64_t(my_row) * (kGates * hidden) + unit;
+    const char* const h0_at = keep(reinterpret_cast<const char*>(static_cast<const Scalar*>(p.h0) + first * pitch + piece0 * kPer));
+    const char* const y_at = keep(reinterpret_cast<const char*>(static_cast<const Scalar*>(p.y) + piece0 * kPer));
+    const Scalar* const x_at = keep(static_cast<const Scalar*>(p.x) + int64_t(my_row) * (kGates * hidden) + unit);
 
-    const int direction = p.reverse ? -1 : 1;
+    const int direction = keep(p.reverse ? -1 : 1);
     int t = p.reverse ? int(p.steps) - 1 : 0;
     StepRows before, now = timeline.at(t);
     for (int left = int(p.steps) - 1; left >= 0; --left) {
@@ -177,22 +194,29 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_forward(const __grid_c
         }
       }
 
-      const char* const h_at = y_at + before.offset * (pitch * int(sizeof(Scalar)));
+      const char* const h_at = keep(y_at + before.offset * row_bytes);
       const int last_row = now.rows - 1;
       const auto source = [&](int row) {
-        row = row < last_row ? row : last_row;
-        const char* base = row < before.rows ? h_at : h0_at;
-        return base + int64_t(row) * (pitch * int(sizeof(Scalar)));
+        row = min(row, last_row);
+        return (row < before.rows ? h_at : h0_at) + int64_t(row) * row_bytes;
       };
-      const auto recurrent = [&](int row) { return (row < last_row ? row : last_row) < before.rows; };
-      Sum* sums = sums_out + buffer;
-      const auto multiply = [&](Piece (&h)[kChunks]) {
-        Accumulator acc[kMT][4] = {};
+      Sum* sums = all_sums + (sums_out + buffer);
+      const auto multiply = [&](Piece (&h)[kChunks], const char* at, int row) {
+        Accumulator acc[kMT][4];
+        for (bool complete = false;; complete = true) {
 #pragma unroll
-        for (int c = 0; c < kChunks; ++c) {
-          Math::prepare(h[c]);
+          for (int m = 0; m < kMT; ++m)
 #pragma unroll
-          for (int m = 0; m < kMT; ++m) Math::multiply(acc[m], weights[c][2 * m], weights[c][2 * m + 1], h[c]);
+            for (int j = 0; j < 4; ++j) acc[m][j] = 0;
+#pragma unroll
+          for (int c = 0; c < kChunks; ++c) {
+            Math::prepare(h[c]);
+#pragma unroll
+            for (int m = 0; m < kMT; ++m) Math::multiply(acc[m], weights[c][2 * m], weights[c][2 * m + 1], h[c]);
+          }
+          if (!any_nan(acc[0]) || complete) break;
+          inbox.await(at, min(row, last_row) < before.rows, p, t - direction);
+          inbox.template fetch<0, kChunks>(at, h);
         }
         Sums::store(sums, acc);
         sums += 8 * kWarps * kForwardUnits;
@@ -201,21 +225,19 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_forward(const __grid_c
         // Two tiles in flight: the packets of the next one travel while this one is multiplied.
         Piece even[kChunks], odd[kChunks];
         const char *even_at = source(lane >> 2), *odd_at;
-        if (now.rows > 0) inbox.fetch(even_at, even);
+        if (now.rows > 0) inbox.template fetch<0, kChunks>(even_at, even);
         for (int row = lane >> 2, tile = 0; tile < now.rows; tile += 16, row += 16) {
           if (tile + 8 < now.rows) {
             odd_at = source(row + 8);
-            inbox.fetch(odd_at, odd);
+            inbox.template fetch<0, kChunks>(odd_at, odd);
           }
-          inbox.await(even_at, even, recurrent(row), p, t - direction);
-          multiply(even);
+          multiply(even, even_at, row);
           if (tile + 8 < now.rows) {
             if (tile + 16 < now.rows) {
               even_at = source(row + 16);
-              inbox.fetch(even_at, even);
+              inbox.template fetch<0, kChunks>(even_at, even);
             }
-            inbox.await(odd_at, odd, recurrent(row + 8), p, t - direction);
-            multiply(odd);
+            multiply(odd, odd_at, row + 8);
           }
         }
       } else {
@@ -223,9 +245,8 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_forward(const __grid_c
         for (int row = lane >> 2, tile = 0; tile < now.rows; tile += 8, row += 8) {
           Piece packets[kChunks];
           const char* at = source(row);
-          inbox.fetch(at, packets);
-          inbox.await(at, packets, recurrent(row), p, t - direction);
-          multiply(packets);
+          inbox.template fetch<0, kChunks>(at, packets);
+          multiply(packets, at, row);
         }
       }
       __syncthreads();
@@ -240,7 +261,7 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_forward(const __grid_c
             constexpr auto gate = [](int acc) { return x_gate<Cell>(acc); };
             acc[a] = gate(a) >= 0 ? bias[a] + widen(inputs[i][gate(a) >= 0 ? gate(a) : 0]) : bias[a];
           }
-          advance<Cell, Accumulator>(sums_in + buffer + i * kStride * kWarps * kForwardUnits, acc, h_carried[i], c[i], h, c_now, saved);
+          advance<Cell, Accumulator>(all_sums + (sums_in + buffer) + i * kStride * kWarps * kForwardUnits, acc, h_carried[i], c[i], h, c_now, saved);
           const Scalar stored = mailbox::encode(narrow<Scalar>(real_unit ? h : Accumulator(0)));
           const Piece packet = gather(stored);
           if (row < now.rows) {
@@ -281,6 +302,7 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
   using Units = BackwardUnits<Cell, Accumulator>;
   constexpr int kPer = 16 / sizeof(Scalar), kAccs = Cell::kAccumulators, kSaved = kSavedOrOne<Cell>;
   constexpr int kPackets = kBackwardUnits / kPer;            // of 16 units
+  constexpr int kAhead = kChunks < 12 ? kChunks : 12;        // packets in flight: what the registers allow
   constexpr int kStage = 4 * kAccs * kBackwardUnits;         // what a warp stages: 4 rows x accumulators x 16 units
   __shared__ __align__(16) Accumulator all_sums[2 * Sums::kSize];
   __shared__ __align__(16) Scalar stages[kWarps][kStage];
@@ -289,7 +311,9 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
   const int hidden = int(p.hidden), pitch = kWhole ? hidden : (hidden + kPer - 1) / kPer * kPer, row_size = kAccs * pitch;
   const int pieces = row_size / kPer, piece0 = 4 * warp + (lane & 3);
   const auto inbox = Inbox<kWhole, kChunks>::of(piece0, pieces);
-  const char* const inbound = reinterpret_cast<const char*>(static_cast<const Scalar*>(p.dgates) + piece0 * kPer);
+  const char* const inbound = keep(reinterpret_cast<const char*>(static_cast<const Scalar*>(p.dgates) + piece0 * kPer));
+  const int row_bytes = keep(row_size * int(sizeof(Scalar)));
+  const int64_t hidden_stride = keep(int64_t(hidden)), gates_stride = keep(int64_t(hidden) * Cell::kSaved);
 
   Piece weights[kChunks][2];
 #pragma unroll
@@ -306,12 +330,11 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
   }
 
   // From here on a thread is row threadIdx / 8 and units 2 (threadIdx % 8) and the next of the block.
-  const int unit = int(blockIdx.x) * kBackwardUnits + 2 * (threadIdx.x & 7), row = threadIdx.x >> 3;
+  const int unit = keep(int(blockIdx.x) * kBackwardUnits + 2 * (threadIdx.x & 7)), row = keep(int(threadIdx.x >> 3));
   const bool real[2] = {unit < hidden, unit + 1 < hidden};
   // Packets leave by lane: row lane / 8 of the warp's 4, then accumulator, then packet of the 16 units.
   Scalar* const stage = stages[warp];
-  Accumulator* const sums_out = all_sums + Sums::lane_place();
-  const Accumulator* const sums_in = all_sums + Sums::place(row, 0, 2 * (threadIdx.x & 7));
+  const int sums_out = keep(Sums::lane_place()), sums_in = keep(Sums::place(row, 0, 2 * (threadIdx.x & 7)));
   int buffer = 0;
 
   // Two neighbours of a [rows, H] array; one access where both exist and the row length is even.
@@ -330,10 +353,12 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
   for (int64_t first = int64_t(blockIdx.y) * p.slice_rows; first < p.batch; first += int64_t(gridDim.y) * p.slice_rows) {
     const int limit = int(p.batch - first < p.slice_rows ? p.batch - first : p.slice_rows);
     const Timeline timeline{p.offsets_device, p.batch, first, limit};
-    const int64_t in_slice = int64_t(row) * hidden + unit, in_batch = first * hidden + in_slice;
+    const int64_t in_slice = keep(int64_t(row) * hidden + unit), in_batch = first * hidden + in_slice;
     Accumulator c_carried[2] = {}, dc_carried[2] = {}, dh_carried[2] = {};
+    const Scalar* const gates_at = keep(static_cast<const Scalar*>(p.gates) + in_slice * Cell::kSaved);
+    const Accumulator* const cells_at = keep(static_cast<const Accumulator*>(p.cells) + in_slice);
 
-    const int direction = p.reverse ? 1 : -1;
+    const int direction = keep(p.reverse ? 1 : -1);
     int t = p.reverse ? 0 : int(p.steps) - 1;
     StepRows before, now = timeline.at(t);
     for (int left = int(p.steps) - 1; left >= 0; --left) {
@@ -344,11 +369,11 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
       // What does not come from another block of this launch, asked for before the wait.
       Units u;
       Pack<Scalar, kWhole ? 2 * kSaved : kSaved> gates[kWhole ? 1 : 2];
-      const int64_t at = now.offset * hidden + in_slice;
+      const int64_t at = now.offset * hidden_stride + in_slice;
       const bool mine = row < now.rows && real[0];
       if (mine) {
         if constexpr (Cell::kSaved > 0) {
-          const auto* from = reinterpret_cast<const std::remove_reference_t<decltype(gates[0])>*>(static_cast<const Scalar*>(p.gates) + at * kSaved);
+          const auto* from = reinterpret_cast<const std::remove_reference_t<decltype(gates[0])>*>(gates_at + now.offset * gates_stride);
           gates[0] = from[0];
           if constexpr (!kWhole) gates[1] = from[real[1] ? 1 : 0];
         }
@@ -378,7 +403,7 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
         const int64_t at_next = next.offset * hidden + in_slice;
         if constexpr (Cell::kHasCellState) {
           if (row < next.rows)
-            load_two(static_cast<const Accumulator*>(p.cells) + at_next, u.c_prev);
+            load_two(cells_at + next.offset * hidden_stride, u.c_prev);
           else
             load_two(static_cast<const Scalar*>(p.c0) + in_batch, u.c_prev);
         }
@@ -391,21 +416,26 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
         }
       }
 
-      const int recurrent_rows = before.rows < now.rows ? before.rows : now.rows;
-      const char* const dgates_at = inbound + before.offset * (row_size * int(sizeof(Scalar)));
-      Accumulator* sums = sums_out + buffer;
+      const int recurrent_rows = keep(min(before.rows, now.rows)), tiled_rows = (recurrent_rows + 7) & ~7;
+      const char* const dgates_at = keep(inbound + before.offset * row_bytes);
+      Accumulator* sums = all_sums + (sums_out + buffer);
 #pragma unroll 1
-      for (int tile = 0; tile < recurrent_rows; tile += 8) {
-        const int wanted = tile + (lane >> 2), there = wanted < recurrent_rows ? wanted : recurrent_rows - 1;
-        const char* from = dgates_at + int64_t(there) * (row_size * int(sizeof(Scalar)));
-        Piece packets[kChunks];
-        inbox.fetch(from, packets);
-        inbox.await(from, packets, true, p, t - direction);
-        Accumulator acc[4] = {};
+      for (int wanted = lane >> 2; wanted < tiled_rows; wanted += 8) {
+        const char* from = dgates_at + int64_t(min(wanted, recurrent_rows - 1)) * row_bytes;
+        Accumulator acc[4];
+        for (bool complete = false;; complete = true) {
+          Piece packets[kChunks];
+          inbox.template fetch<0, kAhead>(from, packets);
 #pragma unroll
-        for (int c = 0; c < kChunks; ++c) {
-          Math::prepare(packets[c]);
-          Math::multiply(acc, weights[c][0], weights[c][1], packets[c]);
+          for (int j = 0; j < 4; ++j) acc[j] = 0;
+          unrolled<kChunks>([&](auto index) {
+            constexpr int c = decltype(index)::value;
+            Math::prepare(packets[c]);
+            Math::multiply(acc, weights[c][0], weights[c][1], packets[c]);
+            if constexpr (c + kAhead < kChunks) inbox.template fetch<c + kAhead, c + kAhead + 1>(from, packets);
+          });
+          if (!any_nan(acc) || complete) break;
+          inbox.await(from, true, p, t - direction);
         }
         Sums::store(sums, acc);
         sums += 8 * Sums::kPitch;
@@ -418,7 +448,7 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
           for (int j = 0; j < 2; ++j)
 #pragma unroll
             for (int k = 0; k < Cell::kSaved; ++k) u.saved[j][k] = widen(kWhole ? gates[0].v[j * kSaved + k] : gates[kWhole ? 0 : j].v[k]);
-          advance_back<Cell, Accumulator>(sums_in + buffer, row < recurrent_rows, u);
+          advance_back<Cell, Accumulator>(all_sums + (sums_in + buffer), row < recurrent_rows, u);
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
             c_carried[j] = u.c_prev[j];
