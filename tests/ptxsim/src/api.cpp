@@ -2,13 +2,22 @@
 
 #include "api.h"
 
+#include <mutex>
+
 #include "machine.h"
 
 using namespace ptxsim;
 
 namespace {
+// One launch at a time: Python threads may come from anywhere.
+std::recursive_mutex& lock() {
+  static auto* m = new std::recursive_mutex;
+  return *m;
+}
+
 template <class F>
 auto guarded(F f, decltype(f()) failed) {
+  std::lock_guard held(lock());
   try {
     return f();
   } catch (const std::exception& e) {
@@ -24,7 +33,10 @@ const char* ps_error() { return simulator().error.c_str(); }
 void* ps_load(const char* ptx) {
   return guarded([&]() -> void* { return new Program(ptx); }, nullptr);
 }
-void ps_unload(void* handle) { delete static_cast<Program*>(handle); }
+void ps_unload(void* handle) {
+  std::lock_guard held(lock());
+  delete static_cast<Program*>(handle);
+}
 
 int ps_kernel(void* handle, const char* name) { return program(handle).find(name); }
 int ps_kernel_count(void* handle) { return program(handle).functions.size(); }
@@ -53,8 +65,14 @@ uint64_t ps_symbol(void* handle, const char* name, uint64_t* bytes) {
   return it->second.address;
 }
 
-void ps_register(uint64_t address, uint64_t bytes) { simulator().memory.add(address, bytes); }
-void ps_unregister(uint64_t address) { simulator().memory.remove(address); }
+void ps_register(uint64_t address, uint64_t bytes) {
+  std::lock_guard held(lock());
+  simulator().memory.add(address, bytes);
+}
+void ps_unregister(uint64_t address) {
+  std::lock_guard held(lock());
+  simulator().memory.remove(address);
+}
 
 int ps_option(const char* key, uint64_t value) {
   Options& o = simulator().options;

@@ -90,7 +90,7 @@ namespace {
 
 constexpr u8 kSharedPoison = 0xff;  // NaN in every float type: shared memory that nobody wrote
 constexpr u8 kRegisterPoison = 0xcd;
-constexpr int kIdleRounds = 20000;  // rounds in which all warps only polled before a launch counts as hung
+constexpr int kIdleRounds = 50000;  // rounds in which all warps only polled before a launch counts as hung
 
 struct Executor {
   Simulator& simulator;
