@@ -25,6 +25,14 @@ SIZES = [
     (6, 7, 5, 70, 9, (6, 6, 5, 3, 2, 1, 1)),
     (40, 16, 8, 96, 0, None),
 ]
+# Few rows and many units: threads share the units, with a barrier after every step.
+SIZES_BY_UNITS = [
+    (3, 2, 4, 330, 0, None),
+    (3, 3, 4, 300, 140, None),
+    (4, 3, 4, 200, 0, (4, 2, 1)),
+]
+# More rows than one group of sums holds.
+SIZES_WIDE = [(2, 101, 3, 20, 0, None)]
 # Rounding to the dtype, a few times over: outputs are of order 1, gradients are compared relative to their largest.
 TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-13, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 
@@ -85,9 +93,10 @@ def everything():
     for threads in (1, 2):
         torch.set_num_threads(threads)
         for dtype in DTYPES:
-            for size in SIZES:
-                for reverse in (False, True):
-                    check(size, dtype, reverse)
+            for i, size in enumerate(SIZES + SIZES_BY_UNITS + SIZES_WIDE):
+                check(size, dtype, reverse=(i + threads) % 2 == 0)
+                if size[-1]:
+                    check(size, dtype, reverse=(i + threads) % 2 == 1)
         check((3, 2, 4, 6, 0, None), torch.float32, False, bias=False)
 
 

@@ -163,11 +163,12 @@ struct Sizes {
     return s;
   }
 
-  // A step too small for two cores pays for the barrier and gains nothing.
+  // A step too small for several cores gains nothing from them; with few rows there is a barrier to pay for as well,
+  // and on a busy machine that costs a time slice.
   Shape problem(const Tensor& x, bool reverse) const {
     const double step = static_cast<double>(batch) * cell.gates * hidden * out;
     int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-    if (step < 32768.0) threads = 1;
+    if (step < (batch >= 2 * threads ? 32768.0 : 400000.0)) threads = 1;
     return {cell.kind, dtype_of(x), steps, batch, hidden, out, offsets.data(), reverse, threads, cache_bytes()};
   }
 };

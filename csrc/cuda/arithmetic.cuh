@@ -33,9 +33,7 @@ __device__ __forceinline__ uint32_t to_tf32(uint32_t x) {
 template <typename Scalar, typename Accumulator>
 __device__ __forceinline__ void multiply_exactly(Accumulator (&acc)[4], const Piece& low, const Piece& high, const Piece& b) {
   constexpr int kPer = 16 / sizeof(Scalar);
-  const int lane = threadIdx.x & 31, column = 8 * (lane & 3);
-  int row = lane & 28;
-  asm volatile("" : "+r"(row));  // else the shuffles of weights leave the loops around this, into more registers than there are
+  const int lane = threadIdx.x & 31, row = lane & 28, column = 8 * (lane & 3);
   const Scalar* l = reinterpret_cast<const Scalar*>(low.w);
   const Scalar* h = reinterpret_cast<const Scalar*>(high.w);
   const Scalar* r = reinterpret_cast<const Scalar*>(b.w);
@@ -63,6 +61,7 @@ __device__ __forceinline__ Value keep(Value x) {
   return x;
 }
 
+// kExact: IEEE products and sums, without tensor cores.
 template <typename Type>
 struct Arithmetic;
 
@@ -70,6 +69,7 @@ template <>
 struct Arithmetic<__nv_bfloat16> {
   using Scalar = __nv_bfloat16;
   using Accumulator = float;
+  static constexpr bool kExact = false;
   __device__ static void prepare(Piece&) {}
   __device__ static __forceinline__ void multiply(float (&acc)[4], const Piece& low, const Piece& high, const Piece& b) {
 #pragma unroll
@@ -81,6 +81,7 @@ template <>
 struct Arithmetic<__half> {
   using Scalar = __half;
   using Accumulator = float;
+  static constexpr bool kExact = false;
   __device__ static void prepare(Piece&) {}
   __device__ static __forceinline__ void multiply(float (&acc)[4], const Piece& low, const Piece& high, const Piece& b) {
 #pragma unroll
@@ -92,6 +93,7 @@ template <>
 struct Arithmetic<Tf32> {
   using Scalar = float;
   using Accumulator = float;
+  static constexpr bool kExact = false;
   __device__ static __forceinline__ void prepare(Piece& p) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) p.w[i] = to_tf32(p.w[i]);
@@ -106,6 +108,7 @@ template <>
 struct Arithmetic<float> {
   using Scalar = float;
   using Accumulator = float;
+  static constexpr bool kExact = true;
   __device__ static void prepare(Piece&) {}
   __device__ static __forceinline__ void multiply(float (&acc)[4], const Piece& low, const Piece& high, const Piece& b) {
     multiply_exactly<float>(acc, low, high, b);
@@ -116,6 +119,7 @@ template <>
 struct Arithmetic<double> {
   using Scalar = double;
   using Accumulator = double;
+  static constexpr bool kExact = true;
   __device__ static void prepare(Piece&) {}
   __device__ static __forceinline__ void multiply(double (&acc)[4], const Piece& low, const Piece& high, const Piece& b) {
     multiply_exactly<double>(acc, low, high, b);

@@ -49,6 +49,21 @@ struct Inbox {
     }
   }
 
+  // Waits before the product where that is the better way round.
+  template <bool kNow, typename Params>
+  __device__ __forceinline__ bool complete(const char* at, Piece (&p)[n], bool recurrent, const Params& params, int step) const {
+    if constexpr (kNow) {
+      bool gap = false;
+#pragma unroll
+      for (int c = 0; c < n; ++c) gap |= mailbox::missing(p[c]);
+      if (__any_sync(~0u, gap && recurrent)) {
+        await(at, recurrent, params, step);
+        fetch<0, n>(at, p);
+      }
+    }
+    return kNow;
+  }
+
   // Until every packet of the row is there. A row that is not `recurrent` comes from h0 and may hold any bits.
   template <typename Params>
   __device__ __forceinline__ void await(const char* at, bool recurrent, const Params& params, int step) const {
@@ -203,7 +218,8 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_forward(const __grid_c
       Sum* sums = all_sums + (sums_out + buffer);
       const auto multiply = [&](Piece (&h)[kChunks], const char* at, int row) {
         Accumulator acc[kMT][4];
-        for (bool complete = false;; complete = true) {
+        const bool recurrent = min(row, last_row) < before.rows;
+        for (bool complete = inbox.template complete<Math::kExact>(at, h, recurrent, p, t - direction);; complete = true) {
 #pragma unroll
           for (int m = 0; m < kMT; ++m)
 #pragma unroll
@@ -214,8 +230,8 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_forward(const __grid_c
 #pragma unroll
             for (int m = 0; m < kMT; ++m) Math::multiply(acc[m], weights[c][2 * m], weights[c][2 * m + 1], h[c]);
           }
-          if (!any_nan(acc[0]) || complete) break;
-          inbox.await(at, min(row, last_row) < before.rows, p, t - direction);
+          if (complete || !any_nan(acc[0])) break;
+          inbox.await(at, recurrent, p, t - direction);
           inbox.template fetch<0, kChunks>(at, h);
         }
         Sums::store(sums, acc);
@@ -302,7 +318,7 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
   using Units = BackwardUnits<Cell, Accumulator>;
   constexpr int kPer = 16 / sizeof(Scalar), kAccs = Cell::kAccumulators, kSaved = kSavedOrOne<Cell>;
   constexpr int kPackets = kBackwardUnits / kPer;            // of 16 units
-  constexpr int kAhead = kChunks < 12 ? kChunks : 12;        // packets in flight: what the registers allow
+  constexpr int kAhead = Math::kExact || kChunks < 12 ? kChunks : 12;        // packets in flight: what the registers allow
   constexpr int kStage = 4 * kAccs * kBackwardUnits;         // what a warp stages: 4 rows x accumulators x 16 units
   __shared__ __align__(16) Accumulator all_sums[2 * Sums::kSize];
   __shared__ __align__(16) Scalar stages[kWarps][kStage];
@@ -313,7 +329,6 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
   const auto inbox = Inbox<kWhole, kChunks>::of(piece0, pieces);
   const char* const inbound = keep(reinterpret_cast<const char*>(static_cast<const Scalar*>(p.dgates) + piece0 * kPer));
   const int row_bytes = keep(row_size * int(sizeof(Scalar)));
-  const int64_t hidden_stride = keep(int64_t(hidden)), gates_stride = keep(int64_t(hidden) * Cell::kSaved);
 
   Piece weights[kChunks][2];
 #pragma unroll
@@ -355,8 +370,6 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
     const Timeline timeline{p.offsets_device, p.batch, first, limit};
     const int64_t in_slice = keep(int64_t(row) * hidden + unit), in_batch = first * hidden + in_slice;
     Accumulator c_carried[2] = {}, dc_carried[2] = {}, dh_carried[2] = {};
-    const Scalar* const gates_at = keep(static_cast<const Scalar*>(p.gates) + in_slice * Cell::kSaved);
-    const Accumulator* const cells_at = keep(static_cast<const Accumulator*>(p.cells) + in_slice);
 
     const int direction = keep(p.reverse ? 1 : -1);
     int t = p.reverse ? 0 : int(p.steps) - 1;
@@ -369,11 +382,11 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
       // What does not come from another block of this launch, asked for before the wait.
       Units u;
       Pack<Scalar, kWhole ? 2 * kSaved : kSaved> gates[kWhole ? 1 : 2];
-      const int64_t at = now.offset * hidden_stride + in_slice;
+      const int64_t at = now.offset * hidden + in_slice;
       const bool mine = row < now.rows && real[0];
       if (mine) {
         if constexpr (Cell::kSaved > 0) {
-          const auto* from = reinterpret_cast<const std::remove_reference_t<decltype(gates[0])>*>(gates_at + now.offset * gates_stride);
+          const auto* from = reinterpret_cast<const std::remove_reference_t<decltype(gates[0])>*>(static_cast<const Scalar*>(p.gates) + at * kSaved);
           gates[0] = from[0];
           if constexpr (!kWhole) gates[1] = from[real[1] ? 1 : 0];
         }
@@ -403,7 +416,7 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
         const int64_t at_next = next.offset * hidden + in_slice;
         if constexpr (Cell::kHasCellState) {
           if (row < next.rows)
-            load_two(cells_at + next.offset * hidden_stride, u.c_prev);
+            load_two(static_cast<const Accumulator*>(p.cells) + at_next, u.c_prev);
           else
             load_two(static_cast<const Scalar*>(p.c0) + in_batch, u.c_prev);
         }
@@ -423,9 +436,9 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
       for (int wanted = lane >> 2; wanted < tiled_rows; wanted += 8) {
         const char* from = dgates_at + int64_t(min(wanted, recurrent_rows - 1)) * row_bytes;
         Accumulator acc[4];
-        for (bool complete = false;; complete = true) {
-          Piece packets[kChunks];
-          inbox.template fetch<0, kAhead>(from, packets);
+        Piece packets[kChunks];
+        inbox.template fetch<0, kAhead>(from, packets);
+        for (bool complete = inbox.template complete<Math::kExact>(from, packets, true, p, t - direction);; complete = true) {
 #pragma unroll
           for (int j = 0; j < 4; ++j) acc[j] = 0;
           unrolled<kChunks>([&](auto index) {
@@ -434,8 +447,9 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
             Math::multiply(acc, weights[c][0], weights[c][1], packets[c]);
             if constexpr (c + kAhead < kChunks) inbox.template fetch<c + kAhead, c + kAhead + 1>(from, packets);
           });
-          if (!any_nan(acc) || complete) break;
+          if (complete || !any_nan(acc)) break;
           inbox.await(from, true, p, t - direction);
+          inbox.template fetch<0, kAhead>(from, packets);
         }
         Sums::store(sums, acc);
         sums += 8 * Sums::kPitch;

@@ -1,4 +1,416 @@
+// One launch a time step: the matmuls of x and h and the cell, or the matmul of dgates and the cell's backward. A
+// projection adds a second launch a step, a matmul only.
 #include <cuda_runtime.h>
+
+#include <type_traits>
+
+#include "advance.cuh"
 #include "params.h"
-extern "C" int fusedrnn_step_forward(const FusedrnnForward*, void*) { return cudaErrorInvalidValue; }
-extern "C" int fusedrnn_step_backward(const FusedrnnBackward*, void*) { return cudaErrorInvalidValue; }
+
+namespace fusedrnn {
+namespace {
+
+// k is read straight from global memory, by all warps in turn, in the very pieces that the product wants.
+// `held` rows of A and `tiles` tiles of 8 rows of B; a null row counts as zeros.
+template <typename Math, int kRows, int kTiles, bool kWhole, typename Scalar, typename Accumulator>
+__device__ __forceinline__ void accumulate(Accumulator (&acc)[kTiles][(kRows + 1) / 2][4], const Scalar* (&a)[kRows],
+                                           const Scalar* (&b)[kTiles], int64_t k_size) {
+  constexpr int kPer = 16 / sizeof(Scalar);
+  const int64_t first = (4 * (threadIdx.x >> 5) + (threadIdx.x & 3)) * kPer, stride = 4 * kWarps * kPer;
+  // All lanes of a warp go round equally often.
+  for (int64_t k = first; k - (threadIdx.x & 3) * kPer < k_size; k += stride) {
+    Piece low[(kRows + 1) / 2], high[(kRows + 1) / 2], right[kTiles];
+#pragma unroll
+    for (int r = 0; r < (kRows + 1) / 2; ++r) {
+      low[r] = high[r] = Piece{};
+      if (a[2 * r]) low[r] = load_piece<kWhole>(a[2 * r], k, k_size);
+      if (2 * r + 1 < kRows && a[2 * r + 1 < kRows ? 2 * r + 1 : 0]) high[r] = load_piece<kWhole>(a[2 * r + 1 < kRows ? 2 * r + 1 : 0], k, k_size);
+      Math::prepare(low[r]);
+      Math::prepare(high[r]);
+    }
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      right[tile] = load_piece<kWhole>(b[tile], k, k_size);
+      Math::prepare(right[tile]);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+      for (int r = 0; r < (kRows + 1) / 2; ++r) Math::multiply(acc[tile][r], low[r], high[r], right[tile]);
+  }
+}
+
+// A step's rows, and where its predecessor in the order of the loop left its own.
+struct Rows {
+  int64_t offset, before_offset;
+  int rows, before_rows, next_rows;
+};
+
+template <typename Cell, typename Type, int kTiles, bool kWhole>
+__global__ void __launch_bounds__(kThreads) step_forward(const __grid_constant__ FusedrnnForward p, const Rows step) {
+  using Math = Arithmetic<Type>;
+  using Scalar = typename Math::Scalar;
+  using Accumulator = typename Math::Accumulator;
+  using Sums = ForwardSums<Cell, Accumulator>;
+  using Sum = typename Sums::Sum;
+  constexpr int kAccs = Cell::kAccumulators, kMT = kMTiles<Cell>;
+  constexpr int kElements = (kTiles * 8 * kForwardUnits + kThreads - 1) / kThreads, kStride = kThreads / kForwardUnits;
+  extern __shared__ __align__(16) unsigned char shared[];
+  Sum* const sums = reinterpret_cast<Sum*>(shared);
+
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int first = int(blockIdx.y) * kTiles * 8, last_row = step.rows - 1;
+  const int64_t lane_unit = int64_t(blockIdx.x) * kForwardUnits + (lane >> 2);
+  const int64_t hidden = p.hidden, out = p.out;
+
+  Accumulator acc[kTiles][kMT][4] = {};
+#pragma unroll 1
+  for (int part = 0; part < 2; ++part) {
+    const Scalar *a[2 * kMT], *b[kTiles];
+    const int64_t k_size = part == 0 ? p.input : out;
+    const Scalar* weights = static_cast<const Scalar*>(part == 0 ? p.w_ih : p.w_hh);
+#pragma unroll
+    for (int i = 0; i < 2 * kMT; ++i) {
+      const int gate = i >= kAccs ? -1 : part == 0 ? x_gate<Cell>(i) : h_gate<Cell>(i);
+      a[i] = gate >= 0 && lane_unit < hidden ? weights + (gate * hidden + lane_unit) * k_size : nullptr;
+    }
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const int row = min(first + tile * 8 + (lane >> 2), last_row);
+      if (part == 0)
+        b[tile] = static_cast<const Scalar*>(p.x) + (step.offset + row) * k_size;
+      else if (row < step.before_rows)
+        b[tile] = static_cast<const Scalar*>(p.y) + (step.before_offset + row) * k_size;
+      else
+        b[tile] = static_cast<const Scalar*>(p.h0) + row * k_size;
+    }
+    accumulate<Math, 2 * kMT, kTiles, kWhole>(acc, a, b, k_size);
+  }
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) Sums::store(sums + Sums::lane_place() + tile * 8 * kWarps * kForwardUnits, acc[tile]);
+  __syncthreads();
+
+  const int64_t unit = int64_t(blockIdx.x) * kForwardUnits + (threadIdx.x & 7);
+#pragma unroll
+  for (int i = 0; i < kElements; ++i) {
+    const int local = (threadIdx.x >> 3) + kStride * i, row = first + local;
+    if (local >= kTiles * 8 || row >= step.rows || unit >= hidden) continue;
+    const int64_t at = (step.offset + row) * hidden + unit, in_batch = row * hidden + unit;
+    Accumulator sum[kAccs], h, h_prev = 0, c = 0, c_prev = 0, saved[kSavedOrOne<Cell>];
+#pragma unroll
+    for (int a = 0; a < kAccs; ++a) {
+      const int gx = x_gate<Cell>(a), gh = h_gate<Cell>(a);
+      sum[a] = 0;
+      if (p.b_ih && gx >= 0) sum[a] += widen(static_cast<const Scalar*>(p.b_ih)[gx * hidden + unit]);
+      if (p.b_hh && gh >= 0) sum[a] += widen(static_cast<const Scalar*>(p.b_hh)[gh * hidden + unit]);
+    }
+    const bool joined = row < step.before_rows;
+    Accumulator* state = static_cast<Accumulator*>(p.cells ? p.cells : p.state);
+    const int64_t state_at = p.cells ? at : in_batch;
+    if constexpr (Cell::kHasCellState) {
+      const int64_t before = p.cells ? (step.before_offset + row) * hidden + unit : in_batch;
+      c_prev = joined ? state[before] : Accumulator(widen(static_cast<const Scalar*>(p.c0)[in_batch]));
+    }
+    if constexpr (Cell::kUsesHPrev)
+      h_prev = widen(joined ? static_cast<const Scalar*>(p.y)[(step.before_offset + row) * hidden + unit] : static_cast<const Scalar*>(p.h0)[in_batch]);
+    advance<Cell, Accumulator>(sums + Sums::place(local, 0, threadIdx.x & 7), sum, h_prev, c_prev, h, c, saved);
+    const Scalar stored = narrow<Scalar>(h);
+    if constexpr (Cell::kSaved > 0)
+      if (p.gates) store_pack<Scalar, Accumulator, Cell::kSaved>(static_cast<Scalar*>(p.gates) + at * Cell::kSaved, saved);
+    if constexpr (Cell::kHasCellState) state[state_at] = c;
+    if (p.w_hr)
+      static_cast<Scalar*>(p.unprojected)[in_batch] = stored;
+    else
+      static_cast<Scalar*>(p.y)[at] = stored;
+    if (row >= step.next_rows) {
+      if (!p.w_hr) static_cast<Scalar*>(p.h_n)[in_batch] = stored;
+      if constexpr (Cell::kHasCellState) static_cast<Scalar*>(p.c_n)[in_batch] = narrow<Scalar>(c);
+    }
+  }
+}
+
+// to[r] = from[r] A^T + plus[r], and also_to[r] for rows from also_from on. r counts rows; A is [n, k].
+// Rows from `matmul_rows` on take start[r] in place of the product.
+template <typename Scalar>
+struct Linear {
+  const Scalar *a, *from, *plus, *start;
+  Scalar *to, *also_to;
+  int64_t n, k;
+  int rows, matmul_rows, also_from;
+};
+
+// The matmul of a tile of 16 rows of A by kTiles * 8 rows of `from`, its sums in shared memory.
+template <typename Math, int kTiles, bool kWhole, typename Scalar, typename Accumulator>
+__device__ __forceinline__ void backward_sums(Accumulator* sums, const Scalar* weights, int64_t n, int64_t k, const Scalar* from, int rows) {
+  using Sums = BackwardSums<Accumulator>;
+  const int lane = threadIdx.x & 31, first = int(blockIdx.y) * kTiles * 8;
+  if (first < rows) {
+    const Scalar *a[2], *b[kTiles];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const int64_t row = int64_t(blockIdx.x) * kBackwardUnits + (lane >> 2) + 8 * j;
+      a[j] = row < n ? weights + row * k : nullptr;
+    }
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) b[tile] = from + int64_t(min(first + tile * 8 + (lane >> 2), rows - 1)) * k;
+    Accumulator acc[kTiles][1][4] = {};
+    accumulate<Math, 2, kTiles, kWhole>(acc, a, b, k);
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) Sums::store(sums + Sums::lane_place() + tile * 8 * Sums::kPitch, acc[tile][0]);
+  }
+  __syncthreads();
+}
+
+template <typename Type, int kTiles, bool kWhole>
+__global__ void __launch_bounds__(kThreads) step_linear(const Linear<typename Arithmetic<Type>::Scalar> p) {
+  using Math = Arithmetic<Type>;
+  using Scalar = typename Math::Scalar;
+  using Accumulator = typename Math::Accumulator;
+  using Sums = BackwardSums<Accumulator>;
+  extern __shared__ __align__(16) unsigned char shared[];
+  Accumulator* const sums = reinterpret_cast<Accumulator*>(shared);
+  backward_sums<Math, kTiles, kWhole>(sums, p.a, p.n, p.k, p.from, p.matmul_rows);
+  const int local = threadIdx.x >> 3, row = int(blockIdx.y) * kTiles * 8 + local;
+  if (local >= kTiles * 8 || row >= p.rows) return;
+  const int64_t unit = int64_t(blockIdx.x) * kBackwardUnits + 2 * (threadIdx.x & 7);
+  Accumulator total[2] = {};
+  if (row < p.matmul_rows) Sums::add_up(sums + Sums::place(local, 0, 2 * (threadIdx.x & 7)), total);
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    if (unit + j >= p.n) continue;
+    const int64_t at = row * p.n + unit + j;
+    if (row >= p.matmul_rows && p.start) total[j] = widen(p.start[at]);
+    if (p.plus) total[j] += widen(p.plus[at]);
+    p.to[at] = narrow<Scalar>(total[j]);
+    if (row >= p.also_from) p.also_to[at] = p.to[at];
+  }
+}
+
+// What the backward of one step reads its dh from: the product A from[r] for matmul_rows rows, plus plus[r], or start[r].
+template <typename Scalar>
+struct Upstream {
+  const Scalar *a, *from, *plus, *start;
+  int64_t k;
+  int matmul_rows;
+};
+
+template <typename Cell, typename Type, int kTiles, bool kWhole>
+__global__ void __launch_bounds__(kThreads)
+    step_backward(const __grid_constant__ FusedrnnBackward p, const Rows step, int64_t next_offset, const Upstream<typename Arithmetic<Type>::Scalar> up) {
+  using Math = Arithmetic<Type>;
+  using Scalar = typename Math::Scalar;
+  using Accumulator = typename Math::Accumulator;
+  using Sums = BackwardSums<Accumulator>;
+  constexpr int kAccs = Cell::kAccumulators;
+  extern __shared__ __align__(16) unsigned char shared[];
+  Accumulator* const sums = reinterpret_cast<Accumulator*>(shared);
+  backward_sums<Math, kTiles, kWhole>(sums, up.a, p.hidden, up.k, up.from, up.matmul_rows);
+
+  const int local = threadIdx.x >> 3, row = int(blockIdx.y) * kTiles * 8 + local;
+  if (local >= kTiles * 8 || row >= step.rows) return;
+  const int64_t hidden = p.hidden, unit = int64_t(blockIdx.x) * kBackwardUnits + 2 * (threadIdx.x & 7);
+  const bool recurrent = row < step.before_rows, goes_on = row < step.next_rows;
+  BackwardUnits<Cell, Accumulator> u;
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    u.dh[j] = u.dc[j] = u.h[j] = u.h_prev[j] = u.c[j] = u.c_prev[j] = 0;
+#pragma unroll
+    for (int k = 0; k < kSavedOrOne<Cell>; ++k) u.saved[j][k] = 0;
+    if (unit + j >= hidden) continue;
+    const int64_t in_batch = row * hidden + unit + j, at = step.offset * hidden + in_batch, at_next = next_offset * hidden + in_batch;
+    if (row >= up.matmul_rows && up.start) u.dh[j] = widen(up.start[in_batch]);
+    if (up.plus) u.dh[j] += widen(up.plus[in_batch]);
+    if constexpr (Cell::kDirectH)
+      if (recurrent) u.dh[j] += static_cast<const Accumulator*>(p.dh_direct)[in_batch];
+    if constexpr (Cell::kSaved > 0) load_pack<Scalar, Accumulator, Cell::kSaved>(static_cast<const Scalar*>(p.gates) + at * Cell::kSaved, u.saved[j]);
+    if constexpr (Cell::kHasCellState) {
+      u.c[j] = static_cast<const Accumulator*>(p.cells)[at];
+      u.c_prev[j] = goes_on ? static_cast<const Accumulator*>(p.cells)[at_next] : Accumulator(widen(static_cast<const Scalar*>(p.c0)[in_batch]));
+      if (recurrent)
+        u.dc[j] = static_cast<const Accumulator*>(p.state)[in_batch];
+      else if (p.dc_n)
+        u.dc[j] = widen(static_cast<const Scalar*>(p.dc_n)[in_batch]);
+    }
+    if constexpr (Cell::kUsesH) u.h[j] = widen(static_cast<const Scalar*>(p.y)[at]);
+    if constexpr (Cell::kUsesHPrev)
+      u.h_prev[j] = widen(goes_on ? static_cast<const Scalar*>(p.y)[at_next] : static_cast<const Scalar*>(p.h0)[in_batch]);
+  }
+  advance_back<Cell, Accumulator>(sums + Sums::place(local, 0, 2 * (threadIdx.x & 7)), row < up.matmul_rows, u);
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    if (unit + j >= hidden) continue;
+    const int64_t in_batch = row * hidden + unit + j;
+#pragma unroll
+    for (int a = 0; a < kAccs; ++a)
+      static_cast<Scalar*>(p.dgates)[(step.offset + row) * kAccs * hidden + a * hidden + unit + j] = narrow<Scalar>(u.dacc[a][j]);
+    if constexpr (Cell::kHasCellState) {
+      static_cast<Accumulator*>(p.state)[in_batch] = u.dc_prev[j];
+      if (!goes_on) static_cast<Scalar*>(p.dc0)[in_batch] = narrow<Scalar>(u.dc_prev[j]);
+    }
+    if constexpr (Cell::kDirectH) static_cast<Accumulator*>(p.dh_direct)[in_batch] = u.dh_prev[j];
+  }
+}
+
+// Host: the rows of step t, counted from B rows a step or from offsets.
+struct Timeline {
+  const int64_t* offsets;
+  int64_t batch, steps;
+  int64_t offset(int64_t t) const { return t < 0 || t >= steps ? 0 : offsets ? offsets[t] : t * batch; }
+  int rows(int64_t t) const { return t < 0 || t >= steps ? 0 : int(offsets ? offsets[t + 1] - offsets[t] : batch); }
+};
+
+bool whole(const void* pointer, int64_t row_bytes) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && row_bytes % 16 == 0; }
+
+dim3 grid(int64_t columns, int units, int rows, int tiles) { return dim3(unsigned((columns + units - 1) / units), unsigned((rows + tiles * 8 - 1) / (tiles * 8))); }
+
+// run(tiles, whole): 16 or 32 rows of the batch a block.
+template <typename Run>
+int with_tile(int rows, bool is_whole, const Run& run) {
+  using Two = std::integral_constant<int, 2>;
+  using Four = std::integral_constant<int, 4>;
+  if (rows <= 16) return is_whole ? run(Two(), std::true_type()) : run(Two(), std::false_type());
+  return is_whole ? run(Four(), std::true_type()) : run(Four(), std::false_type());
+}
+
+template <typename Kernel, typename... Arguments>
+int launch(Kernel kernel, dim3 blocks, int shared, cudaStream_t stream, const Arguments&... arguments) {
+  if (shared > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    if (error != cudaSuccess) return error;
+  }
+  kernel<<<blocks, kThreads, shared, stream>>>(arguments...);
+  return cudaGetLastError();
+}
+
+template <typename Type>
+int linear(const Linear<typename Arithmetic<Type>::Scalar>& p, cudaStream_t stream) {
+  using Math = Arithmetic<Type>;
+  constexpr int kSize = sizeof(typename Math::Scalar), kShared = BackwardSums<typename Math::Accumulator>::kSize * int(sizeof(typename Math::Accumulator));
+  return with_tile(p.rows, whole(p.a, p.k * kSize) && whole(p.from, 0), [&](auto tiles, auto is_whole) {
+    constexpr int kTiles = decltype(tiles)::value;
+    return launch(step_linear<Type, kTiles, decltype(is_whole)::value>, grid(p.n, kBackwardUnits, p.rows, kTiles), kShared, stream, p);
+  });
+}
+
+template <typename Cell, typename Type>
+int forward(const FusedrnnForward& p, cudaStream_t stream) {
+  using Math = Arithmetic<Type>;
+  using Scalar = typename Math::Scalar;
+  constexpr int kSize = sizeof(Scalar);
+  const Timeline timeline{p.offsets_host, p.batch, p.steps};
+  const bool is_whole = whole(p.x, p.input * kSize) && whole(p.w_ih, 0) && whole(p.w_hh, p.out * kSize) && whole(p.h0, 0) && whole(p.y, 0);
+  const int direction = p.reverse ? -1 : 1;
+  for (int64_t s = 0, t = p.reverse ? p.steps - 1 : 0; s < p.steps; ++s, t += direction) {
+    const Rows step{timeline.offset(t), timeline.offset(t - direction), timeline.rows(t), timeline.rows(t - direction), timeline.rows(t + direction)};
+    int error = with_tile(step.rows, is_whole, [&](auto tiles, auto is_whole) {
+      constexpr int kTiles = decltype(tiles)::value;
+      const int shared = kTiles * 8 * ForwardSums<Cell, typename Math::Accumulator>::kBytesPerRow;
+      return launch(step_forward<Cell, Type, kTiles, decltype(is_whole)::value>, grid(p.hidden, kForwardUnits, step.rows, kTiles), shared, stream, p, step);
+    });
+    if (error == cudaSuccess && p.w_hr) {
+      Linear<Scalar> project{};
+      project.a = static_cast<const Scalar*>(p.w_hr);
+      project.from = static_cast<const Scalar*>(p.unprojected);
+      project.to = static_cast<Scalar*>(p.y) + step.offset * p.out;
+      project.also_to = static_cast<Scalar*>(p.h_n);
+      project.n = p.out;
+      project.k = p.hidden;
+      project.rows = project.matmul_rows = step.rows;
+      project.also_from = step.next_rows;
+      error = linear<Type>(project, stream);
+    }
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+template <typename Cell, typename Type>
+int backward(const FusedrnnBackward& p, cudaStream_t stream) {
+  using Math = Arithmetic<Type>;
+  using Scalar = typename Math::Scalar;
+  constexpr int kSize = sizeof(Scalar), kShared = BackwardSums<typename Math::Accumulator>::kSize * int(sizeof(typename Math::Accumulator));
+  const Timeline timeline{p.offsets_host, p.batch, p.steps};
+  const int direction = p.reverse ? 1 : -1;
+  const int64_t gate_columns = Cell::kAccumulators * p.hidden;
+  for (int64_t s = 0, t = p.reverse ? 0 : p.steps - 1; s < p.steps; ++s, t += direction) {
+    const Rows step{timeline.offset(t), timeline.offset(t - direction), timeline.rows(t), timeline.rows(t - direction), timeline.rows(t + direction)};
+    const int recurrent_rows = step.rows < step.before_rows ? step.rows : step.before_rows;
+    Upstream<Scalar> up{};
+    up.a = static_cast<const Scalar*>(p.w_hh_t);
+    up.from = static_cast<const Scalar*>(p.dgates) + step.before_offset * gate_columns;
+    up.plus = p.dy ? static_cast<const Scalar*>(p.dy) + step.offset * p.out : nullptr;
+    up.start = static_cast<const Scalar*>(p.dh_n);
+    up.k = gate_columns;
+    up.matmul_rows = recurrent_rows;
+    int error = cudaSuccess;
+    if (p.w_hr_t) {
+      Linear<Scalar> total{};
+      total.a = up.a;
+      total.from = up.from;
+      total.plus = up.plus;
+      total.start = up.start;
+      total.to = static_cast<Scalar*>(p.dy_total) + step.offset * p.out;
+      total.n = p.out;
+      total.k = up.k;
+      total.rows = total.also_from = step.rows;
+      total.matmul_rows = recurrent_rows;
+      error = linear<Type>(total, stream);
+      up.a = static_cast<const Scalar*>(p.w_hr_t);
+      up.from = total.to;
+      up.plus = up.start = nullptr;
+      up.k = p.out;
+      up.matmul_rows = step.rows;
+    }
+    const bool is_whole = whole(up.a, up.k * kSize) && whole(up.from, 0);
+    if (error == cudaSuccess)
+      error = with_tile(step.rows, is_whole, [&](auto tiles, auto is_whole) {
+        constexpr int kTiles = decltype(tiles)::value;
+        return launch(step_backward<Cell, Type, kTiles, decltype(is_whole)::value>, grid(p.hidden, kBackwardUnits, step.rows, kTiles), kShared, stream, p,
+                      step, timeline.offset(t + direction), up);
+      });
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+#define FUSEDRNN_DISPATCH(FUNCTION, CELL)                \
+  switch (p.dtype) {                                     \
+    case kFloat64:                                       \
+      return FUNCTION<CELL, double>(p, stream);          \
+    case kFloat32:                                       \
+      return FUNCTION<CELL, float>(p, stream);           \
+    case kTf32:                                          \
+      return FUNCTION<CELL, Tf32>(p, stream);            \
+    case kBfloat16:                                      \
+      return FUNCTION<CELL, __nv_bfloat16>(p, stream);   \
+    case kFloat16:                                       \
+      return FUNCTION<CELL, __half>(p, stream);          \
+  }
+
+int dispatch(const FusedrnnForward& p, cudaStream_t stream) {
+  switch (p.cell) {
+    case kLstmCell:
+      FUSEDRNN_DISPATCH(forward, Lstm)
+  }
+  return cudaErrorInvalidValue;
+}
+
+int dispatch(const FusedrnnBackward& p, cudaStream_t stream) {
+  switch (p.cell) {
+    case kLstmCell:
+      FUSEDRNN_DISPATCH(backward, Lstm)
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace
+}  // namespace fusedrnn
+
+extern "C" int fusedrnn_step_forward(const FusedrnnForward* params, void* stream) {
+  return fusedrnn::dispatch(*params, static_cast<cudaStream_t>(stream));
+}
+
+extern "C" int fusedrnn_step_backward(const FusedrnnBackward* params, void* stream) {
+  return fusedrnn::dispatch(*params, static_cast<cudaStream_t>(stream));
+}
