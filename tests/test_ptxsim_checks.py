@@ -92,18 +92,47 @@ def test_cp_async_without_wait_is_nan():
         assert (out == 1).all()
 
 
+REVERSE = ".shared .u32 s[256]; mov.u32 %r10, s; mad.lo.u32 %r11, %r0, 4, %r10; st.shared.u32 [%r11], %r0; {barrier}"
+REVERSE += "sub.u32 %r12, 255, %r0; mad.lo.u32 %r11, %r12, 4, %r10; ld.shared.u32 %r40, [%r11];" + STORE
+
+
 def test_removed_barrier_is_seen_under_some_seed():
-    code = ".shared .u32 s[256]; mov.u32 %r10, s; mad.lo.u32 %r11, %r0, 4, %r10; st.shared.u32 [%r11], %r0; {barrier}"
-    code += "sub.u32 %r12, 255, %r0; mad.lo.u32 %r11, %r12, 4, %r10; ld.shared.u32 %r40, [%r11];" + STORE
     out, right = np.zeros(256, np.uint32), np.arange(256, dtype=np.uint32)[::-1]
 
     def results(barrier):
         for seed in range(6):
-            run(code.format(barrier=barrier), "u64 out", [out], block=256, seed=seed)
+            run(REVERSE.format(barrier=barrier), "u64 out", [out], block=256, seed=seed, shared_races=False)
             yield (out == right).all()
 
     assert all(results("bar.sync 0;"))
     assert not all(results(""))
+
+
+def test_removed_barrier_is_a_race_under_every_seed():
+    out = np.zeros(256, np.uint32)
+    for seed in range(6):
+        fails(
+            "RACE in a block: warp . (reads|writes)", REVERSE.format(barrier=""), "u64 out", [out], block=256, seed=seed
+        )
+    reuse = REVERSE.format(barrier="bar.sync 0;") + "{again} mad.lo.u32 %r11, %r0, 4, %r10; st.shared.u32 [%r11], %r0;"
+    run(reuse.replace("{again}", "bar.sync 0;"), "u64 out", [out], block=256)
+    for seed in range(4):
+        fails("RACE in a block", reuse.replace("{again}", ""), "u64 out", [out], block=256, seed=seed)
+
+
+def test_named_barriers_and_copies_order_shared_memory():
+    out = np.zeros(64, np.uint32)
+    code = """.shared .align 16 .u32 s[64]; mov.u32 %r10, s; mad.lo.u32 %r11, %r0, 4, %r10; setp.lt.u32 %p1, %r0, 32; @%p1 bra PRODUCE;
+    bar.sync 1, 64; ld.shared.u32 %r40, [%r11+-128]; bra OUT; PRODUCE: mov.u32 %r40, 7; st.shared.u32 [%r11], %r40; bar.arrive 1, 64; OUT:"""
+    for seed in range(4):
+        run(code + STORE, "u64 out", [out], block=64, seed=seed)
+        assert (out == 7).all()
+    x = np.arange(64, dtype=np.uint32)
+    code = """.shared .align 16 .u32 s[64]; mov.u32 %r10, s; mad.lo.u32 %r11, %r0, 4, %r10; ld.param.u64 %d2, [x]; mad.wide.u32 %d2, %r0, 4, %d2;
+    cp.async.ca.shared.global [%r11], [%d2], 4; cp.async.wait_all; {barrier} sub.u32 %r12, 63, %r0; mad.lo.u32 %r11, %r12, 4, %r10; ld.shared.u32 %r40, [%r11];"""
+    run(code.format(barrier="bar.sync 0;") + STORE, "u64 out, u64 x", [out, x], block=64)
+    np.testing.assert_array_equal(out, x[::-1])
+    fails("RACE in a block", code.format(barrier="") + STORE, "u64 out, u64 x", [out, x], block=64)
 
 
 # ---- races between blocks

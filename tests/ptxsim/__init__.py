@@ -28,7 +28,17 @@ __all__ = [
     "set_options",
 ]
 
-DEFAULTS = {"seed": 0, "torn": 0, "check": 1, "races": 1, "defer": 1, "limit": 0, "resident": 264, "chip": "h100-sxm"}
+DEFAULTS = {
+    "seed": 0,
+    "torn": 0,
+    "check": 1,
+    "races": 1,
+    "shared_races": 1,
+    "defer": 1,
+    "limit": 0,
+    "resident": 264,
+    "chip": "h100-sxm",
+}
 _current = dict(DEFAULTS)
 _libraries = []
 

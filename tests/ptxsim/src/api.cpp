@@ -85,6 +85,8 @@ int ps_option(const char* key, uint64_t value) {
     o.check = value;
   else if (k == "races")
     o.races = value;
+  else if (k == "shared_races")
+    o.shared_races = value;
   else if (k == "defer")
     o.defer = value;
   else if (k == "limit")

@@ -125,6 +125,8 @@ struct Executor {
     b->z = id / (u64(launch.grid[0]) * launch.grid[1]);
     b->shared.assign(launch.dynamic_shared ? f.dynamic_shared_start + launch.dynamic_shared : f.static_shared,
                      kSharedPoison);
+    if (simulator.options.shared_races && launch.threads > kLanes)
+      b->shared_cells.assign((b->shared.size() + 3) / 4, 0);
     b->live = launch.threads;
     b->warps.resize((launch.threads + kLanes - 1) / kLanes);
     const size_t bytes = (f.register_bytes + 255) / 256 * 256 + 256;
@@ -202,6 +204,7 @@ struct Executor {
     NamedBarrier& bar = block.barriers[id];
     if (!bar.arrived || bar.arrived < (bar.expected ? bar.expected : block.live)) return;
     simulator.counters.bar_block++;
+    block.barriers_opened++;
     simulator.progress++;
     for (Warp& w : block.warps)
       for (Fragment& f : w.fragments) {

@@ -10,16 +10,16 @@ namespace ptxsim {
 
 // ---- counters: what launches did, summed over all warps. Exact for the PTX; no cache is modelled.
 // Bytes are active lanes x access size; sectors the distinct aligned 32-byte pieces one warp access touches.
-#define PTXSIM_COUNTERS(X)                                                                          \
-  X(launches)                                                                                       \
-  X(blocks)                                                                                         \
-  X(warp_instr)                                                                                     \
-  X(global_ld)                                                                                      \
-  X(global_ld_bytes) X(global_ld_sectors) X(global_st) X(global_st_bytes) X(global_st_sectors)      \
-      X(cp_async_bytes) X(strong_ld) X(polls) X(poll_bytes) X(poll_sectors) X(shared_ld_bytes)      \
-          X(shared_st_bytes) X(local_ld_bytes) X(local_st_bytes) X(mma) X(mma_flops) X(bar_block)   \
-              X(bar_warp) X(grid_arrive) X(atom_global) X(atom_shared) X(ex2) X(tanh) X(rcp) X(div) \
-                  X(sfu_other) X(shfl)
+#define PTXSIM_COUNTERS(X)                                                                                 \
+  X(launches)                                                                                              \
+  X(blocks)                                                                                                \
+  X(warp_instr)                                                                                            \
+  X(global_ld)                                                                                             \
+  X(global_ld_bytes)                                                                                       \
+  X(global_ld_sectors) X(global_st) X(global_st_bytes) X(global_st_sectors) X(cp_async_bytes) X(strong_ld) \
+      X(polls) X(poll_bytes) X(poll_sectors) X(shared_ld_bytes) X(shared_st_bytes) X(local_ld_bytes)       \
+          X(local_st_bytes) X(mma) X(mma_flops) X(bar_block) X(bar_warp) X(grid_arrive) X(atom_global)     \
+              X(atom_shared) X(ex2) X(tanh) X(rcp) X(div) X(sfu_other) X(shfl)
 
 struct Counters {
 #define X(name) u64 name = 0;
@@ -86,13 +86,14 @@ struct Resources {    // of a compiled kernel
 int blocks_per_sm(const Chip&, int threads, int registers, u64 shared_bytes, std::string* why);
 
 struct Options {
-  u64 seed = 0;        // 0: warps and blocks in order; else random
-  bool torn = false;   // 16-byte global accesses arrive in two halves
-  bool check = true;   // bounds of global memory
-  bool races = true;   // cross-block check
-  bool defer = true;   // cp.async lands at its wait
-  u64 limit = 0;       // warp instructions before a launch is given up
-  u64 resident = 264;  // blocks simulated at a time in an ordinary launch
+  u64 seed = 0;              // 0: warps and blocks in order; else random
+  bool torn = false;         // 16-byte global accesses arrive in two halves
+  bool check = true;         // bounds of global memory
+  bool races = true;         // cross-block check
+  bool shared_races = true;  // the same among the warps of a block, in shared memory
+  bool defer = true;         // cp.async lands at its wait
+  u64 limit = 0;             // warp instructions before a launch is given up
+  u64 resident = 264;        // blocks simulated at a time in an ordinary launch
   const Chip* chip = nullptr;
 };
 
@@ -153,6 +154,8 @@ struct Block {
   u64 id;
   std::vector<Warp> warps;
   std::vector<u8> shared;
+  std::vector<u64> shared_cells;  // who touched it since the last barrier; empty: not followed
+  u32 barriers_opened = 1;
   NamedBarrier barriers[16];
   u32 live = 0;
   // cross-block order
@@ -219,6 +222,7 @@ void addresses(Warp&, const Operand&, u64* out);
 void access(Warp&, const Instruction&, Access, Space, u32 mask, u32 bytes, u32 element, Lanes&,
             const char* what);
 u8* access_one(Warp&, const Instruction&, Access, Space, u64 address, u32 bytes, int lane, const char* what);
+void shared_write_lands(Warp&, u64 offset, u32 bytes);  // a copy that lands in shared memory
 void check_late_read(Warp&, const Instruction&, u64 address,
                      u32 bytes);  // cross-block check alone: a copy that lands
 void fence(Warp&);

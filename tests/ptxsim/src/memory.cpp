@@ -217,6 +217,37 @@ void release_to(Warp& w, const Instruction& I, u64 address, bool keep) {
 
 bool follow(const Warp& w) { return w.launch->check_races && w.launch->total_blocks <= kMaxBlocks; }
 
+// ---- order between the warps of a block. A cell per 4 bytes of shared memory: who wrote and who read it
+// since the block's last barrier. Two warps may not meet there unless both only read, or both only write
+// (often the same value).
+
+constexpr int kReaderShift = 32, kEpochShift = 6;
+
+void shared_meet(Warp& w, u64 offset, u32 bytes, bool store) {
+  Block& b = *w.block;
+  const u64 epoch = u64(b.barriers_opened & 0x3ffffffu) << kEpochShift, mine = w.index + 1;
+  const u64 reader = 1ull << (kReaderShift + w.index);
+  for (u64 i = offset >> 2, end = (offset + bytes + 3) >> 2; i < end; i++) {
+    u64& cell = b.shared_cells[i];
+    if ((cell & 0xffffffc0u) != epoch) cell = epoch;
+    const u64 writer = cell & 63;
+    if (store) {
+      const u64 others = cell >> kReaderShift << kReaderShift & ~reader;
+      if (others)
+        fail(
+            "RACE in a block: warp %d writes shared offset 0x%llx, which warp %d read since the last barrier",
+            w.index, (unsigned long long)(i << 2), __builtin_ctzll(others) - kReaderShift);
+      cell = (cell & ~63ull) | mine;
+    } else {
+      if (writer && writer != mine)
+        fail(
+            "RACE in a block: warp %d reads shared offset 0x%llx, which warp %d wrote since the last barrier",
+            w.index, (unsigned long long)(i << 2), int(writer) - 1);
+      cell |= reader;
+    }
+  }
+}
+
 // ---- counting
 
 u32 count_distinct(const Lanes& lanes, u32 mask, u32 bytes) {
@@ -430,6 +461,9 @@ void access(Warp& w, const Instruction& I, Access kind, Space declared, u32 mask
       if (high + bytes > size)
         fail("%s of %u bytes at shared offset 0x%llx, the block has %llu bytes", what, bytes,
              (unsigned long long)high, (unsigned long long)size);
+      if (!w.block->shared_cells.empty() && kind != Access::Atomic && I.order == Order::Weak && bytes >= 4)
+        for (u32 m = mask; m; m &= m - 1)
+          shared_meet(w, lanes.address[__builtin_ctz(m)] & 0xffffffffull, bytes, kind == Access::Store);
       if (kind == Access::Load) c.shared_ld_bytes += total;
       if (kind == Access::Store) {
         c.shared_st_bytes += total;
@@ -481,6 +515,10 @@ u8* access_one(Warp& w, const Instruction& I, Access kind, Space space, u64 addr
   lanes.address[lane] = address;
   access(w, I, kind, space, 1u << lane, bytes, std::min(bytes, 8u), lanes, what);
   return lanes.pointer[lane];
+}
+
+void shared_write_lands(Warp& w, u64 offset, u32 bytes) {
+  if (!w.block->shared_cells.empty()) shared_meet(w, offset, bytes, true);
 }
 
 void check_late_read(Warp& w, const Instruction& I, u64 address, u32 bytes) {
