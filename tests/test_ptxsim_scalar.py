@@ -119,6 +119,17 @@ def test_integer_ternary():
     np.testing.assert_array_equal(got, np.clip(a.astype(np.int64) - b, -(2**31), 2**31 - 1))
 
 
+def test_mul24():
+    a, b = integers(np.int32)
+    low = lambda x: ((int(x) & 0xFFFFFF) ^ 0x800000) - 0x800000
+    np.testing.assert_array_equal(
+        elementwise("mul24.lo.s32 {d}, {a}, {b};", np.int32, a, b),
+        wrap([low(x) * low(y) for x, y in zip(a, b)], np.int32),
+    )
+    want = wrap([(int(x) & 0xFFFFFF) * (int(y) & 0xFFFFFF) for x, y in zip(a, b)], np.uint32)
+    np.testing.assert_array_equal(elementwise("mul24.lo.u32 {d}, {a}, {b};", np.uint32, a, b), want)
+
+
 def test_carry_makes_128_bit_sums_and_products():
     a, b = integers(np.uint64)
     got = elementwise("add.cc.u64 {d}, {a}, {b}; addc.u64 {d}, 0, 0;", np.uint64, a, b)

@@ -353,6 +353,71 @@ def test_cp_async_groups_land_in_order():
     assert (out[32:] == 0xFFFFFFFF).all()
 
 
+def test_hints_change_nothing():
+    code = """ld.param.u64 %d1, [x]; mad.wide.u32 %d1, %r0, 16, %d1; prefetch.global.L2 [%d1]; applypriority.global.L2::evict_normal [%d1], 128;
+    createpolicy.fractional.L2::evict_last.b64 %d3, 1.0; griddepcontrol.wait; nanosleep.u32 20; pmevent 1; griddepcontrol.launch_dependents;
+    ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%r20, %r21}, [%d1]; ld.global.L1::evict_last.L2::cache_hint.u32 %r22, [%d1+8], %d3;
+    ldu.global.u32 %r23, [%d1+12]; prefetchu.L1 [%d1]; st.global.L1::evict_first.L2::cache_hint.u32 [%d1], %r23, %d3;
+    .shared .align 16 .b8 s[512]; mov.u32 %r10, s; mad.lo.u32 %r11, %r0, 16, %r10; ld.param.u64 %d4, [y]; setp.gt.u32 %p1, %r0, 15;
+    cp.async.cg.shared.global.L2::cache_hint [%r11], [%d4], 16, %d3; cp.async.cg.shared.global [%r11], [%d4], 16, %p1; cp.async.wait_all;
+    ld.shared.u32 %r24, [%r11+4]; add.u32 %r40, %r20, %r21; add.u32 %r40, %r40, %r22; add.u32 %r40, %r40, %r24;"""
+    out, x, y = np.zeros(32, np.uint32), aligned(np.arange(128, dtype=np.uint32)), aligned(np.full(4, 5000, np.uint32))
+    run(code + STORE, "u64 out, u64 x, u64 y", [out, x, y], target="sm_90")
+    np.testing.assert_array_equal(out, 12 * LANES + 3 + np.where(LANES > 15, 0, 5000))
+    np.testing.assert_array_equal(x[::4], 4 * LANES + 3)
+
+
+def test_special_registers():
+    names = [
+        "tid.x",
+        "tid.y",
+        "tid.z",
+        "ntid.x",
+        "ntid.y",
+        "ntid.z",
+        "ctaid.x",
+        "ctaid.y",
+        "nctaid.x",
+        "nctaid.y",
+        "laneid",
+        "warpid",
+    ]
+    n = 2 * 3 * 24
+    out = np.zeros((n, len(names)), np.uint32)
+    code = """mov.u32 %r10, %ctaid.y; mov.u32 %r11, %nctaid.x; mad.lo.u32 %r10, %r10, %r11, %r2; mov.u32 %r11, %tid.z; mov.u32 %r12, %tid.y;
+    mad.lo.u32 %r11, %r11, 3, %r12; mad.lo.u32 %r11, %r11, 4, %r0; mad.lo.u32 %r11, %r10, 24, %r11; ld.param.u64 %d1, [out];"""
+    code += f"mad.wide.u32 %d1, %r11, {4 * len(names)}, %d1;"
+    code += "".join(f"mov.u32 %r20, %{name}; st.global.u32 [%d1+{4 * i}], %r20;" for i, name in enumerate(names))
+    Module(kernel(code, "u64 out")).launch("k", (2, 3), (4, 3, 2), [out])
+    block, thread = np.divmod(np.arange(n), 24)
+    x, y, z = thread % 4, thread // 4 % 3, thread // 12
+    want = [x, y, z, 4, 3, 2, block % 2, block // 2, 2, 3, thread % 32, thread // 32]
+    np.testing.assert_array_equal(out, np.stack([np.broadcast_to(w, n) for w in want], 1))
+
+
+def test_exit_of_some_lanes_leaves_the_others():
+    out = np.zeros(64, np.uint32)
+    code = "setp.lt.u32 %p1, %r0, 40; @%p1 exit; mov.u32 %r40, 9; bar.sync 0; vote.sync.ballot.b32 %r41, 1, -1; popc.b32 %r42, %r41; add.u32 %r40, %r40, %r42;"
+    run(
+        code.replace(
+            "vote.sync.ballot.b32 %r41, 1, -1", "setp.eq.u32 %p2, %r0, %r0; vote.sync.ballot.b32 %r41, %p2, 0xffffff00"
+        )
+        + STORE,
+        "u64 out",
+        [out],
+        block=64,
+    )
+    np.testing.assert_array_equal(out, [0] * 40 + [33] * 24)
+
+
+def test_clocks_run():
+    out = np.zeros(1, np.uint32)
+    code = """mov.u64 %d5, %clock64; W: nanosleep.u32 100; mov.u64 %d6, %clock64; sub.u64 %d7, %d6, %d5; setp.lt.u64 %p1, %d7, 1000; @%p1 bra W;
+    mov.u32 %r40, 1;"""
+    run(code + STORE, "u64 out", [out], block=1)
+    assert out[0] == 1
+
+
 # ---- counters
 
 
