@@ -59,7 +59,7 @@ class Barrier {
       return;
     }
     for (int spins = 0; __atomic_load_n(&round_, __ATOMIC_ACQUIRE) == round; ++spins) {
-      if (spins < 4000) {
+      if (spins < 1000) {
 #if defined(__x86_64__)
         __builtin_ia32_pause();
 #endif

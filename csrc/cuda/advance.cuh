@@ -31,6 +31,14 @@ __device__ constexpr int h_gate(int accumulator) {
   return -1;
 }
 
+// Whether some accumulator has no part of x or of h, or a block's last m-tile is half empty.
+template <typename Cell>
+__device__ constexpr bool has_gaps() {
+  for (int a = 0; a < Cell::kAccumulators; ++a)
+    if (x_gate<Cell>(a) < 0 || h_gate<Cell>(a) < 0) return true;
+  return Cell::kAccumulators % 2 != 0;
+}
+
 template <typename Cell>
 constexpr int kMTiles = (Cell::kAccumulators + 1) / 2;
 template <typename Cell>

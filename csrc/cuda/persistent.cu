@@ -69,6 +69,7 @@ struct Inbox {
   __device__ __forceinline__ void await(const char* at, bool recurrent, const Params& params, int step) const {
     if (recurrent) {
       uint32_t polls = 0;
+#pragma unroll 1
       for (int c = 0; c < (kWhole ? n : min(n, held)); ++c)
         while (mailbox::missing(mailbox::take<0>(at + 512 * c)))
           if (++polls > params.poll_limit)

@@ -12,7 +12,7 @@ namespace {
 
 // k is read straight from global memory, by all warps in turn, in the very pieces that the product wants.
 // `held` rows of A and `tiles` tiles of 8 rows of B; a null row counts as zeros.
-template <typename Math, int kRows, int kTiles, bool kWhole, typename Scalar, typename Accumulator>
+template <typename Math, bool kGaps, int kRows, int kTiles, bool kWhole, typename Scalar, typename Accumulator>
 __device__ __forceinline__ void accumulate(Accumulator (&acc)[kTiles][(kRows + 1) / 2][4], const Scalar* (&a)[kRows],
                                            const Scalar* (&b)[kTiles], int64_t k_size) {
   constexpr int kPer = 16 / sizeof(Scalar);
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads) step_forward(const __grid_constant__
   extern __shared__ __align__(16) unsigned char shared[];
   Sum* const sums = reinterpret_cast<Sum*>(shared);
 
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int lane = threadIdx.x & 31;
   const int first = int(blockIdx.y) * kTiles * 8, last_row = step.rows - 1;
   const int64_t lane_unit = int64_t(blockIdx.x) * kForwardUnits + (lane >> 2);
   const int64_t hidden = p.hidden, out = p.out;
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads) step_forward(const __grid_constant__
       else
         b[tile] = static_cast<const Scalar*>(p.h0) + row * k_size;
     }
-    accumulate<Math, 2 * kMT, kTiles, kWhole>(acc, a, b, k_size);
+    accumulate<Math, has_gaps<Cell>(), 2 * kMT, kTiles, kWhole>(acc, a, b, k_size);
   }
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) Sums::store(sums + Sums::lane_place() + tile * 8 * kWarps * kForwardUnits, acc[tile]);
@@ -155,7 +155,7 @@ __device__ __forceinline__ void backward_sums(Accumulator* sums, const Scalar* w
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) b[tile] = from + int64_t(min(first + tile * 8 + (lane >> 2), rows - 1)) * k;
     Accumulator acc[kTiles][1][4] = {};
-    accumulate<Math, 2, kTiles, kWhole>(acc, a, b, k);
+    accumulate<Math, false, 2, kTiles, kWhole>(acc, a, b, k);
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) Sums::store(sums + Sums::lane_place() + tile * 8 * Sums::kPitch, acc[tile][0]);
   }
