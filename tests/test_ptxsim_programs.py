@@ -240,3 +240,45 @@ def test_registers_come_from_ptxas():
     x = np.ones(32, np.float32)
     ptxsim.Module(ptx).launch("k", (1,), (32,), [x], cooperative=True)
     assert (x == 2).all()
+
+
+WMMA = r"""
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <mma.h>
+using namespace nvcuda;
+template <class T, class L, class A, int K>
+__device__ void multiply(const A* a, const A* b, float* c, int n) {
+  wmma::fragment<wmma::matrix_a, 16, 16, K, T, L> fa;
+  wmma::fragment<wmma::matrix_b, 16, 16, K, T, wmma::row_major> fb;
+  wmma::fragment<wmma::accumulator, 16, 16, K, float> fc;
+  wmma::load_matrix_sync(fc, c, n, wmma::mem_row_major);
+  for (int k = 0; k < n; k += K) {
+    wmma::load_matrix_sync(fa, a + (std::is_same<L, wmma::row_major>::value ? k : k * n), n);
+    wmma::load_matrix_sync(fb, b + k * n, n);
+    wmma::mma_sync(fc, fa, fb, fc);
+  }
+  wmma::store_matrix_sync(c, fc, n, wmma::mem_row_major);
+}
+extern "C" __global__ void f16_row(const half* a, const half* b, float* c, int n) { multiply<half, wmma::row_major, half, 16>(a, b, c, n); }
+extern "C" __global__ void f16_col(const half* a, const half* b, float* c, int n) { multiply<half, wmma::col_major, half, 16>(a, b, c, n); }
+extern "C" __global__ void tf32_row(const float* a, const float* b, float* c, int n) {
+  multiply<wmma::precision::tf32, wmma::row_major, float, 8>(a, b, c, n);
+}
+"""
+
+
+@needs_nvcc
+@pytest.mark.parametrize("name, dtype", [("f16_row", np.float16), ("f16_col", np.float16), ("tf32_row", np.float32)])
+def test_wmma(name, dtype):
+    rng, n = np.random.default_rng(4), 32
+    a, b = (aligned(rng.integers(-8, 8, (n, n)).astype(dtype)) for _ in "ab")
+    c = aligned(rng.integers(-8, 8, (16, n)).astype(np.float32))
+    want = c[:, :16] + (a.T if name == "f16_col" else a)[:16].astype(float) @ b[:, :16]
+    counts = ptxsim.Module(ptxsim.compile_ptx(WMMA)).launch(name, (1,), (32,), [a, b, c, n])
+    np.testing.assert_array_equal(c[:, :16], want)
+    k = 8 if dtype is np.float32 else 16
+    assert counts["mma_flops"] == 2 * 16 * 16 * n
+    assert counts["by_arg"][0]["ld_bytes"] == 16 * n * a.itemsize
+    assert counts["by_arg"][0]["ld_sectors"] == 16 * n * a.itemsize // 32
+    assert counts["mma"] == n // k

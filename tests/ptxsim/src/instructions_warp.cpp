@@ -359,6 +359,155 @@ void decode_mma(Decoder& d) {
   d.unsupported("element type or shape");
 }
 
+// ---- wmma. How elements lie in a fragment is not specified: here register r of lane l holds elements (l * n
+// + r) * e and on, of the matrix in row-major order, again from the start when it is used up. a, b, c: M, N,
+// K; d: row-major; vector: 0 A, 1 B, 2 C or D
+
+struct Extent {
+  int rows, columns, element;
+};
+
+Extent extent(const Instruction& I, int which, Type t) {
+  return {which == 1 ? I.c : I.a, which == 0 ? I.c : I.b, size_of(t)};
+}
+
+// Moves the tile between memory and `tile`, 16 bytes a lane, neighbours side by side so that sectors count
+// once.
+void wmma_move(Warp& w, const Instruction& I, const Operand& where, const Extent& x, u64 stride, Access kind,
+               u8* tile) {
+  const bool row_major = I.d;
+  const int lines = row_major ? x.rows : x.columns, bytes = (row_major ? x.columns : x.rows) * x.element;
+  const int chunks = lines * bytes / 16, per_line = bytes / 16;
+  u64 base[kLanes];
+  addresses(w, where, base);
+  for (int begin = 0; begin < chunks; begin += kLanes) {
+    const int n = std::min(kLanes, chunks - begin);
+    Lanes lanes;
+    for (int i = 0; i < n; i++)
+      lanes.address[i] =
+          base[0] + (begin + i) / per_line * stride * x.element + 16 * ((begin + i) % per_line);
+    access(w, I, kind, I.space, n == kLanes ? kFullMask : (1u << n) - 1, 16, x.element, lanes,
+           kind == Access::Load ? "wmma.load" : "wmma.store");
+    for (int i = 0; i < n; i++) {
+      u8* mine = tile + 16 * (begin + i);
+      kind == Access::Load ? memcpy(mine, lanes.pointer[i], 16) : memcpy(lanes.pointer[i], mine, 16);
+    }
+  }
+}
+
+u64 wmma_stride(Warp& w, const Instruction& I, int operand, const Extent& x) {
+  if (I.operand_count <= operand) return I.d ? x.columns : x.rows;
+  u32 s[kLanes];
+  return read(w, I.op[operand], s)[0];
+}
+
+void wmma_load(Warp& w, const Instruction& I, u32 mask) {
+  const Extent x = extent(I, I.vector, I.type);
+  u8 tile[16 * 16 * 8];
+  wmma_move(w, I, I.op[1], x, wmma_stride(w, I, 2, x), Access::Load, tile);
+  const int registers = I.part_count(I.op[0]), packed = 4 / x.element, total = x.rows * x.columns;
+  for (int r = 0; r < registers; r++) {
+    u32 v[kLanes] = {};
+    for (int l = 0; l < kLanes; l++)
+      for (int e = 0; e < packed; e++) {
+        const int k = ((l * registers + r) * packed + e) % total, i = k / x.columns, j = k % x.columns;
+        const int at = I.d ? k : j * x.rows + i;
+        u32 bits = 0;
+        memcpy(&bits, tile + at * x.element, x.element);
+        v[l] |= bits << (8 * x.element * e);
+      }
+    write(w, I.part(I.op[0], r), mask, v);
+  }
+}
+
+void wmma_store(Warp& w, const Instruction& I, u32) {
+  const Extent x = extent(I, 2, I.type);
+  u8 tile[16 * 16 * 8];
+  const int registers = I.part_count(I.op[1]), packed = 4 / x.element, total = x.rows * x.columns;
+  for (int r = 0; r < registers; r++) {
+    u32 s[kLanes];
+    const u32* v = read(w, I.part(I.op[1], r), s);
+    for (int l = 0; l < kLanes; l++)
+      for (int e = 0; e < packed; e++) {
+        const int k = ((l * registers + r) * packed + e) % total, i = k / x.columns, j = k % x.columns;
+        const u32 bits = v[l] >> (8 * x.element * e % 32);
+        memcpy(tile + (I.d ? k : j * x.rows + i) * x.element, &bits, x.element);
+      }
+  }
+  wmma_move(w, I, I.op[0], x, wmma_stride(w, I, 2, x), Access::Store, tile);
+}
+
+double wmma_value(u32 bits, Type t) {
+  switch (t) {
+    case Type::F16:
+      return f16::raw(bits).value();
+    case Type::BF16:
+      return bf16::raw(bits).value();
+    case Type::TF32:
+      return std::bit_cast<float>(bits & ~0x1fffu);
+    default:
+      return std::bit_cast<float>(bits);
+  }
+}
+
+void wmma_fragment(Warp& w, const Instruction& I, int operand, int which, Type t, double* out) {
+  const Extent x = extent(I, which, t);
+  const int registers = I.part_count(I.op[operand]), packed = 4 / x.element, total = x.rows * x.columns;
+  for (int r = 0; r < registers; r++) {
+    u32 s[kLanes];
+    const u32* v = read(w, I.part(I.op[operand], r), s);
+    for (int l = 0; l < kLanes; l++)
+      for (int e = 0; e < packed; e++)
+        out[((l * registers + r) * packed + e) % total] = wmma_value(v[l] >> (8 * x.element * e % 32), t);
+  }
+}
+
+void wmma_multiply(Warp& w, const Instruction& I, u32 mask) {  // type: D and C, type2: A and B
+  count_mma(w, I);
+  double a[32 * 16], b[32 * 16], c[32 * 32];
+  wmma_fragment(w, I, 1, 0, I.type2, a);
+  wmma_fragment(w, I, 2, 1, I.type2, b);
+  wmma_fragment(w, I, 3, 2, I.type, c);
+  for (int i = 0; i < I.a; i++) {
+    double sum[32] = {};
+    for (int k = 0; k < I.c; k++)
+      for (int j = 0; j < I.b; j++) sum[j] += a[i * I.c + k] * b[k * I.b + j];
+    for (int j = 0; j < I.b; j++) c[i * I.b + j] += sum[j];
+  }
+  const bool halves = I.type == Type::F16;
+  const int registers = I.part_count(I.op[0]), packed = halves ? 2 : 1, total = I.a * I.b;
+  for (int r = 0; r < registers; r++) {
+    u32 v[kLanes] = {};
+    for (int l = 0; l < kLanes; l++)
+      for (int e = 0; e < packed; e++) {
+        const double x = c[((l * registers + r) * packed + e) % total];
+        const float f = static_cast<float>(x);
+        v[l] |= halves ? u32(f16(x).bits) << (16 * e) : f == f ? std::bit_cast<u32>(f) : kNanF32;
+      }
+    write(w, I.part(I.op[0], r), mask, v);
+  }
+}
+
+void decode_wmma(Decoder& d) {
+  Instruction& I = d.I;
+  int m = 0, n = 0, k = 0;
+  for (const char* stem : {"m1", "m8", "m3"})
+    if (const std::string* shape = d.word_starting(stem)) sscanf(shape->c_str(), "m%dn%dk%d", &m, &n, &k);
+  I.a = m, I.b = n, I.c = k;
+  I.flow = Flow::WarpSync;
+  I.space = d.has("global") ? Space::Global : d.has("shared") ? Space::Shared : Space::Generic;
+  d.all(Type::B32);
+  if (d.words[1] == "mma") {
+    I.type = d.types[0];
+    I.type2 = d.types.size() == 4 ? d.types[1] : Type::F16;
+    if (d.types.back() != I.type) d.unsupported("C and D of different types");
+    return d.run(wmma_multiply);
+  }
+  I.d = d.has("row");
+  I.vector = d.words[2] == "a" ? 0 : d.words[2] == "b" ? 1 : 2;
+  d.run(d.words[1] == "load" ? wmma_load : wmma_store);
+}
+
 // ---- control flow
 
 void nothing(Warp&, const Instruction&, u32) {}
@@ -459,6 +608,14 @@ const Entry kWarpTable[] = {
     {"movmatrix", "b16", "sync aligned m8n8 trans", "Warp Level Matrix: movmatrix", decode_matrix},
     {"mma", "f16 f32 f64", "sync aligned m16n8k4 m16n8k8 m16n8k16 m8n8k4 row col", "Warp Level Matrix: mma",
      decode_mma},
+    {"wmma.load", "f16 bf16 tf32 f32",
+     "a b c sync aligned row col m16n16k16 m32n8k16 m8n32k16 m16n16k8 global shared shared::cta",
+     "Warp Level Matrix: wmma.load", decode_wmma},
+    {"wmma.store", "f16 f32",
+     "d sync aligned row col m16n16k16 m32n8k16 m8n32k16 m16n16k8 global shared shared::cta",
+     "Warp Level Matrix: wmma.store", decode_wmma},
+    {"wmma.mma", "f16 f32", "sync aligned row col m16n16k16 m32n8k16 m8n32k16 m16n16k8",
+     "Warp Level Matrix: wmma.mma", decode_wmma},
 
     {"bra", "", "uni", "Control Flow",
      [](Decoder& d) {
