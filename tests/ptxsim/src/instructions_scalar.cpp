@@ -322,10 +322,10 @@ void directed(Warp& w, const Instruction& I, u32 mask) {
   write_float<T>(w, I, I.op[0], mask, r);
 }
 
-// f: the operation on three numbers of one type (unused ones are ignored), in float, double, or double for
+// G: the operation on three numbers of one type (unused ones are ignored), in float or double.
 // 16-bit.
 template <class F, class G>
-void decode_float(Decoder& d, F rounded_to_nearest, G three) {
+void decode_float(Decoder& d, F rounded_to_nearest, G) {
   d.all(d.types[0]);
   if (d.I.rounding != kNearest) {
     if (d.types[0] == Type::F32) return d.run(directed<float, G>);
@@ -1010,76 +1010,124 @@ constexpr const char* kInteger = "u16 u32 u64 s16 s32 s64";
 constexpr const char* kFloat = "f32 f64 f16 bf16 f16x2 bf16x2";
 constexpr const char* kRounding = "rn rz rm rp ftz sat";
 
-#define INTEGER(lambda)                         \
-  [](Decoder& d) {                              \
-    d.all(d.types[0]);                          \
-    d.run(integer_handler(d.types[0], lambda)); \
-  }
-#define UNSIGNED(lambda)                                     \
-  [](Decoder& d) {                                           \
-    d.all(d.types[0]);                                       \
-    d.run(integer_handler(unsigned_of(d.types[0]), lambda)); \
-  }
-#define FLOAT_BITS(lambda)                          \
-  [](Decoder& d) {                                  \
-    d.all(d.types[0]);                              \
-    d.run(float_handler<true>(d.types[0], lambda)); \
-  }
-#define FLOAT(lambda, three) [](Decoder& d) { decode_float(d, lambda, three); }
+// What a row of the table below says with one lambda: it becomes a decoder of its own.
+
+using Decode = void (*)(Decoder&);
+
+template <class F>
+Decode integer(F) {
+  return [](Decoder& d) {
+    d.all(d.types[0]);
+    d.run(integer_handler(d.types[0], F{}));
+  };
+}
+
+// Integers modulo 2^n: signed as unsigned.
+template <class F>
+Decode modular(F) {
+  return [](Decoder& d) {
+    d.all(d.types[0]);
+    d.run(integer_handler(unsigned_of(d.types[0]), F{}));
+  };
+}
+
+template <class F>
+Decode saturating(F) {
+  return [](Decoder& d) {
+    d.I.saturate = false;
+    d.all(Type::S32);
+    d.run(integer_handler(Type::S32, F{}));
+  };
+}
+
+template <class F>
+Decode counting(F) {
+  return [](Decoder& d) { decode_count_bits(d, F{}); };
+}
+
+// Floats that keep the bits of a NaN.
+template <class F>
+Decode float_bits(F) {
+  return [](Decoder& d) {
+    d.all(d.types[0]);
+    d.run(float_handler<true>(d.types[0], F{}));
+  };
+}
+
+template <class F>
+Decode floating(F) {
+  return [](Decoder& d) {
+    d.all(d.types[0]);
+    d.run(float_handler(d.types[0], F{}));
+  };
+}
+
+// With rounding modes: three(a, b, c) is the operation in the type itself.
+template <class F, class G>
+Decode floating(F, G) {
+  return [](Decoder& d) { decode_float(d, F{}, G{}); };
+}
+
+template <u64 Counters::* kCounter, class F>
+Decode special(F) {
+  return [](Decoder& d) { decode_counted<kCounter>(d, F{}); };
+}
+
+template <u64 Counters::* kCounter, class F, class G>
+Decode special(F, G) {
+  return [](Decoder& d) { decode_counted_rounding<kCounter>(d, F{}, G{}); };
+}
+
+constexpr const char* kComparing =
+    "eq ne lt le gt ge lo ls hi hs equ neu ltu leu gtu geu num nan and or xor ftz";
+constexpr auto kFma = [](auto a, auto b, auto c) { return fused_multiply_add(a, b, c); };
 
 }  // namespace
 
-extern const Entry kScalarTable[];
-const Entry kScalarTable[] = {
+extern const Entry kIntegerTable[];
+const Entry kIntegerTable[] = {
     // opcode, types, modifiers, section of the PTX ISA, meaning
-    {"add", "u16 u32 u64 s16 s64", "", "Integer Arithmetic", UNSIGNED([](auto a, auto b) { return a + b; })},
-    {"add", "s32", "sat", "Integer Arithmetic",
-     [](Decoder& d) {
-       d.all(Type::S32);
-       if (d.has("sat")) {
-         d.I.saturate = false;
-         return d.run(integer_handler(Type::S32, [](auto a, auto b) { return std::clamp<s64>(s64(a) + s64(b), INT32_MIN, INT32_MAX); }));
-       }
-       d.run(integer_handler(Type::U32, [](auto a, auto b) { return a + b; }));
-     }},
-    {"sub", "u16 u32 u64 s16 s64", "", "Integer Arithmetic", UNSIGNED([](auto a, auto b) { return a - b; })},
-    {"sub", "s32", "sat", "Integer Arithmetic",
-     [](Decoder& d) {
-       d.all(Type::S32);
-       if (d.has("sat")) {
-         d.I.saturate = false;
-         return d.run(integer_handler(Type::S32, [](auto a, auto b) { return std::clamp<s64>(s64(a) - s64(b), INT32_MIN, INT32_MAX); }));
-       }
-       d.run(integer_handler(Type::U32, [](auto a, auto b) { return a - b; }));
-     }},
+    {"add", kInteger, "", "Integer Arithmetic", modular([](auto a, auto b) { return a + b; })},
+    {"add.sat", "s32", "", "Integer Arithmetic",
+     saturating([](auto a, auto b) { return std::clamp<s64>(s64(a) + s64(b), INT32_MIN, INT32_MAX); })},
+    {"sub", kInteger, "", "Integer Arithmetic", modular([](auto a, auto b) { return a - b; })},
+    {"sub.sat", "s32", "", "Integer Arithmetic",
+     saturating([](auto a, auto b) { return std::clamp<s64>(s64(a) - s64(b), INT32_MIN, INT32_MAX); })},
     {"mul.wide", "u16 s16 u32 s32", "", "Integer Arithmetic", decode_wide},
     {"mad.wide", "u16 s16 u32 s32", "", "Integer Arithmetic", decode_wide},
-    {"mul.hi", kInteger, "", "Integer Arithmetic", INTEGER([](auto a, auto b) { return multiply_high(a, b); })},
-    {"mul.lo", kInteger, "", "Integer Arithmetic", UNSIGNED([](auto a, auto b) { return a * b; })},
-    {"mad.lo", kInteger, "", "Integer Arithmetic", UNSIGNED([](auto a, auto b, auto c) { return a * b + c; })},
+    {"mul.hi", kInteger, "", "Integer Arithmetic",
+     integer([](auto a, auto b) { return multiply_high(a, b); })},
+    {"mul.lo", kInteger, "", "Integer Arithmetic", modular([](auto a, auto b) { return a * b; })},
+    {"mad.lo", kInteger, "", "Integer Arithmetic", modular([](auto a, auto b, auto c) { return a * b + c; })},
     {"mad.hi", kInteger, "", "Integer Arithmetic",
-     INTEGER([](auto a, auto b, auto c) { return static_cast<decltype(a)>(multiply_high(a, b) + c); })},
-    {"mul24.lo", "u32", "", "Integer Arithmetic", INTEGER([](auto a, auto b) { return (a & 0xffffff) * (b & 0xffffff); })},
-    {"mul24.lo", "s32", "", "Integer Arithmetic", INTEGER([](auto a, auto b) { return ((s32)((u32)a << 8) >> 8) * ((s32)((u32)b << 8) >> 8); })},
-    {"sad", kInteger, "", "Integer Arithmetic", INTEGER([](auto a, auto b, auto c) { return c + (a < b ? b - a : a - b); })},
-    {"div", kInteger, "", "Integer Arithmetic", INTEGER([](auto a, auto b) {
+     integer([](auto a, auto b, auto c) { return static_cast<decltype(a)>(multiply_high(a, b) + c); })},
+    {"mul24.lo", "u32", "", "Integer Arithmetic",
+     integer([](auto a, auto b) { return (a & 0xffffff) * (b & 0xffffff); })},
+    {"mul24.lo", "s32", "", "Integer Arithmetic",
+     integer([](auto a, auto b) { return ((s32)((u32)a << 8) >> 8) * ((s32)((u32)b << 8) >> 8); })},
+    {"sad", kInteger, "", "Integer Arithmetic",
+     integer([](auto a, auto b, auto c) { return c + (a < b ? b - a : a - b); })},
+    {"div", kInteger, "", "Integer Arithmetic", integer([](auto a, auto b) {
        using T = decltype(a);
        if (b == 0) return static_cast<T>(-1);
        return std::is_signed_v<T> && b == static_cast<T>(-1) ? static_cast<T>(0 - a) : static_cast<T>(a / b);
      })},
-    {"rem", kInteger, "", "Integer Arithmetic", INTEGER([](auto a, auto b) {
+    {"rem", kInteger, "", "Integer Arithmetic", integer([](auto a, auto b) {
        using T = decltype(a);
        if (b == 0) return a;
        return std::is_signed_v<T> && b == static_cast<T>(-1) ? static_cast<T>(0) : static_cast<T>(a % b);
      })},
-    {"abs", "s16 s32 s64", "", "Integer Arithmetic", INTEGER([](auto a) { return a < 0 ? -a : a; })},
-    {"neg", "s16 s32 s64", "", "Integer Arithmetic", INTEGER([](auto a) { return -a; })},
-    {"min", kInteger, "", "Integer Arithmetic", INTEGER([](auto a, auto b) { return a < b ? a : b; })},
-    {"max", kInteger, "", "Integer Arithmetic", INTEGER([](auto a, auto b) { return a > b ? a : b; })},
-    {"popc", "b32 b64", "", "Integer Arithmetic", [](Decoder& d) { decode_count_bits(d, [](auto a, bool) { return u32(std::popcount(std::make_unsigned_t<decltype(a)>(a))); }); }},
-    {"clz", "b32 b64", "", "Integer Arithmetic", [](Decoder& d) { decode_count_bits(d, [](auto a, bool) { return u32(std::countl_zero(std::make_unsigned_t<decltype(a)>(a))); }); }},
-    {"bfind", "u32 u64 s32 s64", "shiftamt", "Integer Arithmetic", [](Decoder& d) { decode_count_bits(d, [](auto a, bool amount) { return find_bit(a, amount); }); }},
-    {"brev", "b32 b64", "", "Integer Arithmetic", INTEGER([](auto a) {
+    {"abs", "s16 s32 s64", "", "Integer Arithmetic", integer([](auto a) { return a < 0 ? -a : a; })},
+    {"neg", "s16 s32 s64", "", "Integer Arithmetic", integer([](auto a) { return -a; })},
+    {"min", kInteger, "", "Integer Arithmetic", integer([](auto a, auto b) { return a < b ? a : b; })},
+    {"max", kInteger, "", "Integer Arithmetic", integer([](auto a, auto b) { return a > b ? a : b; })},
+    {"popc", "b32 b64", "", "Integer Arithmetic",
+     counting([](auto a, bool) { return u32(std::popcount(std::make_unsigned_t<decltype(a)>(a))); })},
+    {"clz", "b32 b64", "", "Integer Arithmetic",
+     counting([](auto a, bool) { return u32(std::countl_zero(std::make_unsigned_t<decltype(a)>(a))); })},
+    {"bfind", "u32 u64 s32 s64", "shiftamt", "Integer Arithmetic",
+     counting([](auto a, bool amount) { return find_bit(a, amount); })},
+    {"brev", "b32 b64", "", "Integer Arithmetic", integer([](auto a) {
        decltype(a) r = 0;
        for (size_t i = 0; i < 8 * sizeof a; i++) r |= ((a >> i) & 1) << (8 * sizeof a - 1 - i);
        return r;
@@ -1090,7 +1138,10 @@ const Entry kScalarTable[] = {
        d.operand(2, d.operands[2], Type::U32);
        d.operand(3, d.operands[3], Type::U32);
        Type t = d.types[0];
-       d.run(t == Type::U32 ? extract_bits<u32> : t == Type::S32 ? extract_bits<s32> : t == Type::U64 ? extract_bits<u64> : extract_bits<s64>);
+       d.run(t == Type::U32   ? extract_bits<u32>
+             : t == Type::S32 ? extract_bits<s32>
+             : t == Type::U64 ? extract_bits<u64>
+                              : extract_bits<s64>);
      }},
     {"bfi", "b32 b64", "", "Integer Arithmetic",
      [](Decoder& d) {
@@ -1112,62 +1163,97 @@ const Entry kScalarTable[] = {
     {"mad.lo.cc", "u32 s32 u64 s64", "", "Extended-Precision Integer Arithmetic", decode_carry},
     {"mad.hi.cc", "u32 s32 u64 s64", "", "Extended-Precision Integer Arithmetic", decode_carry},
     {"madc", "u32 s32 u64 s64", "lo hi cc", "Extended-Precision Integer Arithmetic", decode_carry},
+    {nullptr, nullptr, nullptr, nullptr, nullptr},
+};
 
+extern const Entry kFloatTable[];
+const Entry kFloatTable[] = {
     {"testp", "f32 f64", "finite infinite number notanumber normal subnormal", "Floating-Point",
      [](Decoder& d) {
        d.all(d.types[0]);
-       d.I.a = d.has("finite") ? 0 : d.has("infinite") ? 1 : d.has("number") ? 2 : d.has("notanumber") ? 3 : d.has("normal") ? 4 : 5;
+       d.I.a = d.has("finite")       ? 0
+               : d.has("infinite")   ? 1
+               : d.has("number")     ? 2
+               : d.has("notanumber") ? 3
+               : d.has("normal")     ? 4
+                                     : 5;
        d.run(d.types[0] == Type::F32 ? test_property<float> : test_property<double>);
      }},
-    {"copysign", "f32 f64", "", "Floating-Point", FLOAT_BITS([](auto a, auto b) {
-       if constexpr (is_half<decltype(a)>) return a;
-       else return std::copysign(b, a);
+    {"copysign", "f32 f64", "", "Floating-Point", float_bits([](auto a, auto b) {
+       if constexpr (is_half<decltype(a)>)
+         return a;
+       else
+         return std::copysign(b, a);
      })},
     {"add", kFloat, kRounding, "Floating-Point, Half Precision",
-     FLOAT([](auto a, auto b) { return widen(a) + widen(b); }, [](auto a, auto b, auto) { return a + b; })},
+     floating([](auto a, auto b) { return widen(a) + widen(b); },
+              [](auto a, auto b, auto) { return a + b; })},
     {"sub", kFloat, kRounding, "Floating-Point, Half Precision",
-     FLOAT([](auto a, auto b) { return widen(a) - widen(b); }, [](auto a, auto b, auto) { return a - b; })},
+     floating([](auto a, auto b) { return widen(a) - widen(b); },
+              [](auto a, auto b, auto) { return a - b; })},
     {"mul", kFloat, kRounding, "Floating-Point, Half Precision",
-     FLOAT([](auto a, auto b) { return widen(a) * widen(b); }, [](auto a, auto b, auto) { return a * b; })},
-    {"fma", kFloat, kRounding, "Floating-Point, Half Precision",
-     FLOAT([](auto a, auto b, auto c) { return fused_multiply_add(a, b, c); }, [](auto a, auto b, auto c) { return fused_multiply_add(a, b, c); })},
-    {"mad", "f32 f64", kRounding, "Floating-Point",
-     FLOAT([](auto a, auto b, auto c) { return fused_multiply_add(a, b, c); }, [](auto a, auto b, auto c) { return fused_multiply_add(a, b, c); })},
+     floating([](auto a, auto b) { return widen(a) * widen(b); },
+              [](auto a, auto b, auto) { return a * b; })},
+    {"fma", kFloat, kRounding, "Floating-Point, Half Precision", floating(kFma, kFma)},
+    {"mad", "f32 f64", kRounding, "Floating-Point", floating(kFma, kFma)},
     {"div", "f32 f64", "rn rz rm rp ftz approx full", "Floating-Point",
-     [](Decoder& d) { decode_counted_rounding<&Counters::div>(d, [](auto a, auto b) { return widen(a) / widen(b); }, [](auto a, auto b, auto) { return a / b; }); }},
-    {"abs", kFloat, "ftz", "Floating-Point, Half Precision", FLOAT_BITS([](auto a) {
-       if constexpr (is_half<decltype(a)>) return decltype(a)::raw(a.bits & 0x7fff);
-       else return std::fabs(a);
+     special<&Counters::div>([](auto a, auto b) { return widen(a) / widen(b); },
+                             [](auto a, auto b, auto) { return a / b; })},
+    {"abs", kFloat, "ftz", "Floating-Point, Half Precision", float_bits([](auto a) {
+       if constexpr (is_half<decltype(a)>)
+         return decltype(a)::raw(a.bits & 0x7fff);
+       else
+         return std::fabs(a);
      })},
-    {"neg", kFloat, "ftz", "Floating-Point, Half Precision", FLOAT_BITS([](auto a) {
-       if constexpr (is_half<decltype(a)>) return decltype(a)::raw(a.bits ^ 0x8000);
-       else return -a;
+    {"neg", kFloat, "ftz", "Floating-Point, Half Precision", float_bits([](auto a) {
+       if constexpr (is_half<decltype(a)>)
+         return decltype(a)::raw(a.bits ^ 0x8000);
+       else
+         return -a;
      })},
-    {"min.NaN", kFloat, "ftz", "Floating-Point, Half Precision", FLOAT([](auto a, auto b) { return minimum(a, b, true, false); }, [](auto a, auto, auto) { return a; })},
-    {"max.NaN", kFloat, "ftz", "Floating-Point, Half Precision", FLOAT([](auto a, auto b) { return minimum(a, b, true, true); }, [](auto a, auto, auto) { return a; })},
-    {"min.ftz.NaN", "f32", "", "Floating-Point", FLOAT([](auto a, auto b) { return minimum(a, b, true, false); }, [](auto a, auto, auto) { return a; })},
-    {"max.ftz.NaN", "f32", "", "Floating-Point", FLOAT([](auto a, auto b) { return minimum(a, b, true, true); }, [](auto a, auto, auto) { return a; })},
-    {"min", kFloat, "ftz", "Floating-Point, Half Precision", FLOAT([](auto a, auto b) { return minimum(a, b, false, false); }, [](auto a, auto, auto) { return a; })},
-    {"max", kFloat, "ftz", "Floating-Point, Half Precision", FLOAT([](auto a, auto b) { return minimum(a, b, false, true); }, [](auto a, auto, auto) { return a; })},
+    {"min.NaN", kFloat, "ftz", "Floating-Point, Half Precision",
+     floating([](auto a, auto b) { return minimum(a, b, true, false); })},
+    {"max.NaN", kFloat, "ftz", "Floating-Point, Half Precision",
+     floating([](auto a, auto b) { return minimum(a, b, true, true); })},
+    {"min.ftz.NaN", "f32", "", "Floating-Point",
+     floating([](auto a, auto b) { return minimum(a, b, true, false); })},
+    {"max.ftz.NaN", "f32", "", "Floating-Point",
+     floating([](auto a, auto b) { return minimum(a, b, true, true); })},
+    {"min", kFloat, "ftz", "Floating-Point, Half Precision",
+     floating([](auto a, auto b) { return minimum(a, b, false, false); })},
+    {"max", kFloat, "ftz", "Floating-Point, Half Precision",
+     floating([](auto a, auto b) { return minimum(a, b, false, true); })},
     {"rcp", "f32 f64", "rn rz rm rp approx ftz", "Floating-Point",
-     [](Decoder& d) { decode_counted_rounding<&Counters::rcp>(d, [](auto a) { return 1 / widen(a); }, [](auto a, auto, auto) { return 1 / a; }); }},
+     special<&Counters::rcp>([](auto a) { return 1 / widen(a); }, [](auto a, auto, auto) { return 1 / a; })},
     {"sqrt", "f32 f64", "rn rz rm rp approx ftz", "Floating-Point",
-     [](Decoder& d) { decode_counted_rounding<&Counters::sfu_other>(d, [](auto a) { return std::sqrt(widen(a)); }, [](auto a, auto, auto) { return std::sqrt(a); }); }},
-    {"rsqrt", "f32 f64", "approx ftz", "Floating-Point", [](Decoder& d) { decode_counted<&Counters::sfu_other>(d, [](auto a) { return through_double(a, [](double x) { return 1 / std::sqrt(x); }); }); }},
-    {"sin", "f32", "approx ftz", "Floating-Point", [](Decoder& d) { decode_counted<&Counters::sfu_other>(d, [](auto a) { return through_double(a, std::sin); }); }},
-    {"cos", "f32", "approx ftz", "Floating-Point", [](Decoder& d) { decode_counted<&Counters::sfu_other>(d, [](auto a) { return through_double(a, std::cos); }); }},
-    {"lg2", "f32", "approx ftz", "Floating-Point", [](Decoder& d) { decode_counted<&Counters::sfu_other>(d, [](auto a) { return through_double(a, std::log2); }); }},
+     special<&Counters::sfu_other>([](auto a) { return std::sqrt(widen(a)); },
+                                   [](auto a, auto, auto) { return std::sqrt(a); })},
+    {"rsqrt", "f32 f64", "approx ftz", "Floating-Point", special<&Counters::sfu_other>([](auto a) {
+       return through_double(a, [](double x) { return 1 / std::sqrt(x); });
+     })},
+    {"sin", "f32", "approx ftz", "Floating-Point",
+     special<&Counters::sfu_other>([](auto a) { return through_double(a, std::sin); })},
+    {"cos", "f32", "approx ftz", "Floating-Point",
+     special<&Counters::sfu_other>([](auto a) { return through_double(a, std::cos); })},
+    {"lg2", "f32", "approx ftz", "Floating-Point",
+     special<&Counters::sfu_other>([](auto a) { return through_double(a, std::log2); })},
     {"ex2", "f32 f16 bf16 f16x2 bf16x2", "approx ftz", "Floating-Point, Half Precision",
-     [](Decoder& d) {
-       decode_counted<&Counters::ex2>(d, [](auto a) {
-         if constexpr (std::is_same_v<decltype(a), float>) return exp2f(a);
-         else return through_double(a, std::exp2);
-       });
-     }},
-    {"tanh", "f32 f16 bf16 f16x2 bf16x2", "approx", "Floating-Point, Half Precision", [](Decoder& d) { decode_counted<&Counters::tanh>(d, [](auto a) { return through_double(a, std::tanh); }); }},
+     special<&Counters::ex2>([](auto a) {
+       if constexpr (std::is_same_v<decltype(a), float>)
+         return exp2f(a);
+       else
+         return through_double(a, std::exp2);
+     })},
+    {"tanh", "f32 f16 bf16 f16x2 bf16x2", "approx", "Floating-Point, Half Precision",
+     special<&Counters::tanh>([](auto a) { return through_double(a, std::tanh); })},
+    {nullptr, nullptr, nullptr, nullptr, nullptr},
+};
 
-    {"setp", "u16 u32 u64 s16 s32 s64 b16 b32 b64 f32 f64 f16 bf16 f16x2 bf16x2", "eq ne lt le gt ge lo ls hi hs equ neu ltu leu gtu geu num nan and or xor ftz", "Comparison and Selection", decode_setp},
-    {"set", "u32 s32 f32 f16 bf16", "eq ne lt le gt ge lo ls hi hs equ neu ltu leu gtu geu num nan and or xor ftz", "Comparison and Selection", decode_set},
+extern const Entry kLogicTable[];
+const Entry kLogicTable[] = {
+    {"setp", "u16 u32 u64 s16 s32 s64 b16 b32 b64 f32 f64 f16 bf16 f16x2 bf16x2", kComparing,
+     "Comparison and Selection", decode_setp},
+    {"set", "u32 s32 f32 f16 bf16", kComparing, "Comparison and Selection", decode_set},
     {"selp", "u16 u32 u64 s16 s32 s64 b16 b32 b64 f32 f64", "", "Comparison and Selection",
      [](Decoder& d) {
        d.all(d.types[0]);
@@ -1181,12 +1267,12 @@ const Entry kScalarTable[] = {
        d.run(d.types[1] == Type::F32 ? slct<float> : slct<s32>);
      }},
 
-    {"and", "pred b16 b32 b64", "", "Logic and Shift", INTEGER([](auto a, auto b) { return a & b; })},
-    {"or", "pred b16 b32 b64", "", "Logic and Shift", INTEGER([](auto a, auto b) { return a | b; })},
-    {"xor", "pred b16 b32 b64", "", "Logic and Shift", INTEGER([](auto a, auto b) { return a ^ b; })},
-    {"not", "pred", "", "Logic and Shift", INTEGER([](auto a) { return a ^ 1; })},
-    {"not", "b16 b32 b64", "", "Logic and Shift", INTEGER([](auto a) { return ~a; })},
-    {"cnot", "b16 b32 b64", "", "Logic and Shift", INTEGER([](auto a) { return a == 0; })},
+    {"and", "pred b16 b32 b64", "", "Logic and Shift", integer([](auto a, auto b) { return a & b; })},
+    {"or", "pred b16 b32 b64", "", "Logic and Shift", integer([](auto a, auto b) { return a | b; })},
+    {"xor", "pred b16 b32 b64", "", "Logic and Shift", integer([](auto a, auto b) { return a ^ b; })},
+    {"not", "pred", "", "Logic and Shift", integer([](auto a) { return a ^ 1; })},
+    {"not", "b16 b32 b64", "", "Logic and Shift", integer([](auto a) { return ~a; })},
+    {"cnot", "b16 b32 b64", "", "Logic and Shift", integer([](auto a) { return a == 0; })},
     {"lop3", "b32", "", "Logic and Shift",
      [](Decoder& d) {
        d.all(Type::B32);
@@ -1213,15 +1299,27 @@ const Entry kScalarTable[] = {
        d.operand(2, d.operands[2], Type::U32);
        d.run(shift_handler(d.types[0]));
      }},
+    {nullptr, nullptr, nullptr, nullptr, nullptr},
+};
 
-    {"mov", "pred b16 b32 b64 b128 u16 u32 u64 s16 s32 s64 f32 f64", "", "Data Movement and Conversion", decode_mov},
+extern const Entry kMoveTable[];
+const Entry kMoveTable[] = {
+    {"mov", "pred b16 b32 b64 b128 u16 u32 u64 s16 s32 s64 f32 f64", "", "Data Movement and Conversion",
+     decode_mov},
     {"prmt", "b32", "f4e b4e rc8 ecl ecr rc16", "Data Movement and Conversion",
      [](Decoder& d) {
        d.all(Type::B32);
-       d.I.a = d.has("f4e") ? 1 : d.has("b4e") ? 2 : d.has("rc8") ? 3 : d.has("ecl") ? 4 : d.has("ecr") ? 5 : d.has("rc16") ? 6 : 0;
+       d.I.a = d.has("f4e")    ? 1
+               : d.has("b4e")  ? 2
+               : d.has("rc8")  ? 3
+               : d.has("ecl")  ? 4
+               : d.has("ecr")  ? 5
+               : d.has("rc16") ? 6
+                               : 0;
        d.run(prmt);
      }},
-    {"cvt", "u8 u16 u32 u64 s8 s16 s32 s64 f16 bf16 f16x2 bf16x2 f32 f64 tf32", "rn rz rm rp rna rni rzi rmi rpi ftz sat satfinite relu", "Data Movement and Conversion", decode_cvt},
+    {"cvt", "u8 u16 u32 u64 s8 s16 s32 s64 f16 bf16 f16x2 bf16x2 f32 f64 tf32",
+     "rn rz rm rp rna rni rzi rmi rpi ftz sat satfinite relu", "Data Movement and Conversion", decode_cvt},
     {nullptr, nullptr, nullptr, nullptr, nullptr},
 };
 

@@ -10,17 +10,15 @@ namespace ptxsim {
 
 // ---- counters: what launches did, summed over all warps. Exact for the PTX; no cache is modelled.
 // Bytes are active lanes x access size; sectors the distinct aligned 32-byte pieces one warp access touches.
-#define PTXSIM_COUNTERS(X)                                                                                   \
-  X(launches)                                                                                                \
-  X(blocks)                                                                                                  \
-  X(warp_instr)                                                                                              \
-  X(global_ld)                                                                                               \
-  X(global_ld_bytes)                                                                                         \
-  X(global_ld_sectors)                                                                                       \
-  X(global_st) X(global_st_bytes) X(global_st_sectors) X(cp_async_bytes) X(strong_ld) X(polls) X(poll_bytes) \
-      X(poll_sectors) X(shared_ld_bytes) X(shared_st_bytes) X(local_ld_bytes) X(local_st_bytes) X(mma)       \
-          X(mma_flops) X(bar_block) X(bar_warp) X(grid_arrive) X(atom_global) X(atom_shared) X(ex2) X(tanh)  \
-              X(rcp) X(div) X(sfu_other) X(shfl)
+// clang-format off
+#define PTXSIM_COUNTERS(X)                                                                              \
+  X(launches) X(blocks) X(warp_instr)                                                                   \
+  X(global_ld) X(global_ld_bytes) X(global_ld_sectors) X(global_st) X(global_st_bytes) X(global_st_sectors) \
+  X(cp_async_bytes) X(strong_ld) X(polls) X(poll_bytes) X(poll_sectors)                                 \
+  X(shared_ld_bytes) X(shared_st_bytes) X(local_ld_bytes) X(local_st_bytes)                             \
+  X(mma) X(mma_flops) X(bar_block) X(bar_warp) X(grid_arrive) X(atom_global) X(atom_shared)             \
+  X(ex2) X(tanh) X(rcp) X(div) X(sfu_other) X(shfl)
+// clang-format on
 
 struct Counters {
 #define X(name) u64 name = 0;

@@ -159,7 +159,7 @@ u32 align_up(u32 x, u32 to) { return (x + to - 1) / to * to; }
 
 // ---- the instruction table
 
-extern const Entry kScalarTable[], kMemoryTable[], kWarpTable[];
+extern const Entry kIntegerTable[], kFloatTable[], kLogicTable[], kMoveTable[], kMemoryTable[], kWarpTable[];
 
 namespace {
 
@@ -184,7 +184,7 @@ struct Row {
 const std::unordered_map<std::string, std::vector<Row>>& table() {
   static const auto* rows = [] {
     auto* all = new std::unordered_map<std::string, std::vector<Row>>;
-    for (const Entry* t : {kScalarTable, kMemoryTable, kWarpTable})
+    for (const Entry* t : {kIntegerTable, kFloatTable, kLogicTable, kMoveTable, kMemoryTable, kWarpTable})
       for (const Entry* e = t; e->opcode; e++) {
         Row row{e, split_dots(e->opcode)};
         (*all)[row.words[0]].push_back(row);
