@@ -411,6 +411,13 @@ def test_ftz_and_saturation():
     np.testing.assert_array_equal(elementwise("add.sat.f32 {d}, {a}, 0f00000000;", np.float32, x), want)
 
 
+def test_min_and_max_flush_and_keep_nan():
+    x = np.float32([-1e-40, 1e-40, np.nan])
+    for op, want in {"min": [0x80000000, 0, 0x7FFFFFFF], "max": [0, 0, 0x7FFFFFFF]}.items():
+        got = elementwise(f"{op}.ftz.NaN.f32 {{d}}, {{a}}, 0f00000000;", np.uint32, x)
+        np.testing.assert_array_equal(got, want)
+
+
 def test_testp():
     x = F32_SPECIAL
     tests = {

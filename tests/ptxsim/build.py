@@ -232,51 +232,42 @@ def build_simulated_library(cu_sources, include_dirs=(), flags=(), arch="80"):
     """
     cu_sources = [Path(s).resolve() for s in cu_sources]
     objects, cudart = _objects()
-    tag = _digest(
-        *_dependencies(cu_sources, include_dirs),
-        objects[0].parent.name,
-        tuple(s.name for s in cu_sources),
-        tuple(map(str, flags)),
-        arch,
-        nvcc(),
-    )
-    out = cache_dir() / f"library-{tag}"
+    names, flags = tuple(s.name for s in cu_sources), tuple(map(str, flags))
+    kernels_tag = _digest(*_dependencies(cu_sources, include_dirs), names, flags, arch, nvcc())
+    out = cache_dir() / f"library-{_digest(kernels_tag, objects[0].parent.name)}"
     path = out / "libsimulated.so"
     if path.exists():
         return path
-    out.mkdir(parents=True, exist_ok=True)
-    kernels, reports = [], []
-    for i, source in enumerate(cu_sources):
-        obj = out / f"{i}-{source.stem}.{os.getpid()}.o"
-        reports.append(
-            _run(
-                [
-                    nvcc(),
-                    "-std=c++17",
-                    "-O3",
-                    "-gencode",
-                    f"arch=compute_{arch},code=[compute_{arch},sm_{arch}]",
-                    "--no-compress",
-                    "-cudart",
-                    "none",
-                    "-Xptxas",
-                    "-v",
-                    "-Xcompiler",
-                    "-fPIC",
-                    *_includes(include_dirs),
-                    *flags,
-                    "-c",
-                    source,
-                    "-o",
-                    obj,
-                ]
-            )
-        )
-        kernels.append(obj)
-    (out / "ptxas.txt").write_text(f"sm_{arch}\n" + "".join(reports))
+    kernels = cache_dir() / f"kernels-{kernels_tag}"  # a change of the simulator alone only links again
+    for folder in (out, kernels):
+        folder.mkdir(parents=True, exist_ok=True)
+    target = f"arch=compute_{arch},code=[compute_{arch},sm_{arch}]"
+    options = [
+        "-std=c++17",
+        "-O3",
+        "-gencode",
+        target,
+        "--no-compress",
+        "-cudart",
+        "none",
+        "-Xptxas",
+        "-v",
+        "-Xcompiler",
+        "-fPIC",
+    ]
+
+    def compile_one(i):
+        obj, report = (kernels / f"{i}-{cu_sources[i].stem}.{end}" for end in ("o", "txt"))
+        if not obj.exists() or not report.exists():
+            temporary = obj.with_suffix(f".{os.getpid()}.o")
+            text = _run([nvcc(), *options, *_includes(include_dirs), *flags, "-c", cu_sources[i], "-o", temporary])
+            report.write_text(text)
+            _publish(temporary, obj)
+        return obj, report.read_text()
+
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        compiled = list(pool.map(compile_one, range(len(cu_sources))))
+    (out / "ptxas.txt").write_text("".join(report for _, report in compiled))
     temporary = path.with_suffix(f".{os.getpid()}.so")
-    _run([_cxx(), "-shared", "-Wl,-Bsymbolic", "-o", temporary, *objects, cudart, *kernels])
-    _publish(temporary, path)
-    for obj in kernels:
-        obj.unlink()
-    return path
+    _run([_cxx(), "-shared", "-Wl,-Bsymbolic", "-o", temporary, *objects, cudart, *[obj for obj, _ in compiled]])
+    return _publish(temporary, path)
