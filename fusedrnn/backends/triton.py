@@ -137,7 +137,8 @@ def _plan_step(cell, batch, input_size, hidden_size, proj_size, dtype, math, chi
         columns, operands = max(input_size, proj_size or hidden_size), 2
         rows = 32 if BB <= 32 else 64
         BU = rows // len(cell.accumulators)
-        num_warps = rows // 16
+        # A warp loads both its operands once for its whole tile: fewer warps, fewer instructions.
+        num_warps = 1 if wide and rows == 32 else rows // 16
     if math in ("ieee", "double"):
         num_warps = 4
     BK = _power_of_2(columns, 16, _BLOCK_K[math])
