@@ -143,6 +143,13 @@ __device__ __forceinline__ float narrow<float>(float x) { return x; }
 template <typename Scalar>
 __device__ __forceinline__ double narrow(double x) { return x; }
 
+// 16 bytes that no block of this launch writes.
+__device__ __forceinline__ Piece load_global(const void* at) {
+  Piece p;
+  asm("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(p.w[0]), "=r"(p.w[1]), "=r"(p.w[2]), "=r"(p.w[3]) : "l"(at));
+  return p;
+}
+
 // Piece k .. of a row of n elements, zeros beyond its end. kWhole: rows begin at 16 bytes and hold whole pieces.
 template <bool kWhole, typename Scalar>
 __device__ __forceinline__ Piece load_piece(const Scalar* row, int64_t k, int64_t n) {

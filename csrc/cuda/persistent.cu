@@ -487,7 +487,6 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
             mailbox::put(static_cast<Scalar*>(p.dgates) + (now.offset + packet_row) * row_size + a * pitch + packet_unit,
                          *reinterpret_cast<const Piece*>(stage + k * kPer));
         }
-        __syncwarp();
         if (mine && row >= next.rows) {
 #pragma unroll
           for (int j = 0; j < 2; ++j) {

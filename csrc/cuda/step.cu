@@ -10,34 +10,61 @@
 namespace fusedrnn {
 namespace {
 
-// k is read straight from global memory, by all warps in turn, in the very pieces that the product wants.
-// `held` rows of A and `tiles` tiles of 8 rows of B; a null row counts as zeros.
+// Pieces straight from global memory, by all warps in turn, just as the product wants them: kRows rows of A, kTiles tiles
+// of 8 rows of B, every pointer at its row's first k. kGaps: a null row of A counts as zeros.
 template <typename Math, bool kGaps, int kRows, int kTiles, bool kWhole, typename Scalar, typename Accumulator>
-__device__ __forceinline__ void accumulate(Accumulator (&acc)[kTiles][(kRows + 1) / 2][4], const Scalar* (&a)[kRows],
-                                           const Scalar* (&b)[kTiles], int64_t k_size) {
-  constexpr int kPer = 16 / sizeof(Scalar);
-  const int64_t first = (4 * (threadIdx.x >> 5) + (threadIdx.x & 3)) * kPer, stride = 4 * kWarps * kPer;
-  // All lanes of a warp go round equally often.
-  for (int64_t k = first; k - (threadIdx.x & 3) * kPer < k_size; k += stride) {
-    Piece low[(kRows + 1) / 2], high[(kRows + 1) / 2], right[kTiles];
+__device__ __forceinline__ void accumulate(Accumulator (&acc)[kTiles][kRows / 2][4], const Scalar* const (&a)[kRows],
+                                           const Scalar* const (&b)[kTiles], int k_size) {
+  constexpr int kPer = 16 / sizeof(Scalar), kRound = 4 * kWarps * kPer;
+  const auto multiply = [&](Piece (&left)[kRows], Piece (&right)[kTiles]) {
 #pragma unroll
-    for (int r = 0; r < (kRows + 1) / 2; ++r) {
-      low[r] = high[r] = Piece{};
-      if (a[2 * r]) low[r] = load_piece<kWhole>(a[2 * r], k, k_size);
-      if (2 * r + 1 < kRows && a[2 * r + 1 < kRows ? 2 * r + 1 : 0]) high[r] = load_piece<kWhole>(a[2 * r + 1 < kRows ? 2 * r + 1 : 0], k, k_size);
-      Math::prepare(low[r]);
-      Math::prepare(high[r]);
+    for (int r = 0; r < kRows; ++r) {
+      if (kGaps && a[r] == nullptr) left[r] = Piece{};
+      Math::prepare(left[r]);
     }
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
-      right[tile] = load_piece<kWhole>(b[tile], k, k_size);
       Math::prepare(right[tile]);
+#pragma unroll
+      for (int r = 0; r < kRows; r += 2) Math::multiply(acc[tile][r / 2], left[r], left[r + 1], right[tile]);
     }
+  };
+  const auto row_of_a = [&](int r) { return kGaps && a[r] == nullptr ? b[0] : a[r]; };
+  int k = int(4 * (threadIdx.x >> 5) + (threadIdx.x & 3)) * kPer, done = 0;
+  if constexpr (kWhole) {
+    const Scalar *left_at[kRows], *right_at[kTiles];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) left_at[r] = keep(row_of_a(r) + k);
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) right_at[tile] = keep(b[tile] + k);
+#pragma unroll 2
+    for (int rounds = unsigned(k_size) / kRound; rounds > 0; --rounds) {
+      Piece left[kRows], right[kTiles];
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        left[r] = load_global(left_at[r]);
+        left_at[r] += kRound;
+      }
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        right[tile] = load_global(right_at[tile]);
+        right_at[tile] += kRound;
+      }
+      multiply(left, right);
+    }
+    done = unsigned(k_size) / kRound * kRound;
+    k += done;
+  }
+  // What is left, or rows that do not hold whole pieces. All lanes of a warp go round equally often.
+#pragma unroll 1
+  for (; done < k_size; done += kRound, k += kRound) {
+    Piece left[kRows], right[kTiles];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) left[r] = load_piece<kWhole>(row_of_a(r), k, k_size);
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) right[tile] = load_piece<kWhole>(b[tile], k, k_size);
     __syncwarp();
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile)
-#pragma unroll
-      for (int r = 0; r < (kRows + 1) / 2; ++r) Math::multiply(acc[tile][r], low[r], high[r], right[tile]);
+    multiply(left, right);
   }
 }
 
@@ -47,8 +74,19 @@ struct Rows {
   int rows, before_rows, next_rows;
 };
 
+// What a step of forward touches, every array at the first row of the step.
+template <typename Scalar, typename Accumulator>
+struct ForwardStep {
+  const Scalar *x, *h_before, *h0, *c0, *w_ih, *w_hh, *b_ih, *b_hh;
+  const Accumulator* c_before;
+  Accumulator* c;
+  Scalar *h, *gates, *h_n, *c_n;  // gates and h_n may be null
+  int input, hidden, out, rows, before_rows, next_rows;
+};
+
 template <typename Cell, typename Type, int kTiles, bool kWhole>
-__global__ void __launch_bounds__(kThreads) step_forward(const __grid_constant__ FusedrnnForward p, const Rows step) {
+__global__ void __launch_bounds__(kThreads)
+    step_forward(const __grid_constant__ ForwardStep<typename Arithmetic<Type>::Scalar, typename Arithmetic<Type>::Accumulator> p) {
   using Math = Arithmetic<Type>;
   using Scalar = typename Math::Scalar;
   using Accumulator = typename Math::Accumulator;
@@ -59,73 +97,63 @@ __global__ void __launch_bounds__(kThreads) step_forward(const __grid_constant__
   extern __shared__ __align__(16) unsigned char shared[];
   Sum* const sums = reinterpret_cast<Sum*>(shared);
 
-  const int lane = threadIdx.x & 31;
-  const int first = int(blockIdx.y) * kTiles * 8, last_row = step.rows - 1;
-  const int64_t lane_unit = int64_t(blockIdx.x) * kForwardUnits + (lane >> 2);
-  const int64_t hidden = p.hidden, out = p.out;
-
+  const int octet = keep(int(threadIdx.x & 31) >> 2), first = keep(int(blockIdx.y) * kTiles * 8);
+  const int lane_unit = min(int(blockIdx.x) * kForwardUnits + octet, p.hidden - 1);
   Accumulator acc[kTiles][kMT][4] = {};
 #pragma unroll 1
   for (int part = 0; part < 2; ++part) {
+    // Rows beyond the last unit or the last row of the batch repeat it: their sums are not read.
     const Scalar *a[2 * kMT], *b[kTiles];
-    const int64_t k_size = part == 0 ? p.input : out;
-    const Scalar* weights = static_cast<const Scalar*>(part == 0 ? p.w_ih : p.w_hh);
+    const int k_size = part == 0 ? p.input : p.out;
+    const Scalar* const weights = (part == 0 ? p.w_ih : p.w_hh) + int64_t(lane_unit) * k_size;
+    const int64_t gate_size = int64_t(p.hidden) * k_size;
 #pragma unroll
     for (int i = 0; i < 2 * kMT; ++i) {
       const int gate = i >= kAccs ? -1 : part == 0 ? x_gate<Cell>(i) : h_gate<Cell>(i);
-      a[i] = gate >= 0 && lane_unit < hidden ? weights + (gate * hidden + lane_unit) * k_size : nullptr;
+      a[i] = gate >= 0 ? weights + gate * gate_size : nullptr;
     }
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
-      const int row = min(first + tile * 8 + (lane >> 2), last_row);
-      if (part == 0)
-        b[tile] = static_cast<const Scalar*>(p.x) + (step.offset + row) * k_size;
-      else if (row < step.before_rows)
-        b[tile] = static_cast<const Scalar*>(p.y) + (step.before_offset + row) * k_size;
-      else
-        b[tile] = static_cast<const Scalar*>(p.h0) + row * k_size;
+      const int row = min(first + tile * 8 + octet, p.rows - 1);
+      b[tile] = (part == 0 ? p.x : row < p.before_rows ? p.h_before : p.h0) + int64_t(row) * k_size;
     }
     accumulate<Math, has_gaps<Cell>(), 2 * kMT, kTiles, kWhole>(acc, a, b, k_size);
   }
+  Sum* const lane_sums = sums + keep(Sums::lane_place());
 #pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) Sums::store(sums + Sums::lane_place() + tile * 8 * kWarps * kForwardUnits, acc[tile]);
+  for (int tile = 0; tile < kTiles; ++tile) Sums::store(lane_sums + tile * 8 * kWarps * kForwardUnits, acc[tile]);
   __syncthreads();
 
-  const int64_t unit = int64_t(blockIdx.x) * kForwardUnits + (threadIdx.x & 7);
+  const int unit = int(blockIdx.x) * kForwardUnits + (threadIdx.x & 7);
 #pragma unroll
   for (int i = 0; i < kElements; ++i) {
     const int local = (threadIdx.x >> 3) + kStride * i, row = first + local;
-    if (local >= kTiles * 8 || row >= step.rows || unit >= hidden) continue;
-    const int64_t at = (step.offset + row) * hidden + unit, in_batch = row * hidden + unit;
-    Accumulator sum[kAccs], h, h_prev = 0, c = 0, c_prev = 0, saved[kSavedOrOne<Cell>];
+    if (local >= kTiles * 8 || row >= p.rows || unit >= p.hidden) continue;
+    const int64_t at = keep(int64_t(row) * p.hidden + unit);
+    Accumulator sum[kAccs] = {}, h, h_prev = 0, c = 0, c_prev = 0, saved[kSavedOrOne<Cell>];
+    const auto add_bias = [&](const Scalar* bias, auto is_x) {
+      if (bias == nullptr) return;
+      const Scalar* of_unit = keep(bias + unit);
 #pragma unroll
-    for (int a = 0; a < kAccs; ++a) {
-      const int gx = x_gate<Cell>(a), gh = h_gate<Cell>(a);
-      sum[a] = 0;
-      if (p.b_ih && gx >= 0) sum[a] += widen(static_cast<const Scalar*>(p.b_ih)[gx * hidden + unit]);
-      if (p.b_hh && gh >= 0) sum[a] += widen(static_cast<const Scalar*>(p.b_hh)[gh * hidden + unit]);
-    }
-    const bool joined = row < step.before_rows;
-    Accumulator* state = static_cast<Accumulator*>(p.cells ? p.cells : p.state);
-    const int64_t state_at = p.cells ? at : in_batch;
-    if constexpr (Cell::kHasCellState) {
-      const int64_t before = p.cells ? (step.before_offset + row) * hidden + unit : in_batch;
-      c_prev = joined ? state[before] : Accumulator(widen(static_cast<const Scalar*>(p.c0)[in_batch]));
-    }
-    if constexpr (Cell::kUsesHPrev)
-      h_prev = widen(joined ? static_cast<const Scalar*>(p.y)[(step.before_offset + row) * hidden + unit] : static_cast<const Scalar*>(p.h0)[in_batch]);
+      for (int a = 0; a < kAccs; ++a) {
+        const int gate = decltype(is_x)::value ? x_gate<Cell>(a) : h_gate<Cell>(a);
+        if (gate >= 0) sum[a] += widen(of_unit[gate * p.hidden]);
+      }
+    };
+    add_bias(p.b_ih, std::true_type());
+    add_bias(p.b_hh, std::false_type());
+    const bool joined = row < p.before_rows;
+    if constexpr (Cell::kHasCellState) c_prev = joined ? p.c_before[at] : Accumulator(widen(p.c0[at]));
+    if constexpr (Cell::kUsesHPrev) h_prev = widen((joined ? p.h_before : p.h0)[at]);
     advance<Cell, Accumulator>(sums + Sums::place(local, 0, threadIdx.x & 7), sum, h_prev, c_prev, h, c, saved);
     const Scalar stored = narrow<Scalar>(h);
+    p.h[at] = stored;
     if constexpr (Cell::kSaved > 0)
-      if (p.gates) store_pack<Scalar, Accumulator, Cell::kSaved>(static_cast<Scalar*>(p.gates) + at * Cell::kSaved, saved);
-    if constexpr (Cell::kHasCellState) state[state_at] = c;
-    if (p.w_hr)
-      static_cast<Scalar*>(p.unprojected)[in_batch] = stored;
-    else
-      static_cast<Scalar*>(p.y)[at] = stored;
-    if (row >= step.next_rows) {
-      if (!p.w_hr) static_cast<Scalar*>(p.h_n)[in_batch] = stored;
-      if constexpr (Cell::kHasCellState) static_cast<Scalar*>(p.c_n)[in_batch] = narrow<Scalar>(c);
+      if (p.gates) store_pack<Scalar, Accumulator, Cell::kSaved>(p.gates + at * Cell::kSaved, saved);
+    if constexpr (Cell::kHasCellState) p.c[at] = c;
+    if (row >= p.next_rows) {
+      if (p.h_n) p.h_n[at] = stored;
+      if constexpr (Cell::kHasCellState) p.c_n[at] = narrow<Scalar>(c);
     }
   }
 }
@@ -150,7 +178,7 @@ __device__ __forceinline__ void backward_sums(Accumulator* sums, const Scalar* w
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const int64_t row = int64_t(blockIdx.x) * kBackwardUnits + (lane >> 2) + 8 * j;
-      a[j] = row < n ? weights + row * k : nullptr;
+      a[j] = weights + min(row, n - 1) * k;
     }
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) b[tile] = from + int64_t(min(first + tile * 8 + (lane >> 2), rows - 1)) * k;
@@ -295,18 +323,39 @@ int linear(const Linear<typename Arithmetic<Type>::Scalar>& p, cudaStream_t stre
 
 template <typename Cell, typename Type>
 int forward(const FusedrnnForward& p, cudaStream_t stream) {
-  using Math = Arithmetic<Type>;
-  using Scalar = typename Math::Scalar;
+  using Scalar = typename Arithmetic<Type>::Scalar;
+  using Accumulator = typename Arithmetic<Type>::Accumulator;
   constexpr int kSize = sizeof(Scalar);
   const Timeline timeline{p.offsets_host, p.batch, p.steps};
   const bool is_whole = whole(p.x, p.input * kSize) && whole(p.w_ih, 0) && whole(p.w_hh, p.out * kSize) && whole(p.h0, 0) && whole(p.y, 0);
   const int direction = p.reverse ? -1 : 1;
   for (int64_t s = 0, t = p.reverse ? p.steps - 1 : 0; s < p.steps; ++s, t += direction) {
     const Rows step{timeline.offset(t), timeline.offset(t - direction), timeline.rows(t), timeline.rows(t - direction), timeline.rows(t + direction)};
+    ForwardStep<Scalar, Accumulator> now{};
+    now.x = static_cast<const Scalar*>(p.x) + step.offset * p.input;
+    now.h_before = static_cast<const Scalar*>(p.y) + step.before_offset * p.out;
+    now.h0 = static_cast<const Scalar*>(p.h0);
+    now.c0 = static_cast<const Scalar*>(p.c0);
+    now.w_ih = static_cast<const Scalar*>(p.w_ih);
+    now.w_hh = static_cast<const Scalar*>(p.w_hh);
+    now.b_ih = static_cast<const Scalar*>(p.b_ih);
+    now.b_hh = static_cast<const Scalar*>(p.b_hh);
+    now.c_before = p.cells ? static_cast<const Accumulator*>(p.cells) + step.before_offset * p.hidden : static_cast<const Accumulator*>(p.state);
+    now.c = p.cells ? static_cast<Accumulator*>(p.cells) + step.offset * p.hidden : static_cast<Accumulator*>(p.state);
+    now.h = p.w_hr ? static_cast<Scalar*>(p.unprojected) : static_cast<Scalar*>(p.y) + step.offset * p.out;
+    now.gates = p.gates ? static_cast<Scalar*>(p.gates) + step.offset * p.hidden * Cell::kSaved : nullptr;
+    now.h_n = p.w_hr ? nullptr : static_cast<Scalar*>(p.h_n);
+    now.c_n = static_cast<Scalar*>(p.c_n);
+    now.input = int(p.input);
+    now.hidden = int(p.hidden);
+    now.out = int(p.out);
+    now.rows = step.rows;
+    now.before_rows = step.before_rows;
+    now.next_rows = step.next_rows;
     int error = with_tile(step.rows, is_whole, [&](auto tiles, auto is_whole) {
       constexpr int kTiles = decltype(tiles)::value;
-      const int shared = kTiles * 8 * ForwardSums<Cell, typename Math::Accumulator>::kBytesPerRow;
-      return launch(step_forward<Cell, Type, kTiles, decltype(is_whole)::value>, grid(p.hidden, kForwardUnits, step.rows, kTiles), shared, stream, p, step);
+      const int shared = kTiles * 8 * ForwardSums<Cell, Accumulator>::kBytesPerRow;
+      return launch(step_forward<Cell, Type, kTiles, decltype(is_whole)::value>, grid(p.hidden, kForwardUnits, step.rows, kTiles), shared, stream, now);
     });
     if (error == cudaSuccess && p.w_hr) {
       Linear<Scalar> project{};
