@@ -9,6 +9,8 @@
 #include <cuda_fp16.h>
 #include <stdint.h>
 
+#include <type_traits>
+
 namespace fusedrnn {
 
 struct alignas(16) Piece {
@@ -59,6 +61,15 @@ __device__ __forceinline__ Value keep(Value x) {
   else
     asm("" : "+r"(x));
   return x;
+}
+
+// f(0), f(1), ... f(n - 1), the argument a compile-time constant.
+template <int n, int i = 0, typename F>
+__device__ __forceinline__ void unrolled(const F& f) {
+  if constexpr (i < n) {
+    f(std::integral_constant<int, i>());
+    unrolled<n, i + 1>(f);
+  }
 }
 
 // kExact: IEEE products and sums, without tensor cores.
@@ -144,9 +155,12 @@ template <typename Scalar>
 __device__ __forceinline__ double narrow(double x) { return x; }
 
 // 16 bytes that no block of this launch writes.
+template <int offset>
 __device__ __forceinline__ Piece load_global(const void* at) {
   Piece p;
-  asm("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(p.w[0]), "=r"(p.w[1]), "=r"(p.w[2]), "=r"(p.w[3]) : "l"(at));
+  asm("ld.global.v4.b32 {%0, %1, %2, %3}, [%4+%5];"
+      : "=r"(p.w[0]), "=r"(p.w[1]), "=r"(p.w[2]), "=r"(p.w[3])
+      : "l"(at), "n"(offset));
   return p;
 }
 

@@ -75,8 +75,6 @@ int fusedrnn_step_forward(const FusedrnnForward* params, void* stream);
 int fusedrnn_step_backward(const FusedrnnBackward* params, void* stream);
 int fusedrnn_persistent_forward(const FusedrnnForward* params, void* stream);
 int fusedrnn_persistent_backward(const FusedrnnBackward* params, void* stream);
-// Bytes of dynamic shared memory that a persistent launch asks for.
-int64_t fusedrnn_persistent_shared_bytes(int32_t backward, int32_t slice_rows);
 const char* fusedrnn_error_string(int error);
 
 #ifdef __cplusplus

@@ -79,15 +79,6 @@ struct Inbox {
   }
 };
 
-// f(0), f(1), ... f(n - 1), the argument a compile-time constant.
-template <int n, int i = 0, typename F>
-__device__ __forceinline__ void unrolled(const F& f) {
-  if constexpr (i < n) {
-    f(std::integral_constant<int, i>());
-    unrolled<n, i + 1>(f);
-  }
-}
-
 // Whether a sum of this warp is NaN, in any row of B; rows of A need no look, since a NaN in B makes all of them NaN.
 template <typename Accumulator>
 __device__ __forceinline__ bool any_nan(const Accumulator (&acc)[4]) {
@@ -348,7 +339,11 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
   // From here on a thread is row threadIdx / 8 and units 2 (threadIdx % 8) and the next of the block.
   const int unit = keep(int(blockIdx.x) * kBackwardUnits + 2 * (threadIdx.x & 7)), row = keep(int(threadIdx.x >> 3));
   const bool real[2] = {unit < hidden, unit + 1 < hidden};
-  // Packets leave by lane: row lane / 8 of the warp's 4, then accumulator, then packet of the 16 units.
+  // A lane sends one packet of some rows of the warp's 4: rows, then accumulators, then packets of the 16 units by lane.
+  constexpr int kRowsAtOnce = 32 / (kAccs * kPackets) < 4 ? 32 / (kAccs * kPackets) : 4;
+  const int packet_row = keep(4 * warp + lane / (kAccs * kPackets)), packet_unit = int(blockIdx.x) * kBackwardUnits + lane % kPackets * kPer;
+  const bool sends = packet_unit < pitch && lane < kRowsAtOnce * kAccs * kPackets;
+  char* const packet_at = keep(reinterpret_cast<char*>(static_cast<Scalar*>(p.dgates) + int64_t(packet_row) * row_size + lane / kPackets % kAccs * pitch + packet_unit));
   Scalar* const stage = stages[warp];
   const int sums_out = keep(Sums::lane_place()), sums_in = keep(Sums::place(row, 0, 2 * (threadIdx.x & 7)));
   int buffer = 0;
@@ -480,13 +475,9 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
         }
         __syncwarp();
 #pragma unroll
-        for (int k = lane; k < 4 * kAccs * kPackets; k += 32) {
-          const int packet_row = 4 * warp + k / (kAccs * kPackets), a = k / kPackets % kAccs;
-          const int packet_unit = int(blockIdx.x) * kBackwardUnits + k % kPackets * kPer;
-          if (packet_row < now.rows && packet_unit < pitch)
-            mailbox::put(static_cast<Scalar*>(p.dgates) + (now.offset + packet_row) * row_size + a * pitch + packet_unit,
-                         *reinterpret_cast<const Piece*>(stage + k * kPer));
-        }
+        for (int k = 0; k < 4; k += kRowsAtOnce)
+          if (sends && packet_row + k < now.rows)
+            mailbox::put(packet_at + (now.offset + k) * row_bytes, *reinterpret_cast<const Piece*>(stage + (lane + 32 * (k / kRowsAtOnce)) * kPer));
         if (mine && row >= next.rows) {
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
@@ -551,7 +542,11 @@ int backward(const Backward& p, cudaStream_t stream) {
   const auto run = [&](auto chunks, auto whole) {
     return launch(persistent_backward<Cell, Type, chunks(), whole()>, p, kBackwardUnits, 0, stream);
   };
-  return with_chunks<4, 8, 12, 16>((p.hidden + kPer - 1) / kPer * 16 * Cell::kAccumulators, run);
+  const int64_t row_bytes = (p.hidden + kPer - 1) / kPer * 16 * Cell::kAccumulators;
+  if constexpr (Arithmetic<Type>::kExact)
+    return with_chunks<4, 8, 12>(row_bytes, run);
+  else
+    return with_chunks<4, 8, 12, 16>(row_bytes, run);
 }
 
 #define FUSEDRNN_DISPATCH(FUNCTION, CELL)                       \

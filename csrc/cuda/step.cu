@@ -16,6 +16,7 @@ template <typename Math, bool kGaps, int kRows, int kTiles, bool kWhole, typenam
 __device__ __forceinline__ void accumulate(Accumulator (&acc)[kTiles][kRows / 2][4], const Scalar* const (&a)[kRows],
                                            const Scalar* const (&b)[kTiles], int k_size) {
   constexpr int kPer = 16 / sizeof(Scalar), kRound = 4 * kWarps * kPer;
+  constexpr int kInFlight = Math::kExact ? 1 : 3;  // rounds whose loads travel together
   const auto multiply = [&](Piece (&left)[kRows], Piece (&right)[kTiles]) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -37,20 +38,30 @@ __device__ __forceinline__ void accumulate(Accumulator (&acc)[kTiles][kRows / 2]
     for (int r = 0; r < kRows; ++r) left_at[r] = keep(row_of_a(r) + k);
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) right_at[tile] = keep(b[tile] + k);
-#pragma unroll 2
-    for (int rounds = unsigned(k_size) / kRound; rounds > 0; --rounds) {
+    const auto go_round = [&](auto index) {
+      constexpr int kOffset = decltype(index)::value * kRound * int(sizeof(Scalar));
       Piece left[kRows], right[kTiles];
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        left[r] = load_global(left_at[r]);
-        left_at[r] += kRound;
-      }
+      for (int r = 0; r < kRows; ++r) left[r] = load_global<kOffset>(left_at[r]);
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        right[tile] = load_global(right_at[tile]);
-        right_at[tile] += kRound;
-      }
+      for (int tile = 0; tile < kTiles; ++tile) right[tile] = load_global<kOffset>(right_at[tile]);
       multiply(left, right);
+    };
+    const auto advance_by = [&](int rounds) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) left_at[r] += rounds * kRound;
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) right_at[tile] += rounds * kRound;
+    };
+    int rounds = unsigned(k_size) / kRound;
+    for (; rounds >= kInFlight; rounds -= kInFlight) {
+      unrolled<kInFlight>(go_round);
+      advance_by(kInFlight);
+    }
+#pragma unroll 1
+    for (; rounds > 0; --rounds) {
+      unrolled<1>(go_round);
+      advance_by(1);
     }
     done = unsigned(k_size) / kRound * kRound;
     k += done;
@@ -100,7 +111,7 @@ __global__ void __launch_bounds__(kThreads)
   const int octet = keep(int(threadIdx.x & 31) >> 2), first = keep(int(blockIdx.y) * kTiles * 8);
   const int lane_unit = min(int(blockIdx.x) * kForwardUnits + octet, p.hidden - 1);
   Accumulator acc[kTiles][kMT][4] = {};
-#pragma unroll 1
+#pragma unroll
   for (int part = 0; part < 2; ++part) {
     // Rows beyond the last unit or the last row of the batch repeat it: their sums are not read.
     const Scalar *a[2 * kMT], *b[kTiles];

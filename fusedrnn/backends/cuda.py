@@ -109,10 +109,6 @@ class _Kernels:
             raise RuntimeError(f"fusedrnn: the launch of {name} failed: {text}")
 
 
-def _source_dir() -> Path:
-    return Path(__file__).resolve().parents[2] / "csrc"
-
-
 @functools.cache
 def _simulated() -> _Kernels:
     setting = os.environ["FUSEDRNN_SIMULATE"]
@@ -218,6 +214,7 @@ def plan_for(cell: str, x: Tensor, h0: Tensor, hidden: int, w_hr, algorithm: str
         hidden=hidden,
         projected=w_hr is not None,
         backward=backward,
+        tf32=_dtype_id(x.dtype) == _TF32,
     )
     return plan(problem, chip(x.device), algorithm)
 

@@ -5,8 +5,15 @@ from dataclasses import dataclass
 FORWARD_UNITS, BACKWARD_UNITS = 8, 16
 FORWARD_ROWS, BACKWARD_ROWS = 64, 32
 WARPS = 8
-# Chunks of 64 bytes of every weight row that fit in a warp's registers beside the rest, by (backward, bytes a number).
-MOST_CHUNKS = {(False, 2): 4, (False, 4): 8, (True, 2): 16, (True, 4): 16}
+# Chunks of 64 bytes of every weight row that fit in a warp's registers beside the rest, by (backward, arithmetic).
+MOST_CHUNKS = {
+    (False, "16-bit"): 4,
+    (False, "tf32"): 8,
+    (False, "float32"): 8,
+    (True, "16-bit"): 16,
+    (True, "tf32"): 16,
+    (True, "float32"): 12,
+}
 # Slices that a group of blocks takes one after another before step is the better plan.
 MOST_ROUNDS = 4
 # Static shared memory of the backward kernel: two buffers of partial sums and the staged packets.
@@ -35,7 +42,7 @@ CHIP_LIMITS = {
 
 @dataclass(frozen=True)
 class Problem:
-    """One direction of one layer. dtype is its name without "torch."."""
+    """One direction of one layer. dtype is its name without "torch."; tf32 whether float32 may be rounded to it."""
 
     cell: str
     dtype: str
@@ -43,6 +50,7 @@ class Problem:
     hidden: int
     projected: bool
     backward: bool
+    tf32: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,10 +77,11 @@ def _persistent(problem: Problem, chip: Chip) -> Plan | str:
     accumulators = 4
     row_bytes = -(-problem.hidden * size // 16) * 16 * (accumulators if problem.backward else 1)
     chunks = -(-row_bytes // (64 * WARPS))
-    most = MOST_CHUNKS[problem.backward, size]
+    arithmetic = "16-bit" if size == 2 else "tf32" if problem.tf32 else "float32"
+    most = MOST_CHUNKS[problem.backward, arithmetic]
     if chunks > most:
         limit = most * 64 * WARPS // size // (accumulators if problem.backward else 1)
-        return f"a block's slice of W_hh does not fit in registers: {problem.dtype} fits up to H = {limit}"
+        return f"a block's slice of W_hh does not fit in registers: {arithmetic} fits up to H = {limit}"
     units = BACKWARD_UNITS if problem.backward else FORWARD_UNITS
     blocks = -(-problem.hidden // units)
     most_groups = chip.multiprocessors // blocks
