@@ -232,7 +232,7 @@ struct Skeleton {
         padded(divide_up(s.hidden, kPlain * kWidth) * kPlain * kWidth),
         projected(projected) {
     const int64_t weight_bytes = kG * padded * out * static_cast<int64_t>(sizeof(C));
-    by_rows = s.threads > 1 && s.batch >= 2 * s.threads && weight_bytes <= s.cache_bytes / 4 * 3;
+    by_rows = s.threads > 1 && s.batch >= 16 * s.threads && weight_bytes <= s.cache_bytes / 4 * 3;
   }
 
   int64_t offset(int64_t t) const { return shape.offsets[t]; }
