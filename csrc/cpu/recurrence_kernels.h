@@ -405,6 +405,13 @@ struct ForwardRun : Skeleton<Cell, E> {
     const C* before[kGroup];
     for (int64_t i = 0; i < count; ++i) before[i] = h_before(t, s, first + i * stride);
     this->sweep(units, s, [&](int64_t block) {
+      // The cell reads a line here and a line there, which no prefetcher foresees.
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t row = this->offset(t) + first + i * stride;
+        for (int g = 0; g < kG; ++g) {
+          __builtin_prefetch(static_cast<const E*>(p.gates_x) + (row * kG + g) * hidden + block * kWidth);
+        }
+      }
       V sums[kGroup * kG];
       product<kG, 1>(sums, before, count, panels + block * out * kG * kWidth, out, {0});
       for (int64_t i = 0; i < count; ++i) {
@@ -572,11 +579,24 @@ struct BackwardRun : Skeleton<Cell, E> {
       rows[i] = dgates_of(this->offset(this->after(t)) + b, (s - 1) & 1, b);
     }
     this->sweep(outs, s, [&](int64_t block) {
+      for (int64_t i = 0; i < count; ++i) foresee(t, first + i * stride, block * kPlain * kWidth);
       V sums[kGroup * kPlain];
       recur(sums, rows, with, block);
       for (int64_t i = with * kPlain; i < count * kPlain; ++i) sums[i] = V(C(0));
       for (int64_t i = 0; i < count; ++i) take(t, s, first + i * stride, block, sums + i * kPlain, i < with);
     });
+  }
+
+  // Fetches what `take` will read, while the product runs.
+  FUSEDRNN_INLINE void foresee(int64_t t, int64_t b, int64_t u) const {
+    const int64_t row = this->offset(t) + b, previous = this->before(t);
+    for (int v = 0; v < kPlain; ++v, u += kWidth) {
+      if (p.dy) __builtin_prefetch(static_cast<const E*>(p.dy) + row * out + u);
+      for (int i = 0; i < kS; ++i) __builtin_prefetch(static_cast<const E*>(p.gates) + (row * kS + i) * hidden + u);
+      if (Cell::kHasCellState && b < this->rows_at(previous)) {
+        __builtin_prefetch(static_cast<const C*>(p.cells) + (this->offset(previous) + b) * hidden + u);
+      }
+    }
   }
 
   void take(int64_t t, int64_t s, int64_t b, int64_t block, const V* sums, bool chain) {
