@@ -235,7 +235,10 @@ Outputs sequence_cpu(c10::string_view cell, const Tensor& x, const Tensor& h0, c
   const Tensor cells = save_cells ? at::empty(s.shape(s.hidden), compute) : at::empty({0}, compute);
   if (s.rows == 0) return {y, h_n, c_n, gates, cells};
 
-  const Tensor gates_x = at::mm(rows_of(x), w_ih.t());
+  // Where as many gates are saved as come in, the cell replaces the one by the other in place.
+  const bool in_place = save_gates && s.cell.saved == s.cell.gates;
+  Tensor gates_x = in_place ? gates.view({s.rows, -1}) : at::empty({s.rows, s.cell.gates * s.hidden}, options);
+  at::mm_out(gates_x, rows_of(x), w_ih.t());
   const Tensor h0c = h0.contiguous(), w_hhc = w_hh.contiguous();
   const OptionalTensor c0c = contiguous(c0), b_ihc = contiguous(b_ih), b_hhc = contiguous(b_hh),
                        w_hrc = contiguous(w_hr);
