@@ -277,7 +277,7 @@ def forward(
         y.view(*lead, out),
         h_n,
         c_n,
-        gates.view(*lead, -1) if gates.dim() == 2 else gates,
+        gates.view(*lead, gates.shape[1]) if gates.dim() == 2 else gates,
         cells.view(*lead, hidden) if cells.dim() == 2 else cells,
     )
 

@@ -1,0 +1,47 @@
+"""What the CUDA kernels cost, counted in the simulator: bytes, instructions, launches. docs/kernels.md has the formulas."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import gpu_cost
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the simulator counts, a GPU does not")
+SLOW = {kernel: pytest.mark.slow for kernel in gpu_cost.GOALS if kernel.batch > 16}
+
+
+@pytest.mark.parametrize(
+    "kernel", [pytest.param(k, id=str(k).replace(" ", "-"), marks=SLOW.get(k, ())) for k in gpu_cost.GOALS]
+)
+def test_goals(kernel):
+    cost = gpu_cost.per_step(kernel)
+    assert cost["warp_instr"] <= kernel.instructions
+    assert cost["global_ld_bytes"] <= kernel.read
+    assert cost["sector_ratio"] <= 1.3
+    assert cost["atom_global"] == 0 and cost["grid_arrive"] == 0
+    if kernel.algorithm == "step":
+        assert cost["launches"] == 4
+        assert cost["blocks"] >= 90
+        return
+    assert cost["launches"] == 1
+    assert cost["blocks"] >= (48 if kernel.backward else 64)
+    assert cost["bar_block"] == cost["blocks"], "one block barrier a step, no grid barrier"
+    units = gpu_cost.floor_bytes(kernel, -(-kernel.hidden // (16 if kernel.backward else 8)))
+    assert cost["global_ld_bytes"] <= 1.1 * units[0]
+    assert cost["global_st_bytes"] <= 1.1 * units[1]
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_weights_are_read_once_a_launch(backward):
+    kernel = gpu_cost.Kernel("persistent", backward, 16, 256, 0, 0)
+    cost = gpu_cost.per_step(kernel)
+    weights = 4 * kernel.hidden**2 * 2
+    slices = cost["blocks"] // (kernel.hidden // (16 if backward else 8))
+    reads = cost["reads_once"]
+    if backward:  # the first step has no dgates to read
+        reads += kernel.hidden // 16 * kernel.batch * 4 * kernel.hidden * 2
+    # Beside W_hh: the biases, or dh_n, dc_n and the last c.
+    assert slices * weights <= reads <= 1.2 * slices * weights

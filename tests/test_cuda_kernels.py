@@ -1,0 +1,226 @@
+"""The CUDA kernels themselves: schedules, torn packets, NaN, batch slices, planning, and bugs planted to be caught.
+
+tests/test_recurrence.py compares them with float64 over sizes and dtypes; here is what only they can get wrong.
+"""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusedrnn.backends import cuda, reference
+from fusedrnn.backends.cuda_plan import CHIP_LIMITS, Chip, Problem, plan
+
+ROOT = Path(__file__).resolve().parents[1]
+simulated = pytest.mark.skipif(torch.cuda.is_available(), reason="needs the simulator, which runs where there is no GPU")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SEEDS = (1, 2, 3, 4, 5)
+
+
+def draw(steps, batch, inputs, hidden, dtype, sizes=None, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    scale = hidden**-0.5
+
+    def t(*shape, scale=1.0):
+        return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype).to(DEVICE)
+
+    rows = (steps, batch) if sizes is None else (sum(sizes),)
+    given = [
+        t(*rows, inputs), t(batch, hidden), t(batch, hidden), t(4 * hidden, inputs, scale=scale),
+        t(4 * hidden, hidden, scale=scale), t(4 * hidden, scale=0.1), t(4 * hidden, scale=0.1), None,
+    ]  # fmt: skip
+    return given, (t(*rows, hidden), t(batch, hidden), t(batch, hidden))
+
+
+def both(given, upstream, algorithm, sizes=None, reverse=False, module=cuda):
+    """Outputs and gradients of one call."""
+    sizes = None if sizes is None else torch.tensor(sizes)
+    y, h_n, c_n, gates, cells = module.forward("lstm", *given, sizes, reverse, algorithm, True)
+    grads = module.backward(
+        "lstm", *upstream, *given, y, gates, cells, sizes, reverse, algorithm, [True] * 7 + [False]
+    )
+    return [y, h_n, c_n, cells, *grads[:7]]
+
+
+def assert_agree(got, given, upstream, tolerance, sizes=None, reverse=False):
+    def up(ts):
+        return [None if t is None else t.double() for t in ts]
+
+    want = both(up(given), up(upstream), "auto", sizes, reverse, reference)
+    for i, (a, b) in enumerate(zip(got, want, strict=True)):
+        assert (a.double() - b).abs().max() <= tolerance * max(1.0, b.abs().max()), i
+
+
+@simulated
+@pytest.mark.parametrize("sizes, reverse", [(None, False), (None, True), ((9, 9, 3, 1), False), ((9, 9, 3, 1), True)])
+@pytest.mark.parametrize("algorithm", ["persistent", "step"])
+def test_bitwise_equal_under_every_schedule(algorithm, sizes, reverse, poisoned):
+    given, upstream = draw(4, 9, 5, 40, torch.bfloat16, sizes)
+    first = both(given, upstream, algorithm, sizes, reverse)
+    assert_agree(first, given, upstream, 2e-2, sizes, reverse)
+    for seed in SEEDS:
+        with cuda.simulator_options(seed=seed, torn=seed % 2 == 0):
+            for a, b in zip(both(given, upstream, algorithm, sizes, reverse), first, strict=True):
+                assert torch.equal(a, b), seed
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_slices_taken_in_turn(dtype, poisoned):
+    """More batch slices than groups of blocks, the last one thin."""
+    given, upstream = draw(2, 200, 3, 16, dtype)
+    chip = Chip("small", 4, 65_536)
+    forward = plan(Problem("lstm", str(dtype)[6:], 200, 16, False, False), chip)
+    assert forward.groups < -(-200 // forward.slice_rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "chip", lambda device: chip)
+        assert_agree(both(given, upstream, "persistent"), given, upstream, 3e-3 if dtype == torch.float16 else 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("tf32", [False, True])
+def test_nan_of_any_bits_passes_through(dtype, tf32, monkeypatch):
+    """NaN in x and h0, the sentinel's bits among them, reaches its own batch row and no other, and stops nothing."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
+    given, upstream = draw(3, 4, 5, 24, dtype)
+    integer = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    clean = both(given, upstream, "persistent")
+    given[0].view(integer)[0, 1, 0] = -1
+    given[1].view(integer)[2, 3] = -1
+    dirty = both(given, upstream, "persistent")
+    for a, b in zip(clean[:1], dirty[:1], strict=True):
+        assert b[:, 1].isnan().all() and b[:, 2].isnan().all()
+        assert torch.equal(a[:, [0, 3]], b[:, [0, 3]])
+
+
+def test_infinite_weights_do_not_look_like_a_missing_packet():
+    given, upstream = draw(3, 4, 5, 24, torch.float32)
+    given[4][0, 0], given[4][0, 1] = float("inf"), float("-inf")
+    y = cuda.forward("lstm", *given, None, False, "persistent", True)[0]
+    assert y.shape == (3, 4, 24)
+
+
+def test_gates_in_torch_order():
+    given, _ = draw(2, 3, 4, 10, torch.float64)
+    gates = cuda.forward("lstm", *given, None, False, "step", True)[3]
+    want = reference.forward("lstm", *given, None, False, "auto", True)[3]
+    torch.testing.assert_close(cuda.gates_in_torch_order(gates, cuda.CELLS["lstm"]), want)
+
+
+# Planning
+
+H100, A100 = CHIP_LIMITS["h100-sxm"], CHIP_LIMITS["a100"]
+
+
+def problem(**changes):
+    return Problem(**{"cell": "lstm", "dtype": "bfloat16", "batch": 16, "hidden": 768, "projected": False, "backward": False} | changes)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("batch", [1, 3, 16, 64, 128])
+@pytest.mark.parametrize("hidden", [1, 5, 64, 129, 512, 768, 1000, 1024])
+def test_a_persistent_plan_is_resident_and_covers_the_batch(hidden, batch, backward):
+    chosen = plan(problem(hidden=hidden, batch=batch, backward=backward), H100)
+    assert chosen.algorithm == "persistent"
+    blocks, groups = chosen.grid
+    assert blocks * groups <= H100.multiprocessors
+    assert blocks * (16 if backward else 8) >= hidden
+    assert 1 <= chosen.slice_rows <= (32 if backward else 64)
+    assert chosen.shared_bytes <= H100.shared_per_block
+    assert groups <= -(-batch // chosen.slice_rows)
+    if hidden >= 512 and batch >= 16:
+        assert blocks * groups >= (48 if backward else 64)
+
+
+@pytest.mark.parametrize(
+    "changes, chip, words",
+    [
+        ({"hidden": 1032}, H100, "fits up to H = 1024"),
+        ({"hidden": 1024}, A100, "128 blocks must be resident"),
+        ({"dtype": "float64"}, H100, "float64"),
+        ({"projected": True}, H100, "projection"),
+        ({"batch": 10_000}, H100, "rounds"),
+        ({}, Chip("old", 80, 100_000, cooperative=False), "no cooperative launch"),
+        ({"dtype": "float32", "hidden": 512, "backward": True}, H100, "fits up to H = 384"),
+    ],
+)
+def test_step_runs_otherwise_and_says_why(changes, chip, words):
+    chosen = plan(problem(**changes), chip)
+    assert chosen.algorithm == "step" and words in chosen.why
+    with pytest.raises(RuntimeError, match="algorithm 'persistent' was asked for but cannot run"):
+        plan(problem(**changes), chip, "persistent")
+
+
+# Planted bugs: each edit of the source must make the check below fail.
+
+PLANTED = {
+    "a removed __syncthreads": ("persistent.cu", "      __syncthreads();\n", ""),
+    "a mailbox read that does not wait": ("persistent.cu", "if (complete || !any_nan(acc[0])) break;", "break;"),
+    "a weak load of h": ("mailbox.cuh", "ld.relaxed.gpu.global", "ld.global"),
+    "a sentinel that a NaN input makes": ("mailbox.cuh", "kSentinel = 0xFFFFFFFFu", "kSentinel = 0x7FFF7FFFu"),
+    "an off-by-one tile edge": ("persistent.cu", "tile < now.rows; tile += 16", "tile < now.rows - 1; tile += 16"),
+    "an unwritten output": ("persistent.cu", "static_cast<Scalar*>(p.c_n)[", "if (row > 0) static_cast<Scalar*>(p.c_n)["),
+}
+
+
+def build(folder, edit=None):
+    """Simulated library of the persistent kernels in bfloat16, small H, with one edit."""
+    import ptxsim
+
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    path = folder / "csrc" / "cuda" / "persistent.cu"
+    text = re.sub(r"    case k(Float16|Tf32|Float32):.*?;[^;]*?\\\n", "", path.read_text(), flags=re.S)
+    text = re.sub(r"with_chunks<[\d, ]+>\(row_bytes", "with_chunks<1, 4>(row_bytes", text)
+    path.write_text(text)
+    if edit:
+        name, old, new = edit
+        target = folder / "csrc" / "cuda" / name
+        source = target.read_text()
+        assert old in source, "the planted bug has lost its place"
+        target.write_text(source.replace(old, new, 1))
+    sources = sorted((folder / "csrc" / "cuda").glob("*.cu"))
+    library = ptxsim.Library(ptxsim.build_simulated_library(sources, include_dirs=[folder / "csrc"]))
+    return cuda._Kernels(library.dll, library)
+
+
+def check_persistent(patch, sentinel=-1):
+    """A small persistent run under all seeds, with a NaN row: raises if anything is off."""
+    patch.setattr(cuda, "_POLL_LIMIT_SIMULATED", 200)
+    patch.setattr(
+        cuda, "_mailbox", lambda like, *shape: like.new_empty(shape).view(torch.int16).fill_(sentinel).view(like.dtype)
+    )
+    given, upstream = draw(4, 9, 5, 40, torch.bfloat16)
+    given[0][1, 2, 0] = float("nan")
+    keep = [b for b in range(9) if b != 2]
+    want = reference.forward("lstm", *[None if t is None else t.double() for t in given], None, False, "auto", True)
+    for seed in SEEDS:
+        with cuda.simulator_options(seed=seed, torn=seed % 2 == 0):
+            y, h_n, c_n, gates, cells = cuda.forward("lstm", *given, None, False, "persistent", True)
+        assert y[1:, 2].isnan().all()
+        for a, b in ((y[:, keep], want[0][:, keep]), (h_n[keep], want[1][keep]), (c_n[keep], want[2][keep])):
+            torch.testing.assert_close(a.double(), b, atol=1e-2, rtol=1e-2)
+
+
+@simulated
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", ["none", *PLANTED])
+def test_planted_bugs_are_caught(bug, tmp_path, monkeypatch, poisoned):
+    kernels = build(tmp_path, PLANTED.get(bug))
+    monkeypatch.setattr(cuda, "_kernels", lambda device: kernels)
+    sentinel = 0x7FFF if "sentinel" in bug else -1
+    if bug == "none":
+        check_persistent(monkeypatch)
+    else:
+        with pytest.raises((AssertionError, RuntimeError)):
+            check_persistent(monkeypatch, sentinel)
+
+
+@simulated
+@pytest.mark.slow
+def test_a_lost_packet_ends_the_launch_and_says_where(tmp_path, monkeypatch):
+    edit = ("persistent.cu", "            if (sends) {", "            if (sends && blockIdx.x != 1) {")
+    kernels = build(tmp_path, edit)
+    monkeypatch.setattr(cuda, "_kernels", lambda device: kernels)
+    with pytest.raises(RuntimeError, match=r"block \d+, step 1, packet \d+"):
+        check_persistent(monkeypatch)
