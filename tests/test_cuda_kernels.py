@@ -101,6 +101,24 @@ def test_infinite_weights_do_not_look_like_a_missing_packet():
     assert y.shape == (3, 4, 24)
 
 
+def test_error_of_h_is_that_of_rounding():
+    """Against a model that does float32 math and rounds only what is stored: hoisted input gates and h."""
+    given, _ = draw(4, 16, 768, 768, torch.bfloat16)
+    x, h0, c0, w_ih, w_hh, b_ih, b_hh, _ = given
+    exact = reference.forward("lstm", *[None if t is None else t.double() for t in given], None, False, "auto", False)[0]
+    hoisted = torch.addmm(b_ih, x.view(-1, 768), w_ih.t()).view(4, 16, -1).float()
+    h, c, model = h0, c0.float(), []
+    for t in range(4):
+        i, f, g, o = (hoisted[t] + h.float() @ w_hh.float().t() + b_hh.float()).chunk(4, 1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = (o.sigmoid() * c.tanh()).to(h.dtype)
+        model.append(h)
+    for algorithm in ("persistent", "step"):
+        y = cuda.forward("lstm", *given, None, False, algorithm, False)[0]
+        error = (y.double() - exact).abs().max()
+        assert error <= 1.3 * (torch.stack(model).double() - exact).abs().max(), algorithm
+
+
 def test_gates_in_torch_order():
     given, _ = draw(2, 3, 4, 10, torch.float64)
     gates = cuda.forward("lstm", *given, None, False, "step", True)[3]
