@@ -191,6 +191,8 @@ def build(folder, edit=None):
     text = re.sub(r"    case k(Float16|Tf32|Float32):.*?;[^;]*?\\\n", "", path.read_text(), flags=re.S)
     text = re.sub(r"with_chunks<[\d, ]+>\(row_bytes", "with_chunks<1, 4>(row_bytes", text)
     path.write_text(text)
+    stubs = "".join(f'extern "C" int fusedrnn_step_{d.lower()}(const Fusedrnn{d}*, void*) {{ return 1; }}\n' for d in ("Forward", "Backward"))
+    (folder / "csrc" / "cuda" / "step.cu").write_text('#include "params.h"\n' + stubs)
     if edit:
         name, old, new = edit
         target = folder / "csrc" / "cuda" / name
@@ -208,9 +210,10 @@ def check_persistent(patch, sentinel=-1):
     patch.setattr(
         cuda, "_mailbox", lambda like, *shape: like.new_empty(shape).view(torch.int16).fill_(sentinel).view(like.dtype)
     )
-    given, upstream = draw(4, 9, 5, 40, torch.bfloat16)
+    patch.setattr(cuda, "chip", lambda device: Chip("small", 5, 200_000))  # one slice: three tiles, the last of one row
+    given, _ = draw(4, 17, 5, 40, torch.bfloat16)
     given[0][1, 2, 0] = float("nan")
-    keep = [b for b in range(9) if b != 2]
+    keep = [b for b in range(17) if b != 2]
     want = reference.forward("lstm", *[None if t is None else t.double() for t in given], None, False, "auto", True)
     for seed in SEEDS:
         with cuda.simulator_options(seed=seed, torn=seed % 2 == 0):

@@ -70,12 +70,14 @@ typedef struct {
   int32_t* fault;
 } FusedrnnBackward;
 
+#define FUSEDRNN_API __attribute__((visibility("default")))
+
 // 0, or a cudaError_t.
-int fusedrnn_step_forward(const FusedrnnForward* params, void* stream);
-int fusedrnn_step_backward(const FusedrnnBackward* params, void* stream);
-int fusedrnn_persistent_forward(const FusedrnnForward* params, void* stream);
-int fusedrnn_persistent_backward(const FusedrnnBackward* params, void* stream);
-const char* fusedrnn_error_string(int error);
+FUSEDRNN_API int fusedrnn_step_forward(const FusedrnnForward* params, void* stream);
+FUSEDRNN_API int fusedrnn_step_backward(const FusedrnnBackward* params, void* stream);
+FUSEDRNN_API int fusedrnn_persistent_forward(const FusedrnnForward* params, void* stream);
+FUSEDRNN_API int fusedrnn_persistent_backward(const FusedrnnBackward* params, void* stream);
+FUSEDRNN_API const char* fusedrnn_error_string(int error);
 
 #ifdef __cplusplus
 }

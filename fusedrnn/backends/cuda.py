@@ -156,8 +156,8 @@ def chip(device: torch.device) -> Chip:
 
 
 def _dtype_id(dtype: torch.dtype) -> int:
-    # The flag of torch's own RNNs on CUDA.
-    if dtype == torch.float32 and torch.backends.cudnn.allow_tf32:
+    # The flag of torch's own RNNs on CUDA; it follows torch.backends.cudnn.allow_tf32.
+    if dtype == torch.float32 and torch.backends.cudnn.rnn.fp32_precision == "tf32":
         return _TF32
     return _DTYPE_IDS[dtype]
 
