@@ -14,7 +14,9 @@ from fusedrnn.backends import cuda, reference
 from fusedrnn.backends.cuda_plan import CHIP_LIMITS, Chip, Problem, plan
 
 ROOT = Path(__file__).resolve().parents[1]
-simulated = pytest.mark.skipif(torch.cuda.is_available(), reason="needs the simulator, which runs where there is no GPU")
+simulated = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="needs the simulator, which runs where there is no GPU"
+)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SEEDS = (1, 2, 3, 4, 5)
 
@@ -38,9 +40,7 @@ def both(given, upstream, algorithm, sizes=None, reverse=False, module=cuda):
     """Outputs and gradients of one call."""
     sizes = None if sizes is None else torch.tensor(sizes)
     y, h_n, c_n, gates, cells = module.forward("lstm", *given, sizes, reverse, algorithm, True)
-    grads = module.backward(
-        "lstm", *upstream, *given, y, gates, cells, sizes, reverse, algorithm, [True] * 7 + [False]
-    )
+    grads = module.backward("lstm", *upstream, *given, y, gates, cells, sizes, reverse, algorithm, [True] * 7 + [False])
     return [y, h_n, c_n, cells, *grads[:7]]
 
 
@@ -90,12 +90,13 @@ def test_nan_of_any_bits_passes_through(dtype, tf32, monkeypatch):
     given[1].view(integer)[2, 3] = -1
     dirty = both(given, upstream, "persistent")
     for a, b in zip(clean[:1], dirty[:1], strict=True):
-        assert b[:, 1].isnan().all() and b[:, 2].isnan().all()
+        assert b[:, 1].isnan().all()
+        assert b[:, 2].isnan().all()
         assert torch.equal(a[:, [0, 3]], b[:, [0, 3]])
 
 
 def test_infinite_weights_do_not_look_like_a_missing_packet():
-    given, upstream = draw(3, 4, 5, 24, torch.float32)
+    given, _upstream = draw(3, 4, 5, 24, torch.float32)
     given[4][0, 0], given[4][0, 1] = float("inf"), float("-inf")
     y = cuda.forward("lstm", *given, None, False, "persistent", True)[0]
     assert y.shape == (3, 4, 24)
@@ -105,7 +106,9 @@ def test_error_of_h_is_that_of_rounding():
     """Against a model that does float32 math and rounds only what is stored: hoisted input gates and h."""
     given, _ = draw(4, 16, 768, 768, torch.bfloat16)
     x, h0, c0, w_ih, w_hh, b_ih, b_hh, _ = given
-    exact = reference.forward("lstm", *[None if t is None else t.double() for t in given], None, False, "auto", False)[0]
+    exact = reference.forward("lstm", *[None if t is None else t.double() for t in given], None, False, "auto", False)[
+        0
+    ]
     hoisted = torch.addmm(b_ih, x.view(-1, 768), w_ih.t()).view(4, 16, -1).float()
     h, c, model = h0, c0.float(), []
     for t in range(4):
@@ -132,7 +135,10 @@ H100, A100 = CHIP_LIMITS["h100-sxm"], CHIP_LIMITS["a100"]
 
 
 def problem(**changes):
-    return Problem(**{"cell": "lstm", "dtype": "bfloat16", "batch": 16, "hidden": 768, "projected": False, "backward": False} | changes)
+    return Problem(
+        **{"cell": "lstm", "dtype": "bfloat16", "batch": 16, "hidden": 768, "projected": False, "backward": False}
+        | changes
+    )
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -165,7 +171,8 @@ def test_a_persistent_plan_is_resident_and_covers_the_batch(hidden, batch, backw
 )
 def test_step_runs_otherwise_and_says_why(changes, chip, words):
     chosen = plan(problem(**changes), chip)
-    assert chosen.algorithm == "step" and words in chosen.why
+    assert chosen.algorithm == "step"
+    assert words in chosen.why
     with pytest.raises(RuntimeError, match="algorithm 'persistent' was asked for but cannot run"):
         plan(problem(**changes), chip, "persistent")
 
@@ -178,7 +185,11 @@ PLANTED = {
     "a weak load of h": ("mailbox.cuh", "ld.relaxed.gpu.global", "ld.global"),
     "a sentinel that a NaN input makes": ("mailbox.cuh", "kSentinel = 0xFFFFFFFFu", "kSentinel = 0x7FFF7FFFu"),
     "an off-by-one tile edge": ("persistent.cu", "tile < now.rows; tile += 16", "tile < now.rows - 1; tile += 16"),
-    "an unwritten output": ("persistent.cu", "static_cast<Scalar*>(p.c_n)[", "if (row > 0) static_cast<Scalar*>(p.c_n)["),
+    "an unwritten output": (
+        "persistent.cu",
+        "static_cast<Scalar*>(p.c_n)[",
+        "if (row > 0) static_cast<Scalar*>(p.c_n)[",
+    ),
 }
 
 
@@ -191,7 +202,10 @@ def build(folder, edit=None):
     text = re.sub(r"    case k(Float16|Tf32|Float32):.*?;[^;]*?\\\n", "", path.read_text(), flags=re.S)
     text = re.sub(r"with_chunks<[\d, ]+>\(row_bytes", "with_chunks<1, 4>(row_bytes", text)
     path.write_text(text)
-    stubs = "".join(f'extern "C" int fusedrnn_step_{d.lower()}(const Fusedrnn{d}*, void*) {{ return 1; }}\n' for d in ("Forward", "Backward"))
+    stubs = "".join(
+        f'extern "C" int fusedrnn_step_{d.lower()}(const Fusedrnn{d}*, void*) {{ return 1; }}\n'
+        for d in ("Forward", "Backward")
+    )
     (folder / "csrc" / "cuda" / "step.cu").write_text('#include "params.h"\n' + stubs)
     if edit:
         name, old, new = edit
@@ -217,7 +231,7 @@ def check_persistent(patch, sentinel=-1):
     want = reference.forward("lstm", *[None if t is None else t.double() for t in given], None, False, "auto", True)
     for seed in SEEDS:
         with cuda.simulator_options(seed=seed, torn=seed % 2 == 0):
-            y, h_n, c_n, gates, cells = cuda.forward("lstm", *given, None, False, "persistent", True)
+            y, h_n, c_n, _gates, _cells = cuda.forward("lstm", *given, None, False, "persistent", True)
         assert y[1:, 2].isnan().all()
         for a, b in ((y[:, keep], want[0][:, keep]), (h_n[keep], want[1][keep]), (c_n[keep], want[2][keep])):
             torch.testing.assert_close(a.double(), b, atol=1e-2, rtol=1e-2)

@@ -24,7 +24,9 @@ def compiled(tmp_path_factory):
         if (name, arch) not in done:
             cubin = folder / f"{name}-{arch}.cubin"
             command = [build.nvcc(), "-std=c++20", "-O3", f"-arch=sm_{arch}", "-cubin", "-Xptxas", "-v"]
-            ran = subprocess.run([*command, str(SOURCES / f"{name}.cu"), "-o", str(cubin)], capture_output=True, text=True)
+            ran = subprocess.run(
+                [*command, str(SOURCES / f"{name}.cu"), "-o", str(cubin)], capture_output=True, text=True
+            )
             assert ran.returncode == 0, ran.stderr
             done[name, arch] = ran.stdout + ran.stderr, cubin
         return done[name, arch]
@@ -53,7 +55,9 @@ def test_instructions(compiled, name, arch):
     cuobjdump = build.tool("cuobjdump")
     if cuobjdump is None:
         pytest.skip("there is no cuobjdump")
-    text = subprocess.run([cuobjdump, "-sass", str(compiled(name, arch)[1])], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(
+        [cuobjdump, "-sass", str(compiled(name, arch)[1])], capture_output=True, text=True, check=True
+    ).stdout
     seen = 0
     for kernel in text.split("Function : ")[1:]:
         symbol = kernel.split("\n", 1)[0]
@@ -63,7 +67,8 @@ def test_instructions(compiled, name, arch):
         assert re.search(r"\bHMMA\.16816\.F32", kernel), symbol
         whole = "Lb1E" in symbol
         if name == "persistent":
-            assert "LDG.E.128.STRONG.GPU" in kernel and "STG.E.128.STRONG.GPU" in kernel, symbol
+            assert "LDG.E.128.STRONG.GPU" in kernel, symbol
+            assert "STG.E.128.STRONG.GPU" in kernel, symbol
         elif whole:
             assert re.search(r"LDG\.E\.128", kernel), symbol
     assert seen >= 8

@@ -1,8 +1,10 @@
-// What step and persistent share: how a block's tile is laid out, how its warps' partial sums meet, and the cell.
+// What step and persistent share: how a block's tile is laid out, how its warps' partial sums meet, and the
+// cell.
 //
-// A block has 8 warps that split k. Forward, it owns 8 units: the rows of W_hh of one unit's accumulators sit in one
-// lane's share of the m-tiles (rows 0..7 of m-tile m are accumulator 2 m of the 8 units, rows 8..15 accumulator 2 m + 1),
-// so a lane ends up with all accumulators of unit l / 4 for two batch rows. Backward, it owns 16 units: one m-tile.
+// A block has 8 warps that split k. Forward, it owns 8 units: the rows of W_hh of one unit's accumulators sit
+// in one lane's share of the m-tiles (rows 0..7 of m-tile m are accumulator 2 m of the 8 units, rows 8..15
+// accumulator 2 m + 1), so a lane ends up with all accumulators of unit l / 4 for two batch rows. Backward,
+// it owns 16 units: one m-tile.
 #pragma once
 
 #include "../cells.h"
@@ -14,7 +16,7 @@ constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kForwardUnits = 8;
 constexpr int kBackwardUnits = 16;
-constexpr int kForwardRows = 64;   // most rows of a block
+constexpr int kForwardRows = 64;  // most rows of a block
 constexpr int kBackwardRows = 32;
 
 // The gate whose part of W_ih or W_hh feeds an accumulator; -1 if none does.
@@ -44,8 +46,9 @@ constexpr int kMTiles = (Cell::kAccumulators + 1) / 2;
 template <typename Cell>
 constexpr int kSavedOrOne = Cell::kSaved > 0 ? Cell::kSaved : 1;
 
-// Partial sums of a forward block in shared memory: [row][warp][unit], all accumulators of a (row, unit) side by side.
-// Units are permuted by row so that neither the stores nor the loads of a quarter warp meet in a bank.
+// Partial sums of a forward block in shared memory: [row][warp][unit], all accumulators of a (row, unit) side
+// by side. Units are permuted by row so that neither the stores nor the loads of a quarter warp meet in a
+// bank.
 template <typename Cell, typename Accumulator>
 struct ForwardSums {
   using Sum = Pack<Accumulator, 2 * kMTiles<Cell>>;
@@ -85,8 +88,8 @@ struct ForwardSums {
   }
 };
 
-// Partial sums of a backward block: [warp][row][unit]. A thread takes two units of a row at a time; rows are kPitch
-// apart so that the stores of a warp spread over the banks.
+// Partial sums of a backward block: [warp][row][unit]. A thread takes two units of a row at a time; rows are
+// kPitch apart so that the stores of a warp spread over the banks.
 template <typename Accumulator>
 struct BackwardSums {
   using Pair = Pack<Accumulator, 2>;
@@ -120,12 +123,12 @@ struct BackwardSums {
   }
 };
 
-// One unit of one row, one step on: the sums of all warps, then the cell. acc holds what the sums start from: biases
-// and the hoisted input part.
+// One unit of one row, one step on: the sums of all warps, then the cell. acc holds what the sums start from:
+// biases and the hoisted input part.
 template <typename Cell, typename Accumulator>
-__device__ __forceinline__ void advance(const typename ForwardSums<Cell, Accumulator>::Sum* at, Accumulator* acc,
-                                        Accumulator h_prev, Accumulator c_prev, Accumulator& h, Accumulator& c,
-                                        Accumulator* saved) {
+__device__ __forceinline__ void advance(const typename ForwardSums<Cell, Accumulator>::Sum* at,
+                                        Accumulator* acc, Accumulator h_prev, Accumulator c_prev,
+                                        Accumulator& h, Accumulator& c, Accumulator* saved) {
   ForwardSums<Cell, Accumulator>::add_up(at, acc);
   Cell::forward(acc, h_prev, c_prev, h, c, saved);
 }
@@ -140,13 +143,15 @@ struct BackwardUnits {
 
 // Two units of one row, one step back: the sums of all warps, then the cell.
 template <typename Cell, typename Accumulator>
-__device__ __forceinline__ void advance_back(const Accumulator* at, bool recurrent, BackwardUnits<Cell, Accumulator>& u) {
+__device__ __forceinline__ void advance_back(const Accumulator* at, bool recurrent,
+                                             BackwardUnits<Cell, Accumulator>& u) {
   if (recurrent) BackwardSums<Accumulator>::add_up(at, u.dh);
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
     Accumulator dacc[Cell::kAccumulators];
     u.dh_prev[j] = u.dc_prev[j] = 0;
-    Cell::backward(u.dh[j], u.dc[j], u.saved[j], u.h[j], u.h_prev[j], u.c_prev[j], u.c[j], dacc, u.dh_prev[j], u.dc_prev[j]);
+    Cell::backward(u.dh[j], u.dc[j], u.saved[j], u.h[j], u.h_prev[j], u.c_prev[j], u.c[j], dacc, u.dh_prev[j],
+                   u.dc_prev[j]);
 #pragma unroll
     for (int a = 0; a < Cell::kAccumulators; ++a) u.dacc[a][j] = dacc[a];
   }

@@ -1,8 +1,9 @@
 // Element types and the one matrix product: 16 rows of A by 8 rows of B, both contiguous along k.
 //
-// A piece is 16 bytes of consecutive k of one row. Lane l of a warp holds piece l % 4 of a chunk of 64 bytes: of row
-// l / 4 and row l / 4 + 8 of A, and of row l / 4 of B. mma.sync wants other k in that lane, but a sum does not care
-// about the order of its terms, so A and B are permuted alike by reading them in whole pieces, straight from memory.
+// A piece is 16 bytes of consecutive k of one row. Lane l of a warp holds piece l % 4 of a chunk of 64 bytes:
+// of row l / 4 and row l / 4 + 8 of A, and of row l / 4 of B. mma.sync wants other k in that lane, but a sum
+// does not care about the order of its terms, so A and B are permuted alike by reading them in whole pieces,
+// straight from memory.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -25,15 +26,16 @@ __device__ __forceinline__ uint32_t to_tf32(uint32_t x) {
   return r;
 }
 
-#define FUSEDRNN_MMA(SHAPE)                                                                                         \
-  asm("mma.sync.aligned." SHAPE " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"                        \
-      : "=f"(acc[0]), "=f"(acc[1]), "=f"(acc[2]), "=f"(acc[3])                                                      \
+#define FUSEDRNN_MMA(SHAPE)                                                                                 \
+  asm("mma.sync.aligned." SHAPE " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"                \
+      : "=f"(acc[0]), "=f"(acc[1]), "=f"(acc[2]), "=f"(acc[3])                                              \
       : "r"(low.w[i]), "r"(high.w[i]), "r"(low.w[i + 1]), "r"(high.w[i + 1]), "r"(b.w[i]), "r"(b.w[i + 1]), \
         "f"(acc[0]), "f"(acc[1]), "f"(acc[2]), "f"(acc[3]))
 
 // acc[0..1]: row l / 4 of A by rows 2 (l % 4) and 2 (l % 4) + 1 of B; acc[2..3]: row l / 4 + 8 of A.
 template <typename Scalar, typename Accumulator>
-__device__ __forceinline__ void multiply_exactly(Accumulator (&acc)[4], const Piece& low, const Piece& high, const Piece& b) {
+__device__ __forceinline__ void multiply_exactly(Accumulator (&acc)[4], const Piece& low, const Piece& high,
+                                                 const Piece& b) {
   constexpr int kPer = 16 / sizeof(Scalar);
   const int lane = threadIdx.x & 31, row = lane & 28, column = 8 * (lane & 3);
   const Scalar* l = reinterpret_cast<const Scalar*>(low.w);
@@ -82,7 +84,8 @@ struct Arithmetic<__nv_bfloat16> {
   using Accumulator = float;
   static constexpr bool kExact = false;
   __device__ static void prepare(Piece&) {}
-  __device__ static __forceinline__ void multiply(float (&acc)[4], const Piece& low, const Piece& high, const Piece& b) {
+  __device__ static __forceinline__ void multiply(float (&acc)[4], const Piece& low, const Piece& high,
+                                                  const Piece& b) {
 #pragma unroll
     for (int i = 0; i < 4; i += 2) FUSEDRNN_MMA("m16n8k16.row.col.f32.bf16.bf16.f32");
   }
@@ -94,7 +97,8 @@ struct Arithmetic<__half> {
   using Accumulator = float;
   static constexpr bool kExact = false;
   __device__ static void prepare(Piece&) {}
-  __device__ static __forceinline__ void multiply(float (&acc)[4], const Piece& low, const Piece& high, const Piece& b) {
+  __device__ static __forceinline__ void multiply(float (&acc)[4], const Piece& low, const Piece& high,
+                                                  const Piece& b) {
 #pragma unroll
     for (int i = 0; i < 4; i += 2) FUSEDRNN_MMA("m16n8k16.row.col.f32.f16.f16.f32");
   }
@@ -109,7 +113,8 @@ struct Arithmetic<Tf32> {
 #pragma unroll
     for (int i = 0; i < 4; ++i) p.w[i] = to_tf32(p.w[i]);
   }
-  __device__ static __forceinline__ void multiply(float (&acc)[4], const Piece& low, const Piece& high, const Piece& b) {
+  __device__ static __forceinline__ void multiply(float (&acc)[4], const Piece& low, const Piece& high,
+                                                  const Piece& b) {
 #pragma unroll
     for (int i = 0; i < 4; i += 2) FUSEDRNN_MMA("m16n8k8.row.col.f32.tf32.tf32.f32");
   }
@@ -121,7 +126,8 @@ struct Arithmetic<float> {
   using Accumulator = float;
   static constexpr bool kExact = true;
   __device__ static void prepare(Piece&) {}
-  __device__ static __forceinline__ void multiply(float (&acc)[4], const Piece& low, const Piece& high, const Piece& b) {
+  __device__ static __forceinline__ void multiply(float (&acc)[4], const Piece& low, const Piece& high,
+                                                  const Piece& b) {
     multiply_exactly<float>(acc, low, high, b);
   }
 };
@@ -132,7 +138,8 @@ struct Arithmetic<double> {
   using Accumulator = double;
   static constexpr bool kExact = true;
   __device__ static void prepare(Piece&) {}
-  __device__ static __forceinline__ void multiply(double (&acc)[4], const Piece& low, const Piece& high, const Piece& b) {
+  __device__ static __forceinline__ void multiply(double (&acc)[4], const Piece& low, const Piece& high,
+                                                  const Piece& b) {
     multiply_exactly<double>(acc, low, high, b);
   }
 };
@@ -146,13 +153,21 @@ __device__ __forceinline__ double widen(double x) { return x; }
 template <typename Scalar>
 __device__ __forceinline__ Scalar narrow(float x);
 template <>
-__device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+__device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
 template <>
-__device__ __forceinline__ __half narrow<__half>(float x) { return __float2half_rn(x); }
+__device__ __forceinline__ __half narrow<__half>(float x) {
+  return __float2half_rn(x);
+}
 template <>
-__device__ __forceinline__ float narrow<float>(float x) { return x; }
+__device__ __forceinline__ float narrow<float>(float x) {
+  return x;
+}
 template <typename Scalar>
-__device__ __forceinline__ double narrow(double x) { return x; }
+__device__ __forceinline__ double narrow(double x) {
+  return x;
+}
 
 // 16 bytes that no block of this launch writes.
 template <int offset>
@@ -164,7 +179,8 @@ __device__ __forceinline__ Piece load_global(const void* at) {
   return p;
 }
 
-// Piece k .. of a row of n elements, zeros beyond its end. kWhole: rows begin at 16 bytes and hold whole pieces.
+// Piece k .. of a row of n elements, zeros beyond its end. kWhole: rows begin at 16 bytes and hold whole
+// pieces.
 template <bool kWhole, typename Scalar>
 __device__ __forceinline__ Piece load_piece(const Scalar* row, int64_t k, int64_t n) {
   Piece p{};

@@ -1,9 +1,9 @@
 // The C interface of the CUDA kernels: raw pointers, sizes and a stream. No allocation, no synchronisation.
 //
-// T steps, B batch, I input, H hidden, P output (P = H without projection), G gates, A accumulators, S saved arrays,
-// N rows of packed data (N = T * B when every step has B rows). Hp is H rounded up to a whole packet of 16 bytes.
-// Row offsets: step t owns the rows offsets[t] .. offsets[t + 1] - 1; a null array means B rows a step.
-// "T" below is the element type (dtype), "Acc" its accumulation type: double for float64, else float.
+// T steps, B batch, I input, H hidden, P output (P = H without projection), G gates, A accumulators, S saved
+// arrays, N rows of packed data (N = T * B when every step has B rows). Hp is H rounded up to a whole packet
+// of 16 bytes. Row offsets: step t owns the rows offsets[t] .. offsets[t + 1] - 1; a null array means B rows
+// a step. "T" below is the element type (dtype), "Acc" its accumulation type: double for float64, else float.
 // fusedrnn/backends/cuda.py mirrors both structs field by field.
 #pragma once
 
@@ -21,26 +21,26 @@ typedef struct {
   int64_t steps, batch, input, hidden, out;
   const int64_t* offsets_host;    // [T + 1] or null; step
   const int64_t* offsets_device;  // [T + 1] or null; persistent
-  const void* x;       // step: T [N, I]. persistent: T [N, G * H], x W_ih^T + b_ih
-  const void* h0;      // T [B, P]; persistent: [B, Hp], zeros beyond H
-  const void* c0;      // T [B, H]
-  const void* w_ih;    // T [G * H, I]; step
-  const void* w_hh;    // T [G * H, P]; persistent: [G * H, Hp], zeros beyond H
-  const void* b_ih;    // T [G * H] or null; step
-  const void* b_hh;    // T [G * H] or null
-  const void* w_hr;    // T [P, H] or null; step
-  void* y;             // T [N, P]; persistent: [N, Hp], every byte 0xFF before the launch
-  void* h_n;           // T [B, P]
-  void* c_n;           // T [B, H]
-  void* gates;         // T [N, H, S] or null: what backward needs of the gates, the S values of a unit side by side
-  void* cells;         // Acc [N, H] or null
-  void* state;         // Acc [B, H], scratch; step without cells
-  void* unprojected;   // T [B, H], scratch; step with w_hr
-  int32_t slice_rows;  // persistent: rows of a batch slice, at most 64
-  int32_t groups;      // persistent: slices at work at once; group i takes slices i, i + groups, ...
+  const void* x;                  // step: T [N, I]. persistent: T [N, G * H], x W_ih^T + b_ih
+  const void* h0;                 // T [B, P]; persistent: [B, Hp], zeros beyond H
+  const void* c0;                 // T [B, H]
+  const void* w_ih;               // T [G * H, I]; step
+  const void* w_hh;               // T [G * H, P]; persistent: [G * H, Hp], zeros beyond H
+  const void* b_ih;               // T [G * H] or null; step
+  const void* b_hh;               // T [G * H] or null
+  const void* w_hr;               // T [P, H] or null; step
+  void* y;                        // T [N, P]; persistent: [N, Hp], every byte 0xFF before the launch
+  void* h_n;                      // T [B, P]
+  void* c_n;                      // T [B, H]
+  void* gates;  // T [N, H, S] or null: what backward needs of the gates, the S values of a unit side by side
+  void* cells;  // Acc [N, H] or null
+  void* state;  // Acc [B, H], scratch; step without cells
+  void* unprojected;    // T [B, H], scratch; step with w_hr
+  int32_t slice_rows;   // persistent: rows of a batch slice, at most 64
+  int32_t groups;       // persistent: slices at work at once; group i takes slices i, i + groups, ...
   uint32_t poll_limit;  // persistent: polls of one packet before the kernel traps
   int32_t reserved2;
-  int32_t* fault;      // [4]: block, step, packet, 1 of the poll that gave up; persistent
+  int32_t* fault;  // [4]: block, step, packet, 1 of the poll that gave up; persistent
 } FusedrnnForward;
 
 typedef struct {
@@ -51,7 +51,8 @@ typedef struct {
   const void* dy;      // T [N, P] or null
   const void* dh_n;    // T [B, P] or null
   const void* dc_n;    // T [B, H] or null
-  const void* w_hh_t;  // T [P, A * H], W_hh transposed, a column block an accumulator; persistent: [H, A, Hp], zeros beyond H
+  const void* w_hh_t;  // T [P, A * H], W_hh transposed, a column block an accumulator; persistent: [H, A,
+                       // Hp], zeros beyond H
   const void* w_hr_t;  // T [H, P] or null, W_hr transposed; step
   const void* gates;   // T [N, H, S]
   const void* cells;   // Acc [N, H]

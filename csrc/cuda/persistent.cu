@@ -1,4 +1,5 @@
-// One cooperative launch for a whole sequence. W_hh stays in registers; h (backward: dgates) goes through the mailbox.
+// One cooperative launch for a whole sequence. W_hh stays in registers; h (backward: dgates) goes through the
+// mailbox.
 #include <cuda_runtime.h>
 
 #include <type_traits>
@@ -51,7 +52,8 @@ struct Inbox {
 
   // Waits before the product where that is the better way round.
   template <bool kNow, typename Params>
-  __device__ __forceinline__ bool complete(const char* at, Piece (&p)[n], bool recurrent, const Params& params, int step) const {
+  __device__ __forceinline__ bool complete(const char* at, Piece (&p)[n], bool recurrent,
+                                           const Params& params, int step) const {
     if constexpr (kNow) {
       bool gap = false;
 #pragma unroll
@@ -64,22 +66,26 @@ struct Inbox {
     return kNow;
   }
 
-  // Until every packet of the row is there. A row that is not `recurrent` comes from h0 and may hold any bits.
+  // Until every packet of the row is there. A row that is not `recurrent` comes from h0 and may hold any
+  // bits.
   template <typename Params>
-  __device__ __forceinline__ void await(const char* at, bool recurrent, const Params& params, int step) const {
+  __device__ __forceinline__ void await(const char* at, bool recurrent, const Params& params,
+                                        int step) const {
     if (recurrent) {
       uint32_t polls = 0;
 #pragma unroll 1
       for (int c = 0; c < (kWhole ? n : min(n, held)); ++c)
         while (mailbox::missing(mailbox::take<0>(at + 512 * c)))
           if (++polls > params.poll_limit)
-            mailbox::give_up(params.fault, step, int((at - static_cast<const char*>(Params::exchanged(params))) / 16) + 32 * c);
+            mailbox::give_up(params.fault, step,
+                             int((at - static_cast<const char*>(Params::exchanged(params))) / 16) + 32 * c);
     }
     __syncwarp();
   }
 };
 
-// Whether a sum of this warp is NaN, in any row of B; rows of A need no look, since a NaN in B makes all of them NaN.
+// Whether a sum of this warp is NaN, in any row of B; rows of A need no look, since a NaN in B makes all of
+// them NaN.
 template <typename Accumulator>
 __device__ __forceinline__ bool any_nan(const Accumulator (&acc)[4]) {
   const Accumulator either = acc[0] + acc[1];
@@ -123,7 +129,8 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_forward(const __grid_c
   using Accumulator = typename Math::Accumulator;
   using Sums = ForwardSums<Cell, Accumulator>;
   using Sum = typename Sums::Sum;
-  constexpr int kPer = 16 / sizeof(Scalar), kGates = Cell::kGates, kAccs = Cell::kAccumulators, kMT = kMTiles<Cell>;
+  constexpr int kPer = 16 / sizeof(Scalar), kGates = Cell::kGates, kAccs = Cell::kAccumulators,
+                kMT = kMTiles<Cell>;
   constexpr int kElements = kForwardRows * kForwardUnits / kThreads, kStride = kForwardRows / kElements;
   extern __shared__ __align__(16) unsigned char shared[];
 
@@ -151,21 +158,24 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_forward(const __grid_c
   }
 
   // From here on a thread is row my_row + kStride i and unit threadIdx % 8 of the block.
-  const int unit = keep(int(blockIdx.x) * kForwardUnits + (threadIdx.x & 7)), my_row = keep(int(threadIdx.x >> 3));
+  const int unit = keep(int(blockIdx.x) * kForwardUnits + (threadIdx.x & 7)),
+            my_row = keep(int(threadIdx.x >> 3));
   const bool real_unit = unit < hidden, sends = (lane & (kPer - 1)) == 0 && unit < pitch;
   Accumulator bias[kAccs];
 #pragma unroll
   for (int a = 0; a < kAccs; ++a) {
     const int gate = h_gate<Cell>(a);
     bias[a] = 0;
-    if (p.b_hh && gate >= 0 && real_unit) bias[a] = widen(static_cast<const Scalar*>(p.b_hh)[int64_t(gate) * hidden + unit]);
+    if (p.b_hh && gate >= 0 && real_unit)
+      bias[a] = widen(static_cast<const Scalar*>(p.b_hh)[int64_t(gate) * hidden + unit]);
   }
   Sum* const all_sums = reinterpret_cast<Sum*>(shared);
   const int sums_out = keep(Sums::lane_place()), sums_in = keep(Sums::place(my_row, 0, threadIdx.x & 7));
   const int buffer_sums = forward_buffer_bytes<Sums>(p.slice_rows) / int(sizeof(Sum));
   int buffer = 0;
 
-  for (int64_t first = int64_t(blockIdx.y) * p.slice_rows; first < p.batch; first += int64_t(gridDim.y) * p.slice_rows) {
+  for (int64_t first = int64_t(blockIdx.y) * p.slice_rows; first < p.batch;
+       first += int64_t(gridDim.y) * p.slice_rows) {
     const int limit = int(p.batch - first < p.slice_rows ? p.batch - first : p.slice_rows);
     const Timeline timeline{p.offsets_device, p.batch, first, limit};
     const int64_t in_slice = keep(int64_t(my_row) * hidden + unit), in_batch = first * hidden + in_slice;
@@ -174,14 +184,19 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_forward(const __grid_c
     for (int i = 0; i < kElements; ++i) {
       c[i] = h_carried[i] = 0;
       if (my_row + kStride * i < limit && real_unit) {
-        if constexpr (Cell::kHasCellState) c[i] = widen(static_cast<const Scalar*>(p.c0)[in_batch + i * kStride * hidden]);
+        if constexpr (Cell::kHasCellState)
+          c[i] = widen(static_cast<const Scalar*>(p.c0)[in_batch + i * kStride * hidden]);
         if constexpr (Cell::kUsesHPrev)
-          h_carried[i] = widen(static_cast<const Scalar*>(p.h0)[(first + my_row + kStride * i) * pitch + unit]);
+          h_carried[i] =
+              widen(static_cast<const Scalar*>(p.h0)[(first + my_row + kStride * i) * pitch + unit]);
       }
     }
-    const char* const h0_at = keep(reinterpret_cast<const char*>(static_cast<const Scalar*>(p.h0) + first * pitch + piece0 * kPer));
-    const char* const y_at = keep(reinterpret_cast<const char*>(static_cast<const Scalar*>(p.y) + piece0 * kPer));
-    const Scalar* const x_at = keep(static_cast<const Scalar*>(p.x) + int64_t(my_row) * (kGates * hidden) + unit);
+    const char* const h0_at =
+        keep(reinterpret_cast<const char*>(static_cast<const Scalar*>(p.h0) + first * pitch + piece0 * kPer));
+    const char* const y_at =
+        keep(reinterpret_cast<const char*>(static_cast<const Scalar*>(p.y) + piece0 * kPer));
+    const Scalar* const x_at =
+        keep(static_cast<const Scalar*>(p.x) + int64_t(my_row) * (kGates * hidden) + unit);
 
     const int direction = keep(p.reverse ? -1 : 1);
     int t = p.reverse ? int(p.steps) - 1 : 0;
@@ -208,10 +223,11 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_forward(const __grid_c
         return (row < before.rows ? h_at : h0_at) + int64_t(row) * row_bytes;
       };
       Sum* sums = all_sums + (sums_out + buffer);
-      const auto multiply = [&](Piece (&h)[kChunks], const char* at, int row) {
+      const auto multiply = [&](Piece(&h)[kChunks], const char* at, int row) {
         Accumulator acc[kMT][4];
         const bool recurrent = min(row, last_row) < before.rows;
-        for (bool complete = inbox.template complete<Math::kExact>(at, h, recurrent, p, t - direction);; complete = true) {
+        for (bool complete = inbox.template complete<Math::kExact>(at, h, recurrent, p, t - direction);;
+             complete = true) {
 #pragma unroll
           for (int m = 0; m < kMT; ++m)
 #pragma unroll
@@ -220,7 +236,8 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_forward(const __grid_c
           for (int c = 0; c < kChunks; ++c) {
             Math::prepare(h[c]);
 #pragma unroll
-            for (int m = 0; m < kMT; ++m) Math::multiply(acc[m], weights[c][2 * m], weights[c][2 * m + 1], h[c]);
+            for (int m = 0; m < kMT; ++m)
+              Math::multiply(acc[m], weights[c][2 * m], weights[c][2 * m + 1], h[c]);
           }
           if (complete || !any_nan(acc[0])) break;
           inbox.await(at, recurrent, p, t - direction);
@@ -262,14 +279,16 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_forward(const __grid_c
 #pragma unroll
       for (int i = 0; i < kElements; ++i) {
         const int row = my_row + kStride * i;
-        if (4 * warp + kStride * i < now.rows) {  // the same for the whole warp: lanes of missing rows help to gather
+        if (4 * warp + kStride * i <
+            now.rows) {  // the same for the whole warp: lanes of missing rows help to gather
           Accumulator acc[kAccs], h, c_now = 0, saved[kSavedOrOne<Cell>];
 #pragma unroll
           for (int a = 0; a < kAccs; ++a) {
             constexpr auto gate = [](int acc) { return x_gate<Cell>(acc); };
             acc[a] = gate(a) >= 0 ? bias[a] + widen(inputs[i][gate(a) >= 0 ? gate(a) : 0]) : bias[a];
           }
-          advance<Cell, Accumulator>(all_sums + (sums_in + buffer) + i * kStride * kWarps * kForwardUnits, acc, h_carried[i], c[i], h, c_now, saved);
+          advance<Cell, Accumulator>(all_sums + (sums_in + buffer) + i * kStride * kWarps * kForwardUnits,
+                                     acc, h_carried[i], c[i], h, c_now, saved);
           const Scalar stored = mailbox::encode(narrow<Scalar>(real_unit ? h : Accumulator(0)));
           const Piece packet = gather(stored);
           if (row < now.rows) {
@@ -282,7 +301,9 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_forward(const __grid_c
               c[i] = c_now;
               h_carried[i] = widen(stored);
               if constexpr (Cell::kSaved > 0)
-                if (p.gates) store_pack<Scalar, Accumulator, Cell::kSaved>(static_cast<Scalar*>(p.gates) + at * Cell::kSaved, saved);
+                if (p.gates)
+                  store_pack<Scalar, Accumulator, Cell::kSaved>(
+                      static_cast<Scalar*>(p.gates) + at * Cell::kSaved, saved);
               if constexpr (Cell::kHasCellState)
                 if (p.cells) static_cast<Accumulator*>(p.cells)[at] = c_now;
               if (row >= next.rows) {
@@ -309,17 +330,20 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
   using Sums = BackwardSums<Accumulator>;
   using Units = BackwardUnits<Cell, Accumulator>;
   constexpr int kPer = 16 / sizeof(Scalar), kAccs = Cell::kAccumulators, kSaved = kSavedOrOne<Cell>;
-  constexpr int kPackets = kBackwardUnits / kPer;            // of 16 units
-  constexpr int kAhead = Math::kExact || kChunks < 12 ? kChunks : 12;        // packets in flight: what the registers allow
-  constexpr int kStage = 4 * kAccs * kBackwardUnits;         // what a warp stages: 4 rows x accumulators x 16 units
+  constexpr int kPackets = kBackwardUnits / kPer;  // of 16 units
+  constexpr int kAhead =
+      Math::kExact || kChunks < 12 ? kChunks : 12;    // packets in flight: what the registers allow
+  constexpr int kStage = 4 * kAccs * kBackwardUnits;  // what a warp stages: 4 rows x accumulators x 16 units
   __shared__ __align__(16) Accumulator all_sums[2 * Sums::kSize];
   __shared__ __align__(16) Scalar stages[kWarps][kStage];
 
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const int hidden = int(p.hidden), pitch = kWhole ? hidden : (hidden + kPer - 1) / kPer * kPer, row_size = kAccs * pitch;
+  const int hidden = int(p.hidden), pitch = kWhole ? hidden : (hidden + kPer - 1) / kPer * kPer,
+            row_size = kAccs * pitch;
   const int pieces = row_size / kPer, piece0 = 4 * warp + (lane & 3);
   const auto inbox = Inbox<kWhole, kChunks>::of(piece0, pieces);
-  const char* const inbound = keep(reinterpret_cast<const char*>(static_cast<const Scalar*>(p.dgates) + piece0 * kPer));
+  const char* const inbound =
+      keep(reinterpret_cast<const char*>(static_cast<const Scalar*>(p.dgates) + piece0 * kPer));
   const int row_bytes = keep(row_size * int(sizeof(Scalar)));
 
   Piece weights[kChunks][2];
@@ -330,26 +354,32 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
       const int row = int(blockIdx.x) * kBackwardUnits + (lane >> 2) + 8 * j;
       weights[c][j] = Piece{};
       if (row < hidden && piece0 + 32 * c < pieces) {
-        weights[c][j] = load_piece<true>(static_cast<const Scalar*>(p.w_hh_t) + int64_t(row) * row_size, (piece0 + 32 * c) * kPer, row_size);
+        weights[c][j] = load_piece<true>(static_cast<const Scalar*>(p.w_hh_t) + int64_t(row) * row_size,
+                                         (piece0 + 32 * c) * kPer, row_size);
         Math::prepare(weights[c][j]);
       }
     }
   }
 
   // From here on a thread is row threadIdx / 8 and units 2 (threadIdx % 8) and the next of the block.
-  const int unit = keep(int(blockIdx.x) * kBackwardUnits + 2 * (threadIdx.x & 7)), row = keep(int(threadIdx.x >> 3));
+  const int unit = keep(int(blockIdx.x) * kBackwardUnits + 2 * (threadIdx.x & 7)),
+            row = keep(int(threadIdx.x >> 3));
   const bool real[2] = {unit < hidden, unit + 1 < hidden};
-  // A lane sends one packet of some rows of the warp's 4: rows, then accumulators, then packets of the 16 units by lane.
+  // A lane sends one packet of some rows of the warp's 4: rows, then accumulators, then packets of the 16
+  // units by lane.
   constexpr int kRowsAtOnce = 32 / (kAccs * kPackets) < 4 ? 32 / (kAccs * kPackets) : 4;
-  const int packet_row = keep(4 * warp + lane / (kAccs * kPackets)), packet_unit = int(blockIdx.x) * kBackwardUnits + lane % kPackets * kPer;
+  const int packet_row = keep(4 * warp + lane / (kAccs * kPackets)),
+            packet_unit = int(blockIdx.x) * kBackwardUnits + lane % kPackets * kPer;
   const bool sends = packet_unit < pitch && lane < kRowsAtOnce * kAccs * kPackets;
-  char* const packet_at = keep(reinterpret_cast<char*>(static_cast<Scalar*>(p.dgates) + int64_t(packet_row) * row_size + lane / kPackets % kAccs * pitch + packet_unit));
+  char* const packet_at =
+      keep(reinterpret_cast<char*>(static_cast<Scalar*>(p.dgates) + int64_t(packet_row) * row_size +
+                                   lane / kPackets % kAccs * pitch + packet_unit));
   Scalar* const stage = stages[warp];
   const int sums_out = keep(Sums::lane_place()), sums_in = keep(Sums::place(row, 0, 2 * (threadIdx.x & 7)));
   int buffer = 0;
 
   // Two neighbours of a [rows, H] array; one access where both exist and the row length is even.
-  const auto load_two = [&](const auto* from, Accumulator (&to)[2]) {
+  const auto load_two = [&](const auto* from, Accumulator(&to)[2]) {
     using Element = std::remove_cv_t<std::remove_reference_t<decltype(*from)>>;
     if (kWhole) {
       const auto pair = *reinterpret_cast<const Pack<Element, 2>*>(from);
@@ -361,7 +391,8 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
     }
   };
 
-  for (int64_t first = int64_t(blockIdx.y) * p.slice_rows; first < p.batch; first += int64_t(gridDim.y) * p.slice_rows) {
+  for (int64_t first = int64_t(blockIdx.y) * p.slice_rows; first < p.batch;
+       first += int64_t(gridDim.y) * p.slice_rows) {
     const int limit = int(p.batch - first < p.slice_rows ? p.batch - first : p.slice_rows);
     const Timeline timeline{p.offsets_device, p.batch, first, limit};
     const int64_t in_slice = keep(int64_t(row) * hidden + unit), in_batch = first * hidden + in_slice;
@@ -382,7 +413,8 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
       const bool mine = row < now.rows && real[0];
       if (mine) {
         if constexpr (Cell::kSaved > 0) {
-          const auto* from = reinterpret_cast<const std::remove_reference_t<decltype(gates[0])>*>(static_cast<const Scalar*>(p.gates) + at * kSaved);
+          const auto* from = reinterpret_cast<const std::remove_reference_t<decltype(gates[0])>*>(
+              static_cast<const Scalar*>(p.gates) + at * kSaved);
           gates[0] = from[0];
           if constexpr (!kWhole) gates[1] = from[real[1] ? 1 : 0];
         }
@@ -434,14 +466,16 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
         Accumulator acc[4];
         Piece packets[kChunks];
         inbox.template fetch<0, kAhead>(from, packets);
-        for (bool complete = inbox.template complete<Math::kExact>(from, packets, true, p, t - direction);; complete = true) {
+        for (bool complete = inbox.template complete<Math::kExact>(from, packets, true, p, t - direction);;
+             complete = true) {
 #pragma unroll
           for (int j = 0; j < 4; ++j) acc[j] = 0;
           unrolled<kChunks>([&](auto index) {
             constexpr int c = decltype(index)::value;
             Math::prepare(packets[c]);
             Math::multiply(acc, weights[c][0], weights[c][1], packets[c]);
-            if constexpr (c + kAhead < kChunks) inbox.template fetch<c + kAhead, c + kAhead + 1>(from, packets);
+            if constexpr (c + kAhead < kChunks)
+              inbox.template fetch<c + kAhead, c + kAhead + 1>(from, packets);
           });
           if (complete || !any_nan(acc)) break;
           inbox.await(from, true, p, t - direction);
@@ -457,7 +491,8 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
 #pragma unroll
           for (int j = 0; j < 2; ++j)
 #pragma unroll
-            for (int k = 0; k < Cell::kSaved; ++k) u.saved[j][k] = widen(kWhole ? gates[0].v[j * kSaved + k] : gates[kWhole ? 0 : j].v[k]);
+            for (int k = 0; k < Cell::kSaved; ++k)
+              u.saved[j][k] = widen(kWhole ? gates[0].v[j * kSaved + k] : gates[kWhole ? 0 : j].v[k]);
           advance_back<Cell, Accumulator>(all_sums + (sums_in + buffer), row < recurrent_rows, u);
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
@@ -470,19 +505,23 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
         for (int a = 0; a < kAccs; ++a) {
           Pack<Scalar, 2> pair;
 #pragma unroll
-          for (int j = 0; j < 2; ++j) pair.v[j] = mailbox::encode(narrow<Scalar>(kWhole || real[j] ? u.dacc[a][j] : Accumulator(0)));
-          *reinterpret_cast<Pack<Scalar, 2>*>(stage + ((lane >> 3) * kAccs + a) * kBackwardUnits + 2 * (lane & 7)) = pair;
+          for (int j = 0; j < 2; ++j)
+            pair.v[j] = mailbox::encode(narrow<Scalar>(kWhole || real[j] ? u.dacc[a][j] : Accumulator(0)));
+          *reinterpret_cast<Pack<Scalar, 2>*>(stage + ((lane >> 3) * kAccs + a) * kBackwardUnits +
+                                              2 * (lane & 7)) = pair;
         }
         __syncwarp();
 #pragma unroll
         for (int k = 0; k < 4; k += kRowsAtOnce)
           if (sends && packet_row + k < now.rows)
-            mailbox::put(packet_at + (now.offset + k) * row_bytes, *reinterpret_cast<const Piece*>(stage + (lane + 32 * (k / kRowsAtOnce)) * kPer));
+            mailbox::put(packet_at + (now.offset + k) * row_bytes,
+                         *reinterpret_cast<const Piece*>(stage + (lane + 32 * (k / kRowsAtOnce)) * kPer));
         if (mine && row >= next.rows) {
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
             if (!real[j]) continue;
-            if constexpr (Cell::kHasCellState) static_cast<Scalar*>(p.dc0)[in_batch + j] = narrow<Scalar>(u.dc_prev[j]);
+            if constexpr (Cell::kHasCellState)
+              static_cast<Scalar*>(p.dc0)[in_batch + j] = narrow<Scalar>(u.dc_prev[j]);
             if constexpr (Cell::kDirectH) static_cast<Accumulator*>(p.dh_direct)[in_batch + j] = u.dh_prev[j];
           }
         }
@@ -498,12 +537,14 @@ template <typename Kernel, typename Params>
 int launch(Kernel kernel, const Params& params, int units, int shared, cudaStream_t stream) {
   const unsigned blocks = unsigned((params.hidden + units - 1) / units);
   if (shared > 0) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     if (error != cudaSuccess) return error;
   }
   Params copy = params;
   void* arguments[] = {&copy};
-  return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(blocks, unsigned(params.groups)), dim3(kThreads), arguments,
+  return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel),
+                                     dim3(blocks, unsigned(params.groups)), dim3(kThreads), arguments,
                                      size_t(shared), stream);
 }
 
@@ -549,18 +590,18 @@ int backward(const Backward& p, cudaStream_t stream) {
     return with_chunks<4, 8, 12, 16>(row_bytes, run);
 }
 
-#define FUSEDRNN_DISPATCH(FUNCTION, CELL)                       \
-  switch (p.dtype) {                                            \
-    case kBfloat16:                                             \
-      return FUNCTION<CELL, __nv_bfloat16>(p, stream);          \
-    case kFloat16:                                              \
-      return FUNCTION<CELL, __half>(p, stream);                 \
-    case kTf32:                                                 \
-      return FUNCTION<CELL, Tf32>(p, stream);                   \
-    case kFloat32:                                              \
-      return FUNCTION<CELL, float>(p, stream);                  \
-    default:                                                    \
-      return cudaErrorInvalidValue;                             \
+#define FUSEDRNN_DISPATCH(FUNCTION, CELL)              \
+  switch (p.dtype) {                                   \
+    case kBfloat16:                                    \
+      return FUNCTION<CELL, __nv_bfloat16>(p, stream); \
+    case kFloat16:                                     \
+      return FUNCTION<CELL, __half>(p, stream);        \
+    case kTf32:                                        \
+      return FUNCTION<CELL, Tf32>(p, stream);          \
+    case kFloat32:                                     \
+      return FUNCTION<CELL, float>(p, stream);         \
+    default:                                           \
+      return cudaErrorInvalidValue;                    \
   }
 
 int dispatch(const Forward& p, cudaStream_t stream) {

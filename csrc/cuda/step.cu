@@ -1,5 +1,5 @@
-// One launch a time step: the matmuls of x and h and the cell, or the matmul of dgates and the cell's backward. A
-// projection adds a second launch a step, a matmul only.
+// One launch a time step: the matmuls of x and h and the cell, or the matmul of dgates and the cell's
+// backward. A projection adds a second launch a step, a matmul only.
 #include <cuda_runtime.h>
 
 #include <type_traits>
@@ -10,14 +10,16 @@
 namespace fusedrnn {
 namespace {
 
-// Pieces straight from global memory, by all warps in turn, just as the product wants them: kRows rows of A, kTiles tiles
-// of 8 rows of B, every pointer at its row's first k. kGaps: a null row of A counts as zeros.
-template <typename Math, bool kGaps, int kRows, int kTiles, bool kWhole, typename Scalar, typename Accumulator>
-__device__ __forceinline__ void accumulate(Accumulator (&acc)[kTiles][kRows / 2][4], const Scalar* const (&a)[kRows],
-                                           const Scalar* const (&b)[kTiles], int k_size) {
+// Pieces straight from global memory, by all warps in turn, just as the product wants them: kRows rows of A,
+// kTiles tiles of 8 rows of B, every pointer at its row's first k. kGaps: a null row of A counts as zeros.
+template <typename Math, bool kGaps, int kRows, int kTiles, bool kWhole, typename Scalar,
+          typename Accumulator>
+__device__ __forceinline__ void accumulate(Accumulator (&acc)[kTiles][kRows / 2][4],
+                                           const Scalar* const (&a)[kRows], const Scalar* const (&b)[kTiles],
+                                           int k_size) {
   constexpr int kPer = 16 / sizeof(Scalar), kRound = 4 * kWarps * kPer;
   constexpr int kInFlight = Math::kExact ? 1 : 3;  // rounds whose loads travel together
-  const auto multiply = [&](Piece (&left)[kRows], Piece (&right)[kTiles]) {
+  const auto multiply = [&](Piece(&left)[kRows], Piece(&right)[kTiles]) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       if (kGaps && a[r] == nullptr) left[r] = Piece{};
@@ -97,14 +99,17 @@ struct ForwardStep {
 
 template <typename Cell, typename Type, int kTiles, bool kWhole>
 __global__ void __launch_bounds__(kThreads)
-    step_forward(const __grid_constant__ ForwardStep<typename Arithmetic<Type>::Scalar, typename Arithmetic<Type>::Accumulator> p) {
+    step_forward(const __grid_constant__
+                     ForwardStep<typename Arithmetic<Type>::Scalar, typename Arithmetic<Type>::Accumulator>
+                         p) {
   using Math = Arithmetic<Type>;
   using Scalar = typename Math::Scalar;
   using Accumulator = typename Math::Accumulator;
   using Sums = ForwardSums<Cell, Accumulator>;
   using Sum = typename Sums::Sum;
   constexpr int kAccs = Cell::kAccumulators, kMT = kMTiles<Cell>;
-  constexpr int kElements = (kTiles * 8 * kForwardUnits + kThreads - 1) / kThreads, kStride = kThreads / kForwardUnits;
+  constexpr int kElements = (kTiles * 8 * kForwardUnits + kThreads - 1) / kThreads,
+                kStride = kThreads / kForwardUnits;
   extern __shared__ __align__(16) unsigned char shared[];
   Sum* const sums = reinterpret_cast<Sum*>(shared);
 
@@ -132,7 +137,8 @@ __global__ void __launch_bounds__(kThreads)
   }
   Sum* const lane_sums = sums + keep(Sums::lane_place());
 #pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) Sums::store(lane_sums + tile * 8 * kWarps * kForwardUnits, acc[tile]);
+  for (int tile = 0; tile < kTiles; ++tile)
+    Sums::store(lane_sums + tile * 8 * kWarps * kForwardUnits, acc[tile]);
   __syncthreads();
 
   const int unit = int(blockIdx.x) * kForwardUnits + (threadIdx.x & 7);
@@ -156,7 +162,8 @@ __global__ void __launch_bounds__(kThreads)
     const bool joined = row < p.before_rows;
     if constexpr (Cell::kHasCellState) c_prev = joined ? p.c_before[at] : Accumulator(widen(p.c0[at]));
     if constexpr (Cell::kUsesHPrev) h_prev = widen((joined ? p.h_before : p.h0)[at]);
-    advance<Cell, Accumulator>(sums + Sums::place(local, 0, threadIdx.x & 7), sum, h_prev, c_prev, h, c, saved);
+    advance<Cell, Accumulator>(sums + Sums::place(local, 0, threadIdx.x & 7), sum, h_prev, c_prev, h, c,
+                               saved);
     const Scalar stored = narrow<Scalar>(h);
     p.h[at] = stored;
     if constexpr (Cell::kSaved > 0)
@@ -181,7 +188,8 @@ struct Linear {
 
 // The matmul of a tile of 16 rows of A by kTiles * 8 rows of `from`, its sums in shared memory.
 template <typename Math, int kTiles, bool kWhole, typename Scalar, typename Accumulator>
-__device__ __forceinline__ void backward_sums(Accumulator* sums, const Scalar* weights, int64_t n, int64_t k, const Scalar* from, int rows) {
+__device__ __forceinline__ void backward_sums(Accumulator* sums, const Scalar* weights, int64_t n, int64_t k,
+                                              const Scalar* from, int rows) {
   using Sums = BackwardSums<Accumulator>;
   const int lane = threadIdx.x & 31, first = int(blockIdx.y) * kTiles * 8;
   if (first < rows) {
@@ -192,11 +200,13 @@ __device__ __forceinline__ void backward_sums(Accumulator* sums, const Scalar* w
       a[j] = weights + min(row, n - 1) * k;
     }
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) b[tile] = from + int64_t(min(first + tile * 8 + (lane >> 2), rows - 1)) * k;
+    for (int tile = 0; tile < kTiles; ++tile)
+      b[tile] = from + int64_t(min(first + tile * 8 + (lane >> 2), rows - 1)) * k;
     Accumulator acc[kTiles][1][4] = {};
     accumulate<Math, false, 2, kTiles, kWhole>(acc, a, b, k);
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) Sums::store(sums + Sums::lane_place() + tile * 8 * Sums::kPitch, acc[tile][0]);
+    for (int tile = 0; tile < kTiles; ++tile)
+      Sums::store(sums + Sums::lane_place() + tile * 8 * Sums::kPitch, acc[tile][0]);
   }
   __syncthreads();
 }
@@ -226,7 +236,8 @@ __global__ void __launch_bounds__(kThreads) step_linear(const Linear<typename Ar
   }
 }
 
-// What the backward of one step reads its dh from: the product A from[r] for matmul_rows rows, plus plus[r], or start[r].
+// What the backward of one step reads its dh from: the product A from[r] for matmul_rows rows, plus plus[r],
+// or start[r].
 template <typename Scalar>
 struct Upstream {
   const Scalar *a, *from, *plus, *start;
@@ -236,7 +247,8 @@ struct Upstream {
 
 template <typename Cell, typename Type, int kTiles, bool kWhole>
 __global__ void __launch_bounds__(kThreads)
-    step_backward(const __grid_constant__ FusedrnnBackward p, const Rows step, int64_t next_offset, const Upstream<typename Arithmetic<Type>::Scalar> up) {
+    step_backward(const __grid_constant__ FusedrnnBackward p, const Rows step, int64_t next_offset,
+                  const Upstream<typename Arithmetic<Type>::Scalar> up) {
   using Math = Arithmetic<Type>;
   using Scalar = typename Math::Scalar;
   using Accumulator = typename Math::Accumulator;
@@ -257,15 +269,19 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int k = 0; k < kSavedOrOne<Cell>; ++k) u.saved[j][k] = 0;
     if (unit + j >= hidden) continue;
-    const int64_t in_batch = row * hidden + unit + j, at = step.offset * hidden + in_batch, at_next = next_offset * hidden + in_batch;
+    const int64_t in_batch = row * hidden + unit + j, at = step.offset * hidden + in_batch,
+                  at_next = next_offset * hidden + in_batch;
     if (row >= up.matmul_rows && up.start) u.dh[j] = widen(up.start[in_batch]);
     if (up.plus) u.dh[j] += widen(up.plus[in_batch]);
     if constexpr (Cell::kDirectH)
       if (recurrent) u.dh[j] += static_cast<const Accumulator*>(p.dh_direct)[in_batch];
-    if constexpr (Cell::kSaved > 0) load_pack<Scalar, Accumulator, Cell::kSaved>(static_cast<const Scalar*>(p.gates) + at * Cell::kSaved, u.saved[j]);
+    if constexpr (Cell::kSaved > 0)
+      load_pack<Scalar, Accumulator, Cell::kSaved>(static_cast<const Scalar*>(p.gates) + at * Cell::kSaved,
+                                                   u.saved[j]);
     if constexpr (Cell::kHasCellState) {
       u.c[j] = static_cast<const Accumulator*>(p.cells)[at];
-      u.c_prev[j] = goes_on ? static_cast<const Accumulator*>(p.cells)[at_next] : Accumulator(widen(static_cast<const Scalar*>(p.c0)[in_batch]));
+      u.c_prev[j] = goes_on ? static_cast<const Accumulator*>(p.cells)[at_next]
+                            : Accumulator(widen(static_cast<const Scalar*>(p.c0)[in_batch]));
       if (recurrent)
         u.dc[j] = static_cast<const Accumulator*>(p.state)[in_batch];
       else if (p.dc_n)
@@ -273,16 +289,19 @@ __global__ void __launch_bounds__(kThreads)
     }
     if constexpr (Cell::kUsesH) u.h[j] = widen(static_cast<const Scalar*>(p.y)[at]);
     if constexpr (Cell::kUsesHPrev)
-      u.h_prev[j] = widen(goes_on ? static_cast<const Scalar*>(p.y)[at_next] : static_cast<const Scalar*>(p.h0)[in_batch]);
+      u.h_prev[j] = widen(goes_on ? static_cast<const Scalar*>(p.y)[at_next]
+                                  : static_cast<const Scalar*>(p.h0)[in_batch]);
   }
-  advance_back<Cell, Accumulator>(sums + Sums::place(local, 0, 2 * (threadIdx.x & 7)), row < up.matmul_rows, u);
+  advance_back<Cell, Accumulator>(sums + Sums::place(local, 0, 2 * (threadIdx.x & 7)), row < up.matmul_rows,
+                                  u);
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
     if (unit + j >= hidden) continue;
     const int64_t in_batch = row * hidden + unit + j;
 #pragma unroll
     for (int a = 0; a < kAccs; ++a)
-      static_cast<Scalar*>(p.dgates)[(step.offset + row) * kAccs * hidden + a * hidden + unit + j] = narrow<Scalar>(u.dacc[a][j]);
+      static_cast<Scalar*>(p.dgates)[(step.offset + row) * kAccs * hidden + a * hidden + unit + j] =
+          narrow<Scalar>(u.dacc[a][j]);
     if constexpr (Cell::kHasCellState) {
       static_cast<Accumulator*>(p.state)[in_batch] = u.dc_prev[j];
       if (!goes_on) static_cast<Scalar*>(p.dc0)[in_batch] = narrow<Scalar>(u.dc_prev[j]);
@@ -296,12 +315,18 @@ struct Timeline {
   const int64_t* offsets;
   int64_t batch, steps;
   int64_t offset(int64_t t) const { return t < 0 || t >= steps ? 0 : offsets ? offsets[t] : t * batch; }
-  int rows(int64_t t) const { return t < 0 || t >= steps ? 0 : int(offsets ? offsets[t + 1] - offsets[t] : batch); }
+  int rows(int64_t t) const {
+    return t < 0 || t >= steps ? 0 : int(offsets ? offsets[t + 1] - offsets[t] : batch);
+  }
 };
 
-bool whole(const void* pointer, int64_t row_bytes) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && row_bytes % 16 == 0; }
+bool whole(const void* pointer, int64_t row_bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && row_bytes % 16 == 0;
+}
 
-dim3 grid(int64_t columns, int units, int rows, int tiles) { return dim3(unsigned((columns + units - 1) / units), unsigned((rows + tiles * 8 - 1) / (tiles * 8))); }
+dim3 grid(int64_t columns, int units, int rows, int tiles) {
+  return dim3(unsigned((columns + units - 1) / units), unsigned((rows + tiles * 8 - 1) / (tiles * 8)));
+}
 
 // run(tiles, whole): 16 or 32 rows of the batch a block.
 template <typename Run>
@@ -315,7 +340,8 @@ int with_tile(int rows, bool is_whole, const Run& run) {
 template <typename Kernel, typename... Arguments>
 int launch(Kernel kernel, dim3 blocks, int shared, cudaStream_t stream, const Arguments&... arguments) {
   if (shared > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     if (error != cudaSuccess) return error;
   }
   kernel<<<blocks, kThreads, shared, stream>>>(arguments...);
@@ -325,10 +351,13 @@ int launch(Kernel kernel, dim3 blocks, int shared, cudaStream_t stream, const Ar
 template <typename Type>
 int linear(const Linear<typename Arithmetic<Type>::Scalar>& p, cudaStream_t stream) {
   using Math = Arithmetic<Type>;
-  constexpr int kSize = sizeof(typename Math::Scalar), kShared = BackwardSums<typename Math::Accumulator>::kSize * int(sizeof(typename Math::Accumulator));
+  constexpr int kSize = sizeof(typename Math::Scalar),
+                kShared =
+                    BackwardSums<typename Math::Accumulator>::kSize * int(sizeof(typename Math::Accumulator));
   return with_tile(p.rows, whole(p.a, p.k * kSize) && whole(p.from, 0), [&](auto tiles, auto is_whole) {
     constexpr int kTiles = decltype(tiles)::value;
-    return launch(step_linear<Type, kTiles, decltype(is_whole)::value>, grid(p.n, kBackwardUnits, p.rows, kTiles), kShared, stream, p);
+    return launch(step_linear<Type, kTiles, decltype(is_whole)::value>,
+                  grid(p.n, kBackwardUnits, p.rows, kTiles), kShared, stream, p);
   });
 }
 
@@ -338,10 +367,12 @@ int forward(const FusedrnnForward& p, cudaStream_t stream) {
   using Accumulator = typename Arithmetic<Type>::Accumulator;
   constexpr int kSize = sizeof(Scalar);
   const Timeline timeline{p.offsets_host, p.batch, p.steps};
-  const bool is_whole = whole(p.x, p.input * kSize) && whole(p.w_ih, 0) && whole(p.w_hh, p.out * kSize) && whole(p.h0, 0) && whole(p.y, 0);
+  const bool is_whole = whole(p.x, p.input * kSize) && whole(p.w_ih, 0) && whole(p.w_hh, p.out * kSize) &&
+                        whole(p.h0, 0) && whole(p.y, 0);
   const int direction = p.reverse ? -1 : 1;
   for (int64_t s = 0, t = p.reverse ? p.steps - 1 : 0; s < p.steps; ++s, t += direction) {
-    const Rows step{timeline.offset(t), timeline.offset(t - direction), timeline.rows(t), timeline.rows(t - direction), timeline.rows(t + direction)};
+    const Rows step{timeline.offset(t), timeline.offset(t - direction), timeline.rows(t),
+                    timeline.rows(t - direction), timeline.rows(t + direction)};
     ForwardStep<Scalar, Accumulator> now{};
     now.x = static_cast<const Scalar*>(p.x) + step.offset * p.input;
     now.h_before = static_cast<const Scalar*>(p.y) + step.before_offset * p.out;
@@ -351,8 +382,10 @@ int forward(const FusedrnnForward& p, cudaStream_t stream) {
     now.w_hh = static_cast<const Scalar*>(p.w_hh);
     now.b_ih = static_cast<const Scalar*>(p.b_ih);
     now.b_hh = static_cast<const Scalar*>(p.b_hh);
-    now.c_before = p.cells ? static_cast<const Accumulator*>(p.cells) + step.before_offset * p.hidden : static_cast<const Accumulator*>(p.state);
-    now.c = p.cells ? static_cast<Accumulator*>(p.cells) + step.offset * p.hidden : static_cast<Accumulator*>(p.state);
+    now.c_before = p.cells ? static_cast<const Accumulator*>(p.cells) + step.before_offset * p.hidden
+                           : static_cast<const Accumulator*>(p.state);
+    now.c = p.cells ? static_cast<Accumulator*>(p.cells) + step.offset * p.hidden
+                    : static_cast<Accumulator*>(p.state);
     now.h = p.w_hr ? static_cast<Scalar*>(p.unprojected) : static_cast<Scalar*>(p.y) + step.offset * p.out;
     now.gates = p.gates ? static_cast<Scalar*>(p.gates) + step.offset * p.hidden * Cell::kSaved : nullptr;
     now.h_n = p.w_hr ? nullptr : static_cast<Scalar*>(p.h_n);
@@ -366,7 +399,8 @@ int forward(const FusedrnnForward& p, cudaStream_t stream) {
     int error = with_tile(step.rows, is_whole, [&](auto tiles, auto is_whole) {
       constexpr int kTiles = decltype(tiles)::value;
       const int shared = kTiles * 8 * ForwardSums<Cell, Accumulator>::kBytesPerRow;
-      return launch(step_forward<Cell, Type, kTiles, decltype(is_whole)::value>, grid(p.hidden, kForwardUnits, step.rows, kTiles), shared, stream, now);
+      return launch(step_forward<Cell, Type, kTiles, decltype(is_whole)::value>,
+                    grid(p.hidden, kForwardUnits, step.rows, kTiles), shared, stream, now);
     });
     if (error == cudaSuccess && p.w_hr) {
       Linear<Scalar> project{};
@@ -389,12 +423,14 @@ template <typename Cell, typename Type>
 int backward(const FusedrnnBackward& p, cudaStream_t stream) {
   using Math = Arithmetic<Type>;
   using Scalar = typename Math::Scalar;
-  constexpr int kSize = sizeof(Scalar), kShared = BackwardSums<typename Math::Accumulator>::kSize * int(sizeof(typename Math::Accumulator));
+  constexpr int kSize = sizeof(Scalar), kShared = BackwardSums<typename Math::Accumulator>::kSize *
+                                                  int(sizeof(typename Math::Accumulator));
   const Timeline timeline{p.offsets_host, p.batch, p.steps};
   const int direction = p.reverse ? 1 : -1;
   const int64_t gate_columns = Cell::kAccumulators * p.hidden;
   for (int64_t s = 0, t = p.reverse ? 0 : p.steps - 1; s < p.steps; ++s, t += direction) {
-    const Rows step{timeline.offset(t), timeline.offset(t - direction), timeline.rows(t), timeline.rows(t - direction), timeline.rows(t + direction)};
+    const Rows step{timeline.offset(t), timeline.offset(t - direction), timeline.rows(t),
+                    timeline.rows(t - direction), timeline.rows(t + direction)};
     const int recurrent_rows = step.rows < step.before_rows ? step.rows : step.before_rows;
     Upstream<Scalar> up{};
     up.a = static_cast<const Scalar*>(p.w_hh_t);
@@ -426,26 +462,27 @@ int backward(const FusedrnnBackward& p, cudaStream_t stream) {
     if (error == cudaSuccess)
       error = with_tile(step.rows, is_whole, [&](auto tiles, auto is_whole) {
         constexpr int kTiles = decltype(tiles)::value;
-        return launch(step_backward<Cell, Type, kTiles, decltype(is_whole)::value>, grid(p.hidden, kBackwardUnits, step.rows, kTiles), kShared, stream, p,
-                      step, timeline.offset(t + direction), up);
+        return launch(step_backward<Cell, Type, kTiles, decltype(is_whole)::value>,
+                      grid(p.hidden, kBackwardUnits, step.rows, kTiles), kShared, stream, p, step,
+                      timeline.offset(t + direction), up);
       });
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
 }
 
-#define FUSEDRNN_DISPATCH(FUNCTION, CELL)                \
-  switch (p.dtype) {                                     \
-    case kFloat64:                                       \
-      return FUNCTION<CELL, double>(p, stream);          \
-    case kFloat32:                                       \
-      return FUNCTION<CELL, float>(p, stream);           \
-    case kTf32:                                          \
-      return FUNCTION<CELL, Tf32>(p, stream);            \
-    case kBfloat16:                                      \
-      return FUNCTION<CELL, __nv_bfloat16>(p, stream);   \
-    case kFloat16:                                       \
-      return FUNCTION<CELL, __half>(p, stream);          \
+#define FUSEDRNN_DISPATCH(FUNCTION, CELL)              \
+  switch (p.dtype) {                                   \
+    case kFloat64:                                     \
+      return FUNCTION<CELL, double>(p, stream);        \
+    case kFloat32:                                     \
+      return FUNCTION<CELL, float>(p, stream);         \
+    case kTf32:                                        \
+      return FUNCTION<CELL, Tf32>(p, stream);          \
+    case kBfloat16:                                    \
+      return FUNCTION<CELL, __nv_bfloat16>(p, stream); \
+    case kFloat16:                                     \
+      return FUNCTION<CELL, __half>(p, stream);        \
   }
 
 int dispatch(const FusedrnnForward& p, cudaStream_t stream) {

@@ -10,8 +10,6 @@ Saved gates have a layout of their own: [rows, H, S], the S values of a unit sid
 import contextlib
 import ctypes
 import functools
-import importlib
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fusedrnn.backends.common import rows_of, weight_gradients
+from fusedrnn.backends.common import rows_of, simulator, simulator_folder, weight_gradients
 from fusedrnn.backends.cuda_plan import CHIP_LIMITS, Chip, Plan, Problem, plan
 from fusedrnn.cells import CELLS, Cell, accumulation_dtype
 
@@ -111,14 +109,8 @@ class _Kernels:
 
 @functools.cache
 def _simulated() -> _Kernels:
-    setting = os.environ["FUSEDRNN_SIMULATE"]
-    folder = Path(__file__).resolve().parents[2] / "tests" / "ptxsim" if setting == "1" else Path(setting).resolve()
-    if not (folder / "__init__.py").exists():
-        raise RuntimeError(f"FUSEDRNN_SIMULATE must be 1 in a checkout, or the path of tests/ptxsim; got {setting!r}")
-    if "ptxsim" not in sys.modules:
-        sys.path.insert(0, str(folder.parent))
-    ptxsim = importlib.import_module("ptxsim")
-    sources = folder.parents[1] / "csrc"
+    ptxsim = simulator()
+    sources = simulator_folder().parents[1] / "csrc"
     path = ptxsim.build_simulated_library(sorted((sources / "cuda").glob("*.cu")), include_dirs=[sources])
     library = ptxsim.Library(path)
     return _Kernels(library.dll, library)
@@ -137,7 +129,7 @@ def _compiled() -> _Kernels:
 def _kernels(device: torch.device) -> _Kernels:
     if device.type == "cuda":
         return _compiled()
-    if device.type == "cpu" and os.environ.get("FUSEDRNN_SIMULATE"):
+    if device.type == "cpu" and simulator_folder() is not None:
         return _simulated()
     raise RuntimeError(
         f"backend 'cuda' takes CUDA tensors (or CPU tensors with FUSEDRNN_SIMULATE=1), got {device.type}"
@@ -205,18 +197,32 @@ def _check(cell: str, algorithm: str) -> None:
         raise RuntimeError(f"backend 'cuda' has the algorithms step and persistent, got {algorithm!r}")
 
 
-def plan_for(cell: str, x: Tensor, h0: Tensor, hidden: int, w_hr, algorithm: str, *, backward: bool) -> Plan:
-    """The plan of one call. Raises RuntimeError if the algorithm asked for cannot run."""
+def plan_for(
+    cell: Cell,
+    batch: int,
+    input_size: int,
+    hidden_size: int,
+    proj_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    algorithm: str,
+    backward: bool,
+) -> Plan:
+    """The plan on a device of this machine. Raises RuntimeError if the algorithm asked for cannot run."""
     problem = Problem(
-        cell=cell,
-        dtype=str(x.dtype).removeprefix("torch."),
-        batch=h0.shape[0],
-        hidden=hidden,
-        projected=w_hr is not None,
+        cell=cell.name,
+        dtype=str(dtype).removeprefix("torch."),
+        batch=batch,
+        hidden=hidden_size,
+        projected=proj_size > 0,
         backward=backward,
-        tf32=_dtype_id(x.dtype) == _TF32,
     )
-    return plan(problem, chip(x.device), algorithm)
+    return plan(problem, chip(device), algorithm)
+
+
+def _plan_of(cell: Cell, x: Tensor, h0: Tensor, hidden: int, w_hr: Tensor | None, algorithm: str, backward: bool):
+    proj = 0 if w_hr is None else h0.shape[1]
+    return plan_for(cell, h0.shape[0], x.shape[-1], hidden, proj, x.dtype, x.device, algorithm, backward)
 
 
 def forward(
@@ -240,7 +246,7 @@ def forward(
     if batch == 0:
         y = x.new_empty(rows, out)
     else:
-        chosen = plan_for(cell, x, h0, hidden, w_hr, algorithm, backward=False)
+        chosen = _plan_of(spec, x, h0, hidden, w_hr, algorithm, False)
         kernels = _kernels(x.device)
         offsets = _offsets(batch_sizes)
         params = _Forward(
@@ -340,7 +346,7 @@ def backward(
     dgates = x.new_empty(rows, count * hidden)
     dy_total = None if w_hr is None else x.new_empty(rows, out)
     if batch > 0:
-        chosen = plan_for(cell, x, h0, hidden, w_hr, algorithm, backward=True)
+        chosen = _plan_of(spec, x, h0, hidden, w_hr, algorithm, True)
         kernels = _kernels(x.device)
         offsets = _offsets(batch_sizes)
         params = _Backward(
@@ -381,9 +387,7 @@ def backward(
     if w_hr is not None and needs[7]:
         saved_o = gates.reshape(rows, hidden, len(spec.saved))[..., -1].to(acc_dtype)  # only the LSTM projects
         h = (saved_o * rows_of(cells).tanh()).to(x.dtype)
-    return weight_gradients(
-        spec, dgates, x, h0, w_ih, y, h, dy_total, batch_sizes, reverse, needs, dh0, dc0
-    )
+    return weight_gradients(spec, dgates, x, h0, w_ih, y, h, dy_total, batch_sizes, reverse, needs, dh0, dc0)
 
 
 @contextlib.contextmanager

@@ -55,7 +55,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class Plan:
-    """grid is (blocks along units, groups of batch slices); group i takes slices i, i + groups, ... of slice_rows rows."""
+    """grid is (blocks along units, groups of batch slices).
+
+    Group i takes slices i, i + groups, ... of slice_rows rows.
+    """
 
     algorithm: str
     grid: tuple[int, int]
@@ -98,7 +101,8 @@ def _persistent(problem: Problem, chip: Chip) -> Plan | str:
     if slice_rows > most_rows:
         rounds = -(-slice_rows // most_rows)
         if rounds > MOST_ROUNDS:
-            return f"a batch of {problem.batch} takes {rounds} rounds of {groups} slices of {most_rows} rows, more than {MOST_ROUNDS}"
+            slices = f"{rounds} rounds of {groups} slices of {most_rows} rows"
+            return f"a batch of {problem.batch} takes {slices}, more than {MOST_ROUNDS}"
         slice_rows = -(-problem.batch // (groups * rounds))
     groups = min(groups, -(-problem.batch // slice_rows))
     shared = BACKWARD_SHARED[size] if problem.backward else 2 * 1024 * (-(-slice_rows // 8) * 8)
