@@ -11,7 +11,7 @@ from fusedrnn import functional
 from fusedrnn._build import build_info
 from fusedrnn.convert import convert, revert
 from fusedrnn.modules import LSTM
-from fusedrnn.planning import backend
+from fusedrnn.planning import backend, plan
 
 __version__ = "0.1.0"
-__all__ = ["LSTM", "backend", "build_info", "convert", "functional", "revert"]
+__all__ = ["LSTM", "backend", "build_info", "convert", "functional", "plan", "revert"]

@@ -1,5 +1,7 @@
 """Swap torch.nn's recurrent layers inside a model for ours, and back, sharing their parameters."""
 
+import warnings
+
 from torch import nn
 
 from fusedrnn import modules
@@ -13,6 +15,8 @@ def _swapped(module: nn.Module, classes: dict[type, type], done: dict[int, nn.Mo
         return done[id(module)]
     target = classes.get(type(module))
     result = module
+    if target is None and isinstance(module, tuple(classes)):
+        warnings.warn(f"{type(module).__name__} is left as it is: it may override what a swap would lose", stacklevel=4)
     if target is not None:
         # The new module is the old one under another class: parameters, buffers, hooks and mode are shared.
         result = target.__new__(target)
@@ -30,9 +34,9 @@ def _swapped(module: nn.Module, classes: dict[type, type], done: dict[int, nn.Mo
 def convert(model: nn.Module) -> nn.Module:
     """Swaps every torch.nn.LSTM inside ``model``, in place, for a fusedrnn.LSTM that shares its parameters.
 
-    Returns the model; when the model itself is an nn.LSTM, its replacement. Subclasses of nn.LSTM are left
-    alone: they may override what the swap would lose. Optimizers keep working, since parameters stay the
-    same objects. :func:`revert` undoes it.
+    Returns the model; when the model itself is an nn.LSTM, its replacement. Subclasses of nn.LSTM (a parametrized
+    layer is one) are left alone, with a warning: they may override what the swap would lose. Optimizers keep working,
+    since parameters stay the same objects. :func:`revert` undoes it.
 
     Raises:
         TypeError: ``model`` is not a torch.nn.Module.

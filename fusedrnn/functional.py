@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fusedrnn import ops, planning
 from fusedrnn.autograd import RecurrenceFunction
@@ -28,9 +29,16 @@ def recurrence(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One direction of one layer: y, h_n, c_n. Saves for backward only when a gradient will be asked for."""
     tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)) or _has_tangent(tensors):
         return RecurrenceFunction.apply(*tensors, batch_sizes, cell.name, reverse, backend, algorithm)[:3]
     return ops.sequence(cell.name, *tensors, batch_sizes, reverse, backend, algorithm, False)[:3]
+
+
+def _has_tangent(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether forward-mode derivatives are asked for: the Function raises on them, the bare op would give zeros."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def layers(
@@ -51,6 +59,18 @@ def layers(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """A stack of layers. ``weights`` is flat, in the order of torch.nn's ``_flat_weights``."""
     directions = 2 if bidirectional else 1
+    given = {"input": input, "h0": h0, **({"c0": c0} if cell.has_cell_state else {})}
+    given |= {f"weights[{k}]": w for k, w in enumerate(weights)}
+    for name, t in given.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
+    if len(weights) < 2 or weights[1].dim() != 2:
+        raise RuntimeError("weights must begin with w_ih and w_hh, each with 2 dimensions")
+    for name, t in list(given.items())[1 : 2 + cell.has_cell_state]:
+        if t.dim() != 3 or t.shape[0] != num_layers * directions:
+            raise RuntimeError(
+                f"{name} must have shape [{num_layers * directions}, batch, features], got {list(t.shape)}"
+            )
     projection = cell.has_cell_state and weights[1].shape[1] != weights[1].shape[0] // len(cell.gates)
     per = 2 + 2 * bias + projection
     if len(weights) != per * num_layers * directions:
@@ -134,10 +154,13 @@ def lstm(
         y [T, B, D*P] (or packed [N, D*P]), h_n [L*D, B, P], c_n [L*D, B, H].
 
     Raises:
+        TypeError: something is no Tensor.
         RuntimeError: shapes, dtypes or devices do not fit together.
 
     Equations as in torch.nn.LSTM; projection as in https://arxiv.org/abs/1402.1128.
     """
+    if not isinstance(hx, (tuple, list)) or len(hx) != 2:
+        raise TypeError(f"hx must be a tuple of two Tensors (h_0, c_0), got {type(hx).__name__}")
     h0, c0 = hx
     return layers(
         CELLS["lstm"], input, h0, c0, weights, bias, num_layers, dropout, training, bidirectional, batch_first,

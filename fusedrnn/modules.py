@@ -32,6 +32,9 @@ class _Recurrent(nn.RNNBase):
         return [getattr(self, name) for name in self._flat_weights_names]
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
+        if input.is_nested or input.layout != torch.strided:
+            kind = "a nested tensor" if input.is_nested else f"layout {input.layout}"
+            raise RuntimeError(f"input must be a dense tensor or a PackedSequence, got {kind}")
         weight = self.weight_ih_l0
         if input.dtype != weight.dtype and not torch._C._is_any_autocast_enabled():
             raise ValueError(
@@ -74,6 +77,8 @@ class _Recurrent(nn.RNNBase):
                 raise TypeError(
                     f"{type(self).__name__}: input must be a Tensor or a PackedSequence, got {type(input).__name__}"
                 )
+            if input.is_nested:
+                self.check_input(input, None)
             if input.dim() not in (2, 3):
                 raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, got {input.dim()}D instead")
             batched = input.dim() == 3
@@ -183,3 +188,12 @@ class LSTM(_Recurrent):
         if len(hx) != 2:
             raise RuntimeError(f"LSTM: hx must be a tuple of two Tensors (h_0, c_0), got {len(hx)}")
         return tuple(hx)
+
+    def get_expected_cell_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
+        """The shape [L*D, B, H] that c_0 must have for this input."""
+        lead, batch, _ = self.get_expected_hidden_size(input, batch_sizes)
+        return lead, batch, self.hidden_size
+
+    def check_forward_args(self, input: Tensor, hidden: tuple[Tensor, Tensor], batch_sizes: Tensor | None) -> None:
+        self.check_input(input, batch_sizes)
+        self._check_states(hidden, self.get_expected_hidden_size(input, batch_sizes)[1])

@@ -10,8 +10,8 @@ S saved arrays (fusedrnn.cells), N rows of packed data. x is [T, B, I], or [N, I
 (int64, on the CPU, as in PackedSequence).
 """
 
+import contextlib
 import importlib
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -20,7 +20,14 @@ from torch import Tensor
 from fusedrnn import _build
 from fusedrnn.cells import CELLS, accumulation_dtype
 
-BACKENDS = ("reference", "cpu", "triton", "cuda")
+# Each backend's algorithms; "auto" leaves the choice to the backend.
+BACKEND_ALGORITHMS = {
+    "reference": ("auto",),
+    "cpu": ("auto", "persistent"),
+    "triton": ("auto", "step", "sequence"),
+    "cuda": ("auto", "step", "persistent"),
+}
+BACKENDS = tuple(BACKEND_ALGORITHMS)
 ALGORITHMS = ("auto", "step", "sequence", "persistent")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -37,6 +44,11 @@ _lib = torch.library.Library("fusedrnn", "DEF")
 for _name, _schema in (("sequence", _SEQUENCE), ("sequence_backward", _BACKWARD)):
     _lib.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     _lib.define(_name + "_python" + _schema)
+
+
+def no_such_algorithm(backend: str, algorithm: str) -> str:
+    has = ", ".join(BACKEND_ALGORITHMS[backend])
+    return f"algorithm {algorithm!r} of backend {backend!r} cannot run: it has {has}"
 
 
 def check_sequence(
@@ -60,6 +72,8 @@ def check_sequence(
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
+    if algorithm not in BACKEND_ALGORITHMS[backend]:
+        raise RuntimeError(no_such_algorithm(backend, algorithm))
     spec = CELLS[cell]
     gates = len(spec.gates)
 
@@ -147,13 +161,21 @@ def _backend(name: str):
     return importlib.import_module(f"fusedrnn.backends.{name}")
 
 
+def _without_autocast(x: Tensor):
+    """The dtypes of an op are settled when it is called; autocast would reach into its products."""
+    device = x.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else contextlib.nullcontext()
+
+
 def _sequence_python(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse, backend, algorithm, save):
     check_sequence(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, backend, algorithm)
     if batch_sizes is not None:
         check_batch_sizes(batch_sizes, x.shape[0], h0.shape[0])
-    return _backend(backend).forward(
-        cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse, algorithm, save
-    )
+    with _without_autocast(x):
+        return _backend(backend).forward(
+            cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse, algorithm, save
+        )
 
 
 def _sequence_backward_python(
@@ -187,10 +209,11 @@ def _sequence_backward_python(
     # An input that is absent has no gradient to compute, whatever was asked.
     inputs = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
     needs = [need and t is not None for need, t in zip(needs, inputs)]
-    return _backend(backend).backward(
-        cell, dy, dh_n, dc_n, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, gates, cells, batch_sizes, reverse,
-        algorithm, needs,
-    )  # fmt: skip
+    with _without_autocast(x):
+        return _backend(backend).backward(
+            cell, dy, dh_n, dc_n, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, gates, cells, batch_sizes, reverse,
+            algorithm, needs,
+        )  # fmt: skip
 
 
 def _check_backward(

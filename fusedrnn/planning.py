@@ -6,17 +6,22 @@ op by the backend's own ``plan``, which sees T and B.
 """
 
 import contextlib
+import contextvars
 import functools
+import importlib
 import importlib.util
 import os
+import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from fusedrnn import _build
-from fusedrnn.ops import ALGORITHMS, BACKENDS, DTYPES
+from fusedrnn.backends.common import simulator_folder
+from fusedrnn.cells import CELL_OF_MODE
+from fusedrnn.ops import ALGORITHMS, BACKEND_ALGORITHMS, BACKENDS, DTYPES, no_such_algorithm
 
 ENVIRONMENT_VARIABLE = "FUSEDRNN_BACKEND"
 
@@ -51,11 +56,12 @@ class Problem:
 
 @dataclass(frozen=True)
 class Choice:
-    """A backend ("torch" means torch's own op), an algorithm, and the reason in words."""
+    """A backend ("torch" means torch's own op), an algorithm, the reason in words, and the backend's own plan."""
 
     backend: str
     algorithm: str
     why: str
+    details: object | None = None
 
 
 def check_choice(backend: str | None, algorithm: str | None) -> None:
@@ -88,13 +94,19 @@ def unsupported(backend: str, problem: Problem, machine: Machine) -> str | None:
 
 
 def decide(problem: Problem, machine: Machine, backend: str | None = None, algorithm: str | None = None) -> Choice:
-    """The backend and algorithm for a problem. A forced backend that cannot run raises RuntimeError."""
+    """The backend and algorithm for a problem.
+
+    A backend that was asked for and cannot run, or has not the algorithm, raises RuntimeError; an algorithm asked for
+    without a backend gives way to "auto" where the backend that runs has no such one, and ``why`` says so.
+    """
     check_choice(backend, algorithm)
     algorithm = algorithm or "auto"
     if backend is not None:
         reason = unsupported(backend, problem, machine)
         if reason is not None:
             raise RuntimeError(f"backend {backend!r} was asked for but cannot run: {reason}")
+        if algorithm not in BACKEND_ALGORITHMS[backend]:
+            raise RuntimeError(no_such_algorithm(backend, algorithm))
         return Choice(backend, algorithm, f"backend {backend!r} was asked for")
     if problem.device_type == "meta":
         return Choice("reference", algorithm, "meta tensors have no data: only shapes are computed")
@@ -106,6 +118,8 @@ def decide(problem: Problem, machine: Machine, backend: str | None = None, algor
             why = f"{name} is the first choice for {problem.device_type} tensors"
             if reasons:
                 why = f"{name} runs because " + "; ".join(reasons)
+            if algorithm not in BACKEND_ALGORITHMS[name]:
+                return Choice(name, "auto", f"{why}; {no_such_algorithm(name, algorithm)}")
             return Choice(name, algorithm, why)
         reasons.append(f"{name} cannot: {reason}")
     if not order:
@@ -120,7 +134,7 @@ def machine() -> Machine:
     on_cpu = []
     if not _build.loaded():
         unavailable.append(("cpu", _build.why_not_loaded()))
-    simulate = bool(os.environ.get("FUSEDRNN_SIMULATE"))
+    simulate = simulator_folder() is not None
     if importlib.util.find_spec("triton") is None:
         unavailable.append(("triton", "the package triton is not installed"))
     elif simulate or os.environ.get("TRITON_INTERPRET") == "1":
@@ -128,7 +142,9 @@ def machine() -> Machine:
     if simulate:
         on_cpu.append("cuda")
     elif not Path(__file__).with_name("_cuda.so").exists():
-        unavailable.append(("cuda", _build.build_info()["cuda_why"]))
+        info = _build.build_info()
+        missing = "they were built, but fusedrnn/_cuda.so is missing: install again"
+        unavailable.append(("cuda", missing if info["cuda_built"] else info["cuda_why"]))
     return Machine(tuple(unavailable), tuple(on_cpu))
 
 
@@ -143,14 +159,14 @@ def _parse(setting: str) -> tuple[str | None, str | None]:
     return name or None, algorithm or None
 
 
-_forced: list[tuple[str | None, str | None]] = []
+_forced: contextvars.ContextVar[tuple[str | None, str | None]] = contextvars.ContextVar("fusedrnn.backend")
 
 
 @contextlib.contextmanager
 def backend(name: str | None, algorithm: str | None = None):
-    """Forces a backend, and optionally an algorithm, for every fusedrnn layer called inside ``with``.
+    """Forces a backend, and optionally an algorithm, for every fusedrnn layer called inside ``with`` in this thread.
 
-    Backward uses what forward used, wherever it is called. Holds for the whole process, not for one thread.
+    Backward uses what forward used, wherever it is called.
     Order of precedence: the innermost ``with fusedrnn.backend``, the module's own argument, the environment
     variable FUSEDRNN_BACKEND ("triton" or "triton:step"), planning.
 
@@ -162,20 +178,26 @@ def backend(name: str | None, algorithm: str | None = None):
         ValueError: there is no such backend or algorithm.
     """
     check_choice(name, algorithm)
-    _forced.append((name, algorithm))
+    token = _forced.set((name, algorithm))
     try:
         yield
     finally:
-        _forced.pop()
+        _forced.reset(token)
 
 
 _told: set[str] = set()
 
 
 def _tell_once(message: str) -> None:
-    if message not in _told:
-        _told.add(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    """Warns at the line that called into this package and into torch."""
+    if message in _told:
+        return
+    _told.add(message)
+    inner = tuple(str(Path(module.__file__).parent) for module in (_build, torch))
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inner):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, RuntimeWarning, stacklevel=level)
 
 
 def choose(
@@ -190,10 +212,9 @@ def choose(
     algorithm: str | None = None,
 ) -> Choice:
     """The choice for this machine, with all overrides applied. Warns once when torch's own op has to run."""
-    if _forced:
-        forced, forced_algorithm = _forced[-1]
-        if forced is not None or forced_algorithm is not None:
-            backend, algorithm = forced, forced_algorithm
+    forced = _forced.get(None)
+    if forced is not None and forced != (None, None):
+        backend, algorithm = forced
     setting = "" if backend or algorithm else os.environ.get(ENVIRONMENT_VARIABLE, "")
     return _choose(cell, input_size, hidden_size, proj_size, dtype, device, backend, algorithm, setting)
 
@@ -218,6 +239,48 @@ def _cached_choice(cell, input_size, hidden_size, proj_size, dtype, device, back
         _capability(device.index) if device.type == "cuda" and torch.version.cuda else None,
     )
     choice = decide(problem, machine(), backend, algorithm)
-    if choice.backend == "torch" or (choice.backend == "reference" and backend is None and device.type != "meta"):
+    fell_back = choice.backend == "torch" or (choice.backend == "reference" and device.type != "meta")
+    if backend is None and (fell_back or (algorithm or "auto") != choice.algorithm):
         _tell_once(f"fusedrnn: {choice.why}")
     return choice
+
+
+def plan(layer: torch.nn.Module, batch: int, *, backward: bool = False) -> Choice:
+    """What a fusedrnn layer runs for a batch of that size, and why; computes nothing.
+
+    Args:
+        layer: a fusedrnn.LSTM; its first layer and direction are planned, on the device of its parameters.
+        batch: B.
+        backward: plan the gradient instead.
+
+    Returns:
+        The choice with the algorithm settled; ``why`` says in words what led to it, ``details`` is the backend's own
+        plan (grid, tiles, shared memory in bytes), None where a backend has nothing to plan.
+    """
+    weight = layer.weight_hh_l0
+    cell = CELL_OF_MODE[layer.mode]
+    proj_size = getattr(layer, "proj_size", 0)
+    choice = choose(
+        cell.name,
+        input_size=layer.input_size,
+        hidden_size=layer.hidden_size,
+        proj_size=proj_size,
+        dtype=weight.dtype,
+        device=weight.device,
+        backend=layer.backend,
+        algorithm=layer.algorithm,
+    )
+    if choice.backend not in ("triton", "cuda"):
+        return choice
+    details = importlib.import_module(f"fusedrnn.backends.{choice.backend}").plan_for(
+        cell,
+        batch,
+        layer.input_size,
+        layer.hidden_size,
+        proj_size,
+        weight.dtype,
+        weight.device,
+        choice.algorithm,
+        backward,
+    )
+    return replace(choice, algorithm=details.algorithm, why=f"{choice.why}; {details.why}", details=details)

@@ -65,6 +65,9 @@ def module_call(rng: random.Random) -> None:
         args[k] = wrong_tensor(rng, args[k])
     y = lstm(args[0], (args[1], args[2]))[0]
     data = y.data if isinstance(y, PackedSequence) else y
+    given = args[0].data if isinstance(args[0], PackedSequence) else args[0]
+    if data.shape != (*given.shape[:-1], (options["proj_size"] or 4) * (1 + options["bidirectional"])):
+        raise AssertionError(f"output {list(data.shape)} for input {list(given.shape)}")
     if data.requires_grad:
         data.float().sum().backward()
 

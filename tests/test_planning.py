@@ -3,11 +3,14 @@
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 
 import fusedrnn
+from fusedrnn import planning
+from fusedrnn.backends import common
 from fusedrnn.planning import Choice, Machine, Problem, check_choice, choose, decide, unsupported
 
 EVERYTHING = Machine()
@@ -78,7 +81,7 @@ def chosen(**override) -> str:
 
 def test_precedence_context_then_module_then_environment(monkeypatch):
     default = chosen()
-    monkeypatch.setenv("FUSEDRNN_BACKEND", "reference:step")
+    monkeypatch.setenv("FUSEDRNN_BACKEND", "reference:auto")
     assert chosen() == "reference"
     if default == "cpu":
         assert chosen(backend="cpu") == "cpu"
@@ -93,8 +96,9 @@ def test_precedence_context_then_module_then_environment(monkeypatch):
 
 
 def test_module_argument():
-    lstm = fusedrnn.LSTM(3, 4, backend="reference", algorithm="step")
-    assert (lstm.backend, lstm.algorithm) == ("reference", "step")
+    lstm = fusedrnn.LSTM(3, 4, backend="reference", algorithm="auto")
+    assert (lstm.backend, lstm.algorithm) == ("reference", "auto")
+    assert fusedrnn.plan(lstm, 2).backend == "reference"
     x = torch.randn(2, 2, 3)
     torch.testing.assert_close(lstm(x)[0], fusedrnn.convert(fusedrnn.revert(lstm))(x)[0])
 
@@ -120,3 +124,56 @@ assert messages == ["fusedrnn: torch's own op runs: a test"], messages
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_an_algorithm_that_the_backend_has_not():
+    with pytest.raises(RuntimeError, match="'step' of backend 'cpu' cannot run: it has auto, persistent"):
+        decide(problem("cpu"), EVERYTHING, "cpu", "step")
+    choice = decide(problem("cpu"), EVERYTHING, None, "step")
+    assert (choice.backend, choice.algorithm) == ("cpu", "auto")
+    assert "'step' of backend 'cpu' cannot run" in choice.why
+    with pytest.raises(RuntimeError, match="'step' of backend 'reference' cannot run"):
+        fusedrnn.LSTM(3, 4, backend="reference", algorithm="step")(torch.zeros(2, 2, 3))
+
+
+def test_a_block_in_one_thread_leaves_other_threads_alone():
+    inside, leave, seen = threading.Event(), threading.Event(), []
+
+    def other():
+        with fusedrnn.backend("reference"):
+            inside.set()
+            leave.wait(10)
+        seen.append(chosen(backend="reference"))
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert inside.wait(10)
+    default = chosen()
+    with fusedrnn.backend("reference"):
+        leave.set()
+        thread.join()
+        assert chosen() == "reference"
+    assert chosen() == default
+    assert seen == ["reference"]
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_plan_says_what_a_gpu_backend_would_do(name, monkeypatch):
+    reason = unsupported(name, problem("cpu"), planning.machine())
+    if reason:
+        pytest.skip(f"plans of {name} through the module are not tested here: {reason}")
+    lstm = fusedrnn.LSTM(32, 64, backend=name)
+    found = fusedrnn.plan(lstm, batch=8)
+    assert found.backend == name
+    assert found.algorithm == found.details.algorithm != "auto"
+    assert found.why.startswith(f"backend '{name}' was asked for; ")
+    assert fusedrnn.plan(fusedrnn.LSTM(32, 64, proj_size=4, backend=name), 8, backward=True).algorithm == "step"
+
+
+@pytest.mark.parametrize("setting, message", [("/nowhere", "got '/nowhere'"), ("2", "got '2'")])
+def test_simulator_that_is_not_there(setting, message, monkeypatch):
+    monkeypatch.setenv("FUSEDRNN_SIMULATE", setting)
+    with pytest.raises(RuntimeError, match=f"FUSEDRNN_SIMULATE must be 1 in a checkout.*{message}"):
+        common.simulator_folder()
+    monkeypatch.setenv("FUSEDRNN_SIMULATE", "0")
+    assert common.simulator_folder() is None

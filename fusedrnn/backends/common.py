@@ -1,11 +1,44 @@
 """What the backends written in Python share: row bookkeeping and the GEMMs after the loop."""
 
+import importlib
+import os
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fusedrnn.cells import Cell
+
+
+def simulator_folder() -> Path | None:
+    """Where FUSEDRNN_SIMULATE says the simulator is: 1 in a checkout, or the path of tests/ptxsim; unset or 0: nowhere.
+
+    Raises:
+        RuntimeError: there is no simulator at that place.
+    """
+    setting = os.environ.get("FUSEDRNN_SIMULATE", "")
+    if setting in ("", "0"):
+        return None
+    folder = Path(__file__).resolve().parents[2] / "tests" / "ptxsim" if setting == "1" else Path(setting).resolve()
+    if not (folder / "__init__.py").exists():
+        raise RuntimeError(f"FUSEDRNN_SIMULATE must be 1 in a checkout, or the path of tests/ptxsim; got {setting!r}")
+    return folder
+
+
+def simulator(name: str = ""):
+    """The package ptxsim, or a module of it; None without FUSEDRNN_SIMULATE."""
+    folder = simulator_folder()
+    if folder is None:
+        return None
+    if "ptxsim" not in sys.modules:
+        sys.path.insert(0, str(folder.parent))
+        try:
+            importlib.import_module("ptxsim")
+        finally:
+            sys.path.remove(str(folder.parent))
+    return importlib.import_module(f"ptxsim{name}")
 
 
 def step_rows(x: Tensor, batch_sizes: Tensor | None) -> list[tuple[int, int]]:

@@ -8,15 +8,13 @@ import contextlib
 import functools
 import importlib
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fusedrnn.backends.common import rows_of, step_rows, weight_gradients
+from fusedrnn.backends.common import rows_of, simulator, step_rows, weight_gradients
 from fusedrnn.cells import CELLS, Cell, accumulation_dtype
 
 ALGORITHMS = ("step", "sequence")
@@ -177,20 +175,35 @@ def _chip(device: torch.device) -> Chip:
     )
 
 
-def _plan_for(cell: Cell, x: Tensor, h0: Tensor, w_hh: Tensor, w_hr: Tensor | None, algorithm: str, backward: bool):
-    hidden, proj = w_hh.shape[0] // len(cell.gates), 0 if w_hr is None else h0.shape[1]
+def plan_for(
+    cell: Cell,
+    batch: int,
+    input_size: int,
+    hidden_size: int,
+    proj_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    algorithm: str,
+    backward: bool,
+) -> Plan:
+    """The plan on a device of this machine, with the tf32 setting in force."""
     return plan(
         cell,
-        h0.shape[0],
-        x.shape[-1],
-        hidden,
-        proj,
-        x.dtype,
+        batch,
+        input_size,
+        hidden_size,
+        proj_size,
+        dtype,
         algorithm=algorithm,
         backward=backward,
-        tf32=x.dtype == torch.float32 and allow_tf32(),
-        chip=_chip(x.device),
+        tf32=dtype == torch.float32 and allow_tf32(),
+        chip=_chip(device),
     )
+
+
+def _plan_of(cell: Cell, x: Tensor, h0: Tensor, w_hh: Tensor, w_hr: Tensor | None, algorithm: str, backward: bool):
+    hidden, proj = w_hh.shape[0] // len(cell.gates), 0 if w_hr is None else h0.shape[1]
+    return plan_for(cell, h0.shape[0], x.shape[-1], hidden, proj, x.dtype, x.device, algorithm, backward)
 
 
 @functools.cache
@@ -209,21 +222,8 @@ def _interpreted() -> bool:
 
 @functools.cache
 def _simulator():
-    """ptxsim's bridge to Triton when FUSEDRNN_SIMULATE asks for it: 1 in a checkout, or the path of tests/ptxsim.
-
-    With TRITON_INTERPRET=1 nothing is compiled, so nothing is simulated.
-    """
-    setting = os.environ.get("FUSEDRNN_SIMULATE")
-    if not setting or _interpreted():
-        return None
-    path = Path(__file__).resolve().parents[2] / "tests/ptxsim" if setting == "1" else Path(setting).resolve()
-    if "ptxsim" not in sys.modules:
-        sys.path.insert(0, str(path.parent))
-        try:
-            importlib.import_module("ptxsim")
-        finally:
-            sys.path.remove(str(path.parent))
-    return importlib.import_module("ptxsim.triton")
+    """ptxsim's bridge to Triton, or None. With TRITON_INTERPRET=1 nothing is compiled, so nothing is simulated."""
+    return None if _interpreted() else simulator(".triton")
 
 
 launches: collections.Counter[str] = collections.Counter()
@@ -330,7 +330,7 @@ def forward(
     _check_device(x)
     spec = CELLS[cell]
     batch, hidden = h0.shape[0], w_hh.shape[0] // len(spec.gates)
-    how = _plan_for(spec, x, h0, w_hh, w_hr, algorithm, backward=False)
+    how = _plan_of(spec, x, h0, w_hh, w_hr, algorithm, backward=False)
     steps = x.shape[:-1]
     acc_dtype = accumulation_dtype(x.dtype)
     empty, empty_acc = x.new_empty(0), x.new_empty(0, dtype=acc_dtype)
@@ -477,7 +477,7 @@ def backward(
     _check_device(x)
     spec = CELLS[cell]
     batch, hidden = h0.shape[0], w_hh.shape[0] // len(spec.gates)
-    how = _plan_for(spec, x, h0, w_hh, w_hr, algorithm, backward=True)
+    how = _plan_of(spec, x, h0, w_hh, w_hr, algorithm, backward=True)
     rows = step_rows(x, batch_sizes)
     n_rows = rows[-1][0] + rows[-1][1]
     dgates = x.new_empty(n_rows, len(spec.accumulators) * hidden)
