@@ -30,6 +30,7 @@ struct Format<float> {
   typedef int32_t RawInt __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
   static constexpr int kMantissa = 23, kBias = 127;
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  // At kOverflow 2^n is infinite already, beyond 89.07 n would leave the exponent; at kUnderflow it is normal still.
   static constexpr float kOverflow = 88.8f, kUnderflow = -87.0f, kTanhIsOne = 10.0f;
   static constexpr int kTerms = 7;
 };
@@ -41,6 +42,7 @@ struct Format<double> {
   typedef int64_t RawInt __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
   static constexpr int kMantissa = 52, kBias = 1023;
   static constexpr double kLn2High = 6.93145751953125e-1, kLn2Low = 1.42860682030941723212e-6;
+  // As above, with 710.13.
   static constexpr double kOverflow = 709.9, kUnderflow = -708.0, kTanhIsOne = 20.0;
   static constexpr int kTerms = 13;
 };
@@ -113,24 +115,25 @@ FUSEDRNN_INLINE Vec<float> at_least(float limit, Vec<float> x) {
   return (Vec<float>::Raw)_mm512_max_ps(_mm512_set1_ps(limit), (__m512)x.v);
 }
 // A division takes as long as all the rest of an activation: 14 bits and one Newton step are within an ulp or two.
-// The limit keeps infinity * 0 out of the step.
+// The limit keeps infinity * 0 out of the step, where the reciprocal is 0 already.
 FUSEDRNN_INLINE Vec<float> quotient(Vec<float> a, Vec<float> b) {
-  const Vec<float>::Raw d = at_most(3.0e38f, b).v;
-  const Vec<float>::Raw r = (Vec<float>::Raw)_mm512_rcp14_ps((__m512)d);
+  const Vec<float>::Raw d = at_most(__FLT_MAX__, b).v;
+  const Vec<float>::Raw r = (Vec<float>::Raw)_mm512_rcp14_ps((__m512)b.v);
   return a.v * (r + r * (1.0f - d * r));
 }
 #endif
 
-// exp(-x) is infinite beyond the clamp, and 1 / (1 + infinity) is 0.
+// From (n_max + 1/2) ln(2) = 88.38 (709.44) on 2^n is infinite, though exp may not be quite yet: 1 / (1 + infinity)
+// is 0. Hence 2^n (1 + expm1), the second factor being positive: 2^n + 2^n expm1 may be infinity - infinity.
 template <typename C>
 FUSEDRNN_INLINE Vec<C> sigmoid(Vec<C> x) {
   using F = Format<C>;
   const Vec<C> m = at_least(F::kUnderflow, at_most(F::kOverflow, Vec<C>(-x.v)));
   const Reduced<C> e = reduce(m);
-  return quotient(Vec<C>(C(1)), Vec<C>(C(1) + (e.scale.v + e.scale.v * e.expm1.v)));
+  return quotient(Vec<C>(C(1)), Vec<C>(C(1) + e.scale.v * (C(1) + e.expm1.v)));
 }
 
-// tanh |x| = e / (e + 2) with e = exp(2 |x|) - 1: exact near 0, and never infinite thanks to the clamp.
+// tanh |x| = e / (e + 2) with e = exp(2 |x|) - 1: precise near 0, and never infinite thanks to the clamp.
 template <typename C>
 FUSEDRNN_INLINE Vec<C> tanh(Vec<C> x) {
   using V = Vec<C>;
