@@ -1,6 +1,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <stdexcept>
+#include <string>
+
 #include "recurrence.h"
 
 namespace fusedrnn {
@@ -37,10 +40,16 @@ const Kernels& choose() {
   int count = 0;
   const Candidate* table = candidates(&count);
   const char* limit = getenv("FUSEDRNN_CPU_CAPABILITY");
+  const bool limited = limit && *limit;
   const Kernels* best = table[0].kernels;
+  std::string names;
   for (int i = 0; i < count; ++i) {
     if (table[i].runs) best = table[i].kernels;
-    if (limit && strcmp(limit, table[i].kernels->name) == 0) break;
+    if (limited && strcmp(limit, table[i].kernels->name) == 0) return *best;
+    names += std::string(i ? ", " : "") + table[i].kernels->name;
+  }
+  if (limited) {
+    throw std::runtime_error("FUSEDRNN_CPU_CAPABILITY must be one of " + names + ", got '" + limit + "'");
   }
   return *best;
 }
@@ -61,6 +70,10 @@ const char* compiled_capabilities() {
          " avx512"
 #endif
       ;
+}
+
+void out_of_memory(int64_t bytes) {
+  throw std::runtime_error("fusedrnn: can't allocate " + std::to_string(bytes) + " bytes of memory");
 }
 
 }  // namespace fusedrnn

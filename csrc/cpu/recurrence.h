@@ -19,8 +19,8 @@ struct Shape {
   int64_t steps, batch, hidden, out;
   const int64_t* offsets;  // [T + 1]
   bool reverse;
-  int threads;           // at most
-  int64_t cache_bytes;   // of one core's own cache
+  int threads;          // at most
+  int64_t cache_bytes;  // of one core's own cache
 };
 
 struct Forward {
@@ -75,9 +75,12 @@ namespace avx512 {
 extern const Kernels kernels;
 }
 
-// The best one that was compiled in and that this processor runs; FUSEDRNN_CPU_CAPABILITY lowers it.
+// The best one that was compiled in and that this processor runs; FUSEDRNN_CPU_CAPABILITY lowers it. Throws
+// std::runtime_error where that names none.
 const Kernels& kernels();
 // Names of those compiled in, separated by spaces.
 const char* compiled_capabilities();
+// Throws. Compiled without an instruction set's flags, as all code that is shared has to be.
+[[noreturn]] void out_of_memory(int64_t bytes);
 
 }  // namespace fusedrnn

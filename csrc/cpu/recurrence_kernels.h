@@ -30,13 +30,15 @@ struct Compute<double> {
 FUSEDRNN_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 FUSEDRNN_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Throws where memory runs out, so it has to be built outside of the parallel region: nothing in there may throw.
 template <typename T>
 class Buffer {
  public:
   explicit Buffer(int64_t count) {
     if (count == 0) return;
-    data_ = static_cast<T*>(aligned_alloc(64, static_cast<size_t>(divide_up(count * sizeof(T), 64) * 64)));
-    if (!data_) abort();
+    const int64_t bytes = divide_up(count * sizeof(T), 64) * 64;
+    data_ = static_cast<T*>(aligned_alloc(64, static_cast<size_t>(bytes)));
+    if (!data_) out_of_memory(bytes);
   }
   ~Buffer() { free(data_); }
   Buffer(const Buffer&) = delete;
@@ -325,14 +327,12 @@ struct ForwardRun : Skeleton<Cell, E> {
     for (int64_t s = 0; s < steps; ++s) {
       const int64_t t = this->shape.reverse ? steps - 1 - s : s;
       const int64_t rows = this->rows_at(t);
-      this->groups(rows, thread, threads, [&](int64_t first, int64_t stride, int64_t count) {
-        advance(t, s, units, first, stride, count);
-      });
+      this->groups(rows, thread, threads,
+                   [&](int64_t first, int64_t stride, int64_t count) { advance(t, s, units, first, stride, count); });
       if (projected) {
         this->barrier_of_step(barrier, threads);
-        this->groups(rows, thread, threads, [&](int64_t first, int64_t stride, int64_t count) {
-          project(t, s, outs, first, stride, count);
-        });
+        this->groups(rows, thread, threads,
+                     [&](int64_t first, int64_t stride, int64_t count) { project(t, s, outs, first, stride, count); });
       }
       this->barrier_of_step(barrier, threads);
     }
@@ -481,12 +481,12 @@ struct BackwardRun : Skeleton<Cell, E> {
   using V = typename Base::V;
   const Backward& p;
   const int64_t unit_blocks, out_blocks;
-  Buffer<C> panels;       // [out block][G*H][kPlain][W] of W_hh
-  Buffer<C> hr_panels;    // [unit block][P][kPlain][W] of W_hr
-  Buffer<C> dc;           // [B][padded]
-  Buffer<C> dy;           // [B][P]: with w_hr only, the step's dy with what the recurrence brings back
-  Buffer<C> dh_direct;    // [B][padded]: with kDirectH only
-  Buffer<C> exchange;     // [2][B][A*H]: dgates of the last two steps, where E is narrower than C
+  Buffer<C> panels;     // [out block][G*H][kPlain][W] of W_hh
+  Buffer<C> hr_panels;  // [unit block][P][kPlain][W] of W_hr
+  Buffer<C> dc;         // [B][padded]
+  Buffer<C> dy;         // [B][P]: with w_hr only, the step's dy with what the recurrence brings back
+  Buffer<C> dh_direct;  // [B][padded]: with kDirectH only
+  Buffer<C> exchange;   // [2][B][A*H]: dgates of the last two steps, where E is narrower than C
   Barrier barrier;
 
   explicit BackwardRun(const Backward& problem)
@@ -653,9 +653,9 @@ struct BackwardRun : Skeleton<Cell, E> {
     }
     if constexpr (Cell::kUsesH) h = load<C>(static_cast<const E*>(p.y) + row * hidden + u, count);
     if constexpr (Cell::kUsesHPrev) {
-      h_prev = load<C>(carried ? static_cast<const E*>(p.y) + row_before * hidden + u
-                               : static_cast<const E*>(p.h0) + b * hidden + u,
-                       count);
+      h_prev = load<C>(
+          carried ? static_cast<const E*>(p.y) + row_before * hidden + u : static_cast<const E*>(p.h0) + b * hidden + u,
+          count);
     }
     Cell::backward(dh, dc_after, saved, h, h_prev, c_prev, c, dacc, dh_prev, dc_prev);
     if constexpr (Cell::kHasCellState) store(dc + b * padded + u, dc_prev);
@@ -681,9 +681,8 @@ struct BackwardRun : Skeleton<Cell, E> {
     }
     if (p.dh0) {
       const auto outs = this->blocks(out_blocks, thread, threads);
-      this->groups(batch, thread, threads, [&](int64_t first, int64_t stride, int64_t count) {
-        start(outs, first, stride, count);
-      });
+      this->groups(batch, thread, threads,
+                   [&](int64_t first, int64_t stride, int64_t count) { start(outs, first, stride, count); });
     }
     if constexpr (Cell::kHasCellState) {
       if (!p.dc0) return;
