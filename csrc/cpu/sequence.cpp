@@ -5,6 +5,7 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -42,6 +43,11 @@ const CellEntry& find_cell(c10::string_view name) {
     if (name == cell.name) return cell;
   }
   TORCH_CHECK(false, "the cpu backend has no cell '", name, "'");
+}
+
+void check_algorithm(c10::string_view algorithm) {
+  TORCH_CHECK(algorithm == "auto" || algorithm == "persistent", "algorithm '", algorithm,
+              "' of backend 'cpu' cannot run: it has persistent only");
 }
 
 Dtype dtype_of(const Tensor& x) {
@@ -103,8 +109,8 @@ struct Sizes {
     hidden = w_hh.size(0) / cell.gates;
     out = w_hh.size(1);
     batch = h0.size(0);
-    TORCH_CHECK(w_hr || out == hidden, "fusedrnn: w_hh must have shape [", cell.gates * hidden, ", ", hidden,
-                "], got ", w_hh.sizes());
+    TORCH_CHECK(w_hr || out == hidden, "fusedrnn: w_hh must have shape [", cell.gates * hidden, ", ", hidden, "], got ",
+                w_hh.sizes());
     TORCH_CHECK(!w_hr || cell.has_cell_state, "fusedrnn: w_hr (projection) exists only for the LSTM");
     TORCH_CHECK(c0.has_value() == cell.has_cell_state, "fusedrnn: c0 must ", cell.has_cell_state ? "" : "not ",
                 "be given for the cell ", cell.name);
@@ -229,12 +235,14 @@ Outputs sequence_cpu(c10::string_view cell, const Tensor& x, const Tensor& h0, c
                      const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
                      const OptionalTensor& w_hr, const OptionalTensor& batch_sizes, bool reverse,
                      c10::string_view backend, c10::string_view algorithm, bool save) {
+  // The tensors have the dtype they shall have; autocast would round the operands of the products here.
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   if (backend != "cpu") {
-    static const auto python = c10::Dispatcher::singleton()
-                                   .findSchemaOrThrow("fusedrnn::sequence_python", "")
-                                   .typed<decltype(sequence_cpu)>();
+    static const auto python =
+        c10::Dispatcher::singleton().findSchemaOrThrow("fusedrnn::sequence_python", "").typed<decltype(sequence_cpu)>();
     return python.call(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse, backend, algorithm, save);
   }
+  check_algorithm(algorithm);
   const Sizes s(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes);
   const auto options = x.options();
   const auto compute = options.dtype(compute_dtype(x));
@@ -260,12 +268,13 @@ Outputs sequence_cpu(c10::string_view cell, const Tensor& x, const Tensor& h0, c
 }
 
 Gradients sequence_backward_cpu(c10::string_view cell, const OptionalTensor& dy, const OptionalTensor& dh_n,
-                                const OptionalTensor& dc_n, const Tensor& x, const Tensor& h0,
-                                const OptionalTensor& c0, const Tensor& w_ih, const Tensor& w_hh,
-                                const OptionalTensor& b_ih, const OptionalTensor& b_hh, const OptionalTensor& w_hr,
-                                const Tensor& y, const Tensor& gates, const Tensor& cells,
-                                const OptionalTensor& batch_sizes, bool reverse, c10::string_view backend,
-                                c10::string_view algorithm, c10::List<bool> needs) {
+                                const OptionalTensor& dc_n, const Tensor& x, const Tensor& h0, const OptionalTensor& c0,
+                                const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
+                                const OptionalTensor& b_hh, const OptionalTensor& w_hr, const Tensor& y,
+                                const Tensor& gates, const Tensor& cells, const OptionalTensor& batch_sizes,
+                                bool reverse, c10::string_view backend, c10::string_view algorithm,
+                                c10::List<bool> needs) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   if (backend != "cpu") {
     static const auto python = c10::Dispatcher::singleton()
                                    .findSchemaOrThrow("fusedrnn::sequence_backward_python", "")
@@ -273,6 +282,7 @@ Gradients sequence_backward_cpu(c10::string_view cell, const OptionalTensor& dy,
     return python.call(cell, dy, dh_n, dc_n, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, gates, cells, batch_sizes,
                        reverse, backend, algorithm, needs);
   }
+  check_algorithm(algorithm);
   const Sizes s(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes);
   const at::ScalarType dtype = x.scalar_type();
   TORCH_CHECK(needs.size() == 8, "fusedrnn: needs must have 8 entries, got ", needs.size());
@@ -297,11 +307,11 @@ Gradients sequence_backward_cpu(c10::string_view cell, const OptionalTensor& dy,
   const Tensor yc = y.contiguous(), h0c = h0.contiguous();
   if (s.rows > 0) {
     const Tensor w_hhc = w_hh.contiguous(), gatesc = gates.contiguous(), cellsc = cells.contiguous();
-    const OptionalTensor dyc = contiguous(dy), dh_nc = contiguous(dh_n), dc_nc = contiguous(dc_n),
-                         c0c = contiguous(c0), w_hrc = contiguous(w_hr);
-    kernels().backward({s.problem(x, reverse), pointer(dyc), pointer(dh_nc), pointer(dc_nc), pointer(h0c),
-                        pointer(c0c), pointer(w_hhc), pointer(w_hrc), pointer(yc), pointer(gatesc), pointer(cellsc),
-                        writable(dgates), writable(dh0), writable(dc0), writable(dy_total), writable(h)});
+    const OptionalTensor dyc = contiguous(dy), dh_nc = contiguous(dh_n), dc_nc = contiguous(dc_n), c0c = contiguous(c0),
+                         w_hrc = contiguous(w_hr);
+    kernels().backward({s.problem(x, reverse), pointer(dyc), pointer(dh_nc), pointer(dc_nc), pointer(h0c), pointer(c0c),
+                        pointer(w_hhc), pointer(w_hrc), pointer(yc), pointer(gatesc), pointer(cellsc), writable(dgates),
+                        writable(dh0), writable(dc0), writable(dy_total), writable(h)});
   }
 
   const bool same = s.cell.x_acc == s.cell.h_acc;
