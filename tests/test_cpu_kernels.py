@@ -1,5 +1,7 @@
 """The C++ kernels: every instruction set and number of threads against float64, and raw calls that must raise."""
 
+import decimal
+import math
 import os
 import subprocess
 import sys
@@ -7,6 +9,7 @@ import sys
 import pytest
 import torch
 
+import fusedrnn
 from fusedrnn import _build
 from fusedrnn.ops import sequence, sequence_backward
 
@@ -35,6 +38,8 @@ SIZES_BY_UNITS = [
 SIZES_WIDE = [(2, 101, 3, 20, 0, None)]
 # Rounding to the dtype, a few times over: outputs are of order 1, gradients are compared relative to their largest.
 TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-13, torch.bfloat16: 4e-2, torch.float16: 5e-3}
+# Of sigmoid and tanh, in units in the last place.
+ULPS = {torch.float32: (2.5, 2.5), torch.float64: (2.5, 2.5), torch.bfloat16: (0.51, 0.51), torch.float16: (0.51, 0.51)}
 
 
 def draw(T, B, I, H, P, lengths, dtype, bias=True):
@@ -87,6 +92,56 @@ def check(size, dtype, reverse, bias=True):
         assert error <= bound, (i, size, dtype, reverse, error, bound)
     again = run(inputs, sizes, gradients, reverse, "cpu")
     assert all(torch.equal(a, b) for a, b in zip(ours, again)), "not bitwise repeatable"
+
+
+def exact_activations(value):
+    """sigmoid and tanh of a float, to 60 digits."""
+    if not math.isfinite(value):
+        return [value if math.isnan(value) else decimal.Decimal(v) for v in (int(value > 0), math.copysign(1, value))]
+    with decimal.localcontext(prec=60):
+        e = (-decimal.Decimal(abs(value))).exp()
+        tanh = ((1 - e * e) / (1 + e * e)).copy_sign(decimal.Decimal(value))
+        return [(1 if value > 0 else e) / (1 + e), tanh]
+
+
+def error_in_ulps(got, want, dtype):
+    """0 also where both are NaN, or where subnormals of the type of the math are taken for one another."""
+    if math.isnan(got) or math.isnan(want):
+        return 0.0 if math.isnan(got) and math.isnan(want) else math.inf
+    wide = torch.finfo(torch.float64 if dtype is torch.float64 else torch.float32)
+    narrow = torch.finfo(dtype)
+    error = abs(decimal.Decimal(got) - want)
+    if abs(want) < wide.tiny and error < wide.tiny:
+        return 0.0
+    ulp = narrow.eps * 2.0 ** (math.frexp(max(abs(float(want)), narrow.tiny))[1] - 1)
+    return float(error / decimal.Decimal(ulp))
+
+
+def activations():
+    """The gates over all of the range of exp against exact values; no NaN but from NaN."""
+    for dtype in DTYPES:
+        sweeps = [(-1, 1, 401), (-100, 100, 2001), (-720, 720, 2001), (-88.8, -88.3, 201), (-709.9, -709.4, 201)]
+        special = torch.tensor([0.0, -0.0, 1e30, -1e30, math.inf, -math.inf, math.nan], dtype=torch.float64)
+        x = torch.cat([special, *(torch.linspace(*sweep, dtype=torch.float64) for sweep in sweeps)]).to(dtype)
+        x = torch.cat([x, -x])
+        zeros, ones = torch.zeros(len(x), 1, dtype=dtype), torch.ones(4, 1, dtype=dtype)
+        y, _, c, gates, _ = sequence(
+            "lstm", x.view(1, -1, 1), zeros, zeros, ones, 0 * ones, None, None, None, None, False, "cpu", "auto", True
+        )  # fmt: skip
+        assert torch.equal(y.isnan().view(-1), x.isnan())
+        assert torch.equal(c.isnan().view(-1), x.isnan())
+        worst = [0.0, 0.0]
+        for value, (i, f, g, o) in zip(x.tolist(), gates[0].tolist()):
+            for k, (got, want) in enumerate(zip([i, g], exact_activations(value))):
+                error = error_in_ulps(got, want, dtype)
+                assert error <= ULPS[dtype][k], (dtype, value, got, want, error)
+                worst[k] = max(worst[k], error)
+            assert math.isnan(value) or i == f == o
+            if math.isinf(value):
+                assert (i, g) == (int(value > 0), math.copysign(1, value)), (dtype, value, i, g)
+            if value < -750:
+                assert i == 0, (dtype, value, i)
+        print(dtype, "sigmoid and tanh are off by at most", *worst, "ulp", file=sys.stderr)
 
 
 def everything():
@@ -223,7 +278,7 @@ def test_outputs_not_needed_are_empty_and_do_not_alias():
     assert len(set(pointers)) == len(pointers)
 
 
-def test_inside_a_parallel_region_and_from_another_thread():
+def test_calls_from_several_threads_at_once():
     from concurrent.futures import ThreadPoolExecutor
 
     inputs, sizes, _ = draw(20, 4, 8, 128, 0, None, torch.float32)
@@ -231,6 +286,101 @@ def test_inside_a_parallel_region_and_from_another_thread():
     want = call()
     with ThreadPoolExecutor(4) as pool:
         assert all(torch.equal(want, f.result()) for f in [pool.submit(call) for _ in range(8)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(3, 2, 4, 5, 0, None), (3, 2, 4, 5, 3, None), (3, 2, 4, 5, 0, (3, 2))])
+def test_autocast_changes_nothing(size, dtype):
+    inputs, sizes, gradients = draw(*size, dtype)
+    want = run(inputs, sizes, gradients, False, "cpu")
+    with torch.autocast("cpu"):
+        got = run(inputs, sizes, gradients, False, "cpu")
+    assert [t.dtype for t in got] == [t.dtype for t in want]
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
+def test_autocast_around_backward_only():
+    torch.manual_seed(0)
+    lstm = fusedrnn.LSTM(4, 5)
+    x = torch.randn(3, 2, 4, requires_grad=True)
+    leaves = [x, *lstm.parameters()]
+
+    def gradients(autocast):
+        total = lstm(x)[0].sum()
+        with torch.autocast("cpu", enabled=autocast):
+            return torch.autograd.grad(total, leaves)
+
+    want, got = gradients(False), gradients(True)
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(want, got))
+
+
+@pytest.mark.parametrize("algorithm", ["step", "sequence", "nonsense"])
+def test_algorithm_that_is_not_there_raises(algorithm):
+    inputs, sizes, gradients = draw(3, 2, 4, 5, 0, None, torch.float32)
+    message = f"algorithm '{algorithm}' of backend 'cpu' cannot run: it has persistent only"
+    with pytest.raises(RuntimeError, match=message):
+        sequence("lstm", *inputs, sizes, False, "cpu", algorithm, True)
+    y, _, _, gates, cells = sequence("lstm", *inputs, sizes, False, "cpu", "persistent", True)
+    assert torch.equal(y, sequence("lstm", *inputs, sizes, False, "cpu", "auto", True)[0])
+    with pytest.raises(RuntimeError, match=message):
+        sequence_backward(
+            "lstm", *gradients, *inputs, y, gates, cells, sizes, False, "cpu", algorithm, [True] * 7 + [False]
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["avx_2", "AVX2", "avx2 "])
+def test_unknown_instruction_set_raises(name):
+    call = (
+        "import torch, fusedrnn; from fusedrnn.ops import sequence; z = torch.zeros\n"
+        "inputs = (z(1, 1, 1), z(1, 1), z(1, 1), z(4, 1), z(4, 1), None, None, None)\n"
+        "def use(): sequence('lstm', *inputs, None, False, 'cpu', 'auto', False)\n"
+        "for call in (use, use, fusedrnn._build.build_info):\n"
+        "    try: call()\n"
+        "    except RuntimeError as error: print(error)\n"
+    )
+    env = {**os.environ, "FUSEDRNN_CPU_CAPABILITY": name}
+    ran = subprocess.run([sys.executable, "-c", call], env=env, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    built = ", ".join(_build.build_info()["cpu_capabilities_built"])
+    message = f"FUSEDRNN_CPU_CAPABILITY must be one of {built}, got '{name}'"
+    assert ran.stdout.splitlines().count(message) == 3, ran.stdout
+
+
+OUT_OF_MEMORY = """
+import resource, sys, torch
+from fusedrnn.ops import sequence, sequence_backward
+
+torch.set_num_threads(1)
+H = 2048
+x, h, w_ih, w_hh = torch.ones(1, 1, 1), torch.ones(1, H), torch.ones(4 * H, 1), torch.ones(4 * H, H)
+inputs = (x, h, h, w_ih, w_hh, None, None, None)
+forward = lambda: sequence("lstm", *inputs, None, False, "cpu", "auto", True)
+y, _, _, gates, cells = forward()
+needs = [False, True] + [False] * 6
+backward = lambda: sequence_backward(
+    "lstm", y, h, h, *inputs, y, gates, cells, None, False, "cpu", "auto", needs)[1]
+dh0 = backward()
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+before = resource.getrlimit(resource.RLIMIT_AS)
+# A repacked weight of 64 MiB does not fit.
+resource.setrlimit(resource.RLIMIT_AS, (used + (32 << 20), before[1]))
+messages = []
+for call in (forward, backward):
+    try:
+        call()
+    except RuntimeError as error:
+        messages.append(str(error))
+resource.setrlimit(resource.RLIMIT_AS, before)
+assert torch.equal(forward()[0], y) and torch.equal(backward(), dh0)
+print(*messages)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space and reads /proc/self/statm")
+def test_out_of_memory_raises():
+    ran = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert ran.stdout.count("fusedrnn: can't allocate 67108864 bytes of memory") == 2, ran.stdout
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
@@ -244,4 +394,5 @@ def test_one_openmp_runtime():
 if __name__ == "__main__":
     everything()
     special_values()
+    activations()
     print(_build.build_info()["cpu_capability"])
