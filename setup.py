@@ -175,7 +175,6 @@ else:
     extensions = [
         Extension(
             "fusedrnn._C",
-            # The slowest first.
             sources=[*sources, *(f"csrc/cpu/recurrence_{c}.cpp" for c in CAPABILITIES)],
             include_dirs=["csrc", *include_paths()],
             define_macros=[
