@@ -8,8 +8,11 @@ polling: the persistent kernels are launched again on a mailbox that is already 
 """
 
 import argparse
+import contextlib
+import importlib
 import os
 import sys
+import unittest.mock
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,16 +32,18 @@ class Kernel:
     instructions: float
     read: float
     dtype: torch.dtype = torch.bfloat16
+    backend: str = "cuda"
 
     def __str__(self) -> str:
         direction = "backward" if self.backward else "forward"
-        return f"{self.algorithm} {direction} {str(self.dtype)[6:]} B={self.batch} H={self.hidden}"
+        return f"{self.backend} {self.algorithm} {direction} {str(self.dtype)[6:]} B={self.batch} H={self.hidden}"
 
 
 GOALS = [
     Kernel("persistent", False, 16, 768, 190e3, 2.5e6),
     Kernel("persistent", True, 16, 768, 0.8 * 151_046, 4.92e6),
     Kernel("step", False, 16, 768, 300e3, 14.5e6),
+    Kernel("step", False, 16, 768, 300e3, 14.5e6, backend="triton"),
     Kernel("persistent", False, 64, 1024, 850e3, 17.5e6),
     Kernel("persistent", True, 64, 1024, 0.8 * 884_100, 68.16e6),
 ]
@@ -52,21 +57,46 @@ def floor_bytes(kernel: Kernel, blocks: int) -> tuple[int, int]:
     return blocks * units * size + 4 * units * size, units * size + 4 * units * size + units * 4
 
 
-def _launches(kernel: Kernel, steps: int) -> dict[str, float]:
-    """Counters of the one launch (step: of all) that runs `kernel` for `steps` steps."""
+@contextlib.contextmanager
+def _counting(name: str):
+    """The counters of what backend ``name`` launches inside: of all launches (persistent: of the last one)."""
+    found = {}
+    if name == "triton":
+        from fusedrnn.backends import triton
+
+        simulator = triton._simulator()
+        launch = simulator.launch
+
+        def counted_kernel(kernel, grid, *rest, **options):
+            counters = launch(kernel, grid, *rest, **options)
+            counters = {"launches": 1, "blocks": grid[0] * grid[1], **counters}
+            for key, value in counters.items():
+                if not isinstance(value, dict):
+                    found[key] = found.get(key, 0) + value
+
+        with unittest.mock.patch.object(simulator, "launch", counted_kernel):
+            yield found
+        return
     from fusedrnn.backends import cuda
 
     kernels = cuda._simulated()
     library = kernels.simulator
-    launch, last = kernels.launch, {}
+    launch = kernels.launch
 
     def counted(name, params, tensors):
         if name.startswith("persistent"):
             launch(name, params, tensors)
         library.reset_counters()
         launch(name, params, tensors)
-        last.update(library.counters())
+        found.update(library.counters())
 
+    with unittest.mock.patch.object(kernels, "launch", counted):
+        yield found
+
+
+def _launches(kernel: Kernel, steps: int) -> dict[str, float]:
+    """Counters of the one launch (step: of all) that runs `kernel` for `steps` steps."""
+    backend = importlib.import_module(f"fusedrnn.backends.{kernel.backend}")
     batch, hidden, inputs = kernel.batch, kernel.hidden, kernel.hidden if kernel.algorithm == "step" else 8
     generator = torch.Generator().manual_seed(0)
 
@@ -78,15 +108,13 @@ def _launches(kernel: Kernel, steps: int) -> dict[str, float]:
         draw(steps, batch, inputs), draw(batch, hidden), draw(batch, hidden), draw(4 * hidden, inputs, scale=scale),
         draw(4 * hidden, hidden, scale=scale), draw(4 * hidden), draw(4 * hidden), None,
     ]  # fmt: skip
-    kernels.launch = counted
-    try:
-        y, _, _, gates, cells = cuda.forward("lstm", *given, None, False, kernel.algorithm, True)
+    with _counting(kernel.backend) as found:
+        y, _, _, gates, cells = backend.forward("lstm", *given, None, False, kernel.algorithm, True)
         if kernel.backward:
+            found.clear()
             upstream = draw(steps, batch, hidden), draw(batch, hidden), draw(batch, hidden)
-            cuda.backward("lstm", *upstream, *given, y, gates, cells, None, False, kernel.algorithm, [False] * 8)
-    finally:
-        del kernels.launch
-    return last
+            backend.backward("lstm", *upstream, *given, y, gates, cells, None, False, kernel.algorithm, [False] * 8)
+    return found
 
 
 def per_step(kernel: Kernel) -> dict[str, float]:
