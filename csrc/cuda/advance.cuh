@@ -126,9 +126,9 @@ struct BackwardSums {
 // One unit of one row, one step on: the sums of all warps, then the cell. acc holds what the sums start from:
 // biases and the hoisted input part.
 template <typename Cell, typename Accumulator>
-__device__ __forceinline__ void advance(const typename ForwardSums<Cell, Accumulator>::Sum* at,
-                                        Accumulator* acc, Accumulator h_prev, Accumulator c_prev,
-                                        Accumulator& h, Accumulator& c, Accumulator* saved) {
+__device__ __forceinline__ void advance(const typename ForwardSums<Cell, Accumulator>::Sum* at, Accumulator* acc,
+                                        Accumulator h_prev, Accumulator c_prev, Accumulator& h, Accumulator& c,
+                                        Accumulator* saved) {
   ForwardSums<Cell, Accumulator>::add_up(at, acc);
   Cell::forward(acc, h_prev, c_prev, h, c, saved);
 }

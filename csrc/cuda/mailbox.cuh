@@ -20,8 +20,8 @@
 
 #include "arithmetic.cuh"
 
-extern "C" __device__ void __assertfail(const char* message, const char* file, unsigned line,
-                                        const char* function, size_t char_size) __attribute__((noreturn));
+extern "C" __device__ void __assertfail(const char* message, const char* file, unsigned line, const char* function,
+                                        size_t char_size) __attribute__((noreturn));
 
 namespace fusedrnn::mailbox {
 
@@ -39,8 +39,8 @@ __device__ __forceinline__ Piece take(const void* at) {
 }
 
 __device__ __forceinline__ void put(void* at, const Piece& p) {
-  asm volatile("st.relaxed.gpu.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(p.w[0]), "r"(p.w[1]),
-               "r"(p.w[2]), "r"(p.w[3])
+  asm volatile("st.relaxed.gpu.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(p.w[0]), "r"(p.w[1]), "r"(p.w[2]),
+               "r"(p.w[3])
                : "memory");
 }
 
@@ -64,8 +64,8 @@ __device__ __forceinline__ void give_up(int32_t* fault, int64_t step, int packet
   fault[2] = packet;
   fault[3] = 1;
   __threadfence_system();
-  __assertfail("a packet of the previous step never came (file: mailbox, line: step)", "mailbox",
-               unsigned(step), "take", 1);
+  __assertfail("a packet of the previous step never came (file: mailbox, line: step)", "mailbox", unsigned(step),
+               "take", 1);
 }
 
 }  // namespace fusedrnn::mailbox

@@ -32,9 +32,9 @@ typedef struct {
   void* y;                        // T [N, P]; persistent: [N, Hp], every byte 0xFF before the launch
   void* h_n;                      // T [B, P]
   void* c_n;                      // T [B, H]
-  void* gates;  // T [N, H, S] or null: what backward needs of the gates, the S values of a unit side by side
-  void* cells;  // Acc [N, H] or null
-  void* state;  // Acc [B, H], scratch; step without cells
+  void* gates;          // T [N, H, S] or null: what backward needs of the gates, the S values of a unit side by side
+  void* cells;          // Acc [N, H] or null
+  void* state;          // Acc [B, H], scratch; step without cells
   void* unprojected;    // T [B, H], scratch; step with w_hr
   int32_t slice_rows;   // persistent: rows of a batch slice, at most 64
   int32_t groups;       // persistent: slices at work at once; group i takes slices i, i + groups, ...

@@ -52,8 +52,8 @@ struct Inbox {
 
   // Waits before the product where that is the better way round.
   template <bool kNow, typename Params>
-  __device__ __forceinline__ bool complete(const char* at, Piece (&p)[n], bool recurrent,
-                                           const Params& params, int step) const {
+  __device__ __forceinline__ bool complete(const char* at, Piece (&p)[n], bool recurrent, const Params& params,
+                                           int step) const {
     if constexpr (kNow) {
       bool gap = false;
 #pragma unroll
@@ -69,8 +69,7 @@ struct Inbox {
   // Until every packet of the row is there. A row that is not `recurrent` comes from h0 and may hold any
   // bits.
   template <typename Params>
-  __device__ __forceinline__ void await(const char* at, bool recurrent, const Params& params,
-                                        int step) const {
+  __device__ __forceinline__ void await(const char* at, bool recurrent, const Params& params, int step) const {
     if (recurrent) {
       uint32_t polls = 0;
 #pragma unroll 1
@@ -129,8 +128,7 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_forward(const __grid_c
   using Accumulator = typename Math::Accumulator;
   using Sums = ForwardSums<Cell, Accumulator>;
   using Sum = typename Sums::Sum;
-  constexpr int kPer = 16 / sizeof(Scalar), kGates = Cell::kGates, kAccs = Cell::kAccumulators,
-                kMT = kMTiles<Cell>;
+  constexpr int kPer = 16 / sizeof(Scalar), kGates = Cell::kGates, kAccs = Cell::kAccumulators, kMT = kMTiles<Cell>;
   constexpr int kElements = kForwardRows * kForwardUnits / kThreads, kStride = kForwardRows / kElements;
   extern __shared__ __align__(16) unsigned char shared[];
 
@@ -158,8 +156,7 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_forward(const __grid_c
   }
 
   // From here on a thread is row my_row + kStride i and unit threadIdx % 8 of the block.
-  const int unit = keep(int(blockIdx.x) * kForwardUnits + (threadIdx.x & 7)),
-            my_row = keep(int(threadIdx.x >> 3));
+  const int unit = keep(int(blockIdx.x) * kForwardUnits + (threadIdx.x & 7)), my_row = keep(int(threadIdx.x >> 3));
   const bool real_unit = unit < hidden, sends = (lane & (kPer - 1)) == 0 && unit < pitch;
   Accumulator bias[kAccs];
 #pragma unroll
@@ -187,16 +184,13 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_forward(const __grid_c
         if constexpr (Cell::kHasCellState)
           c[i] = widen(static_cast<const Scalar*>(p.c0)[in_batch + i * kStride * hidden]);
         if constexpr (Cell::kUsesHPrev)
-          h_carried[i] =
-              widen(static_cast<const Scalar*>(p.h0)[(first + my_row + kStride * i) * pitch + unit]);
+          h_carried[i] = widen(static_cast<const Scalar*>(p.h0)[(first + my_row + kStride * i) * pitch + unit]);
       }
     }
     const char* const h0_at =
         keep(reinterpret_cast<const char*>(static_cast<const Scalar*>(p.h0) + first * pitch + piece0 * kPer));
-    const char* const y_at =
-        keep(reinterpret_cast<const char*>(static_cast<const Scalar*>(p.y) + piece0 * kPer));
-    const Scalar* const x_at =
-        keep(static_cast<const Scalar*>(p.x) + int64_t(my_row) * (kGates * hidden) + unit);
+    const char* const y_at = keep(reinterpret_cast<const char*>(static_cast<const Scalar*>(p.y) + piece0 * kPer));
+    const Scalar* const x_at = keep(static_cast<const Scalar*>(p.x) + int64_t(my_row) * (kGates * hidden) + unit);
 
     const int direction = keep(p.reverse ? -1 : 1);
     int t = p.reverse ? int(p.steps) - 1 : 0;
@@ -236,8 +230,7 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_forward(const __grid_c
           for (int c = 0; c < kChunks; ++c) {
             Math::prepare(h[c]);
 #pragma unroll
-            for (int m = 0; m < kMT; ++m)
-              Math::multiply(acc[m], weights[c][2 * m], weights[c][2 * m + 1], h[c]);
+            for (int m = 0; m < kMT; ++m) Math::multiply(acc[m], weights[c][2 * m], weights[c][2 * m + 1], h[c]);
           }
           if (complete || !any_nan(acc[0])) break;
           inbox.await(at, recurrent, p, t - direction);
@@ -279,16 +272,15 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_forward(const __grid_c
 #pragma unroll
       for (int i = 0; i < kElements; ++i) {
         const int row = my_row + kStride * i;
-        if (4 * warp + kStride * i <
-            now.rows) {  // the same for the whole warp: lanes of missing rows help to gather
+        if (4 * warp + kStride * i < now.rows) {  // the same for the whole warp: lanes of missing rows help to gather
           Accumulator acc[kAccs], h, c_now = 0, saved[kSavedOrOne<Cell>];
 #pragma unroll
           for (int a = 0; a < kAccs; ++a) {
             constexpr auto gate = [](int acc) { return x_gate<Cell>(acc); };
             acc[a] = gate(a) >= 0 ? bias[a] + widen(inputs[i][gate(a) >= 0 ? gate(a) : 0]) : bias[a];
           }
-          advance<Cell, Accumulator>(all_sums + (sums_in + buffer) + i * kStride * kWarps * kForwardUnits,
-                                     acc, h_carried[i], c[i], h, c_now, saved);
+          advance<Cell, Accumulator>(all_sums + (sums_in + buffer) + i * kStride * kWarps * kForwardUnits, acc,
+                                     h_carried[i], c[i], h, c_now, saved);
           const Scalar stored = mailbox::encode(narrow<Scalar>(real_unit ? h : Accumulator(0)));
           const Piece packet = gather(stored);
           if (row < now.rows) {
@@ -302,8 +294,8 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_forward(const __grid_c
               h_carried[i] = widen(stored);
               if constexpr (Cell::kSaved > 0)
                 if (p.gates)
-                  store_pack<Scalar, Accumulator, Cell::kSaved>(
-                      static_cast<Scalar*>(p.gates) + at * Cell::kSaved, saved);
+                  store_pack<Scalar, Accumulator, Cell::kSaved>(static_cast<Scalar*>(p.gates) + at * Cell::kSaved,
+                                                                saved);
               if constexpr (Cell::kHasCellState)
                 if (p.cells) static_cast<Accumulator*>(p.cells)[at] = c_now;
               if (row >= next.rows) {
@@ -330,9 +322,8 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
   using Sums = BackwardSums<Accumulator>;
   using Units = BackwardUnits<Cell, Accumulator>;
   constexpr int kPer = 16 / sizeof(Scalar), kAccs = Cell::kAccumulators, kSaved = kSavedOrOne<Cell>;
-  constexpr int kPackets = kBackwardUnits / kPer;  // of 16 units
-  constexpr int kAhead =
-      Math::kExact || kChunks < 12 ? kChunks : 12;    // packets in flight: what the registers allow
+  constexpr int kPackets = kBackwardUnits / kPer;                      // of 16 units
+  constexpr int kAhead = Math::kExact || kChunks < 12 ? kChunks : 12;  // packets in flight: what the registers allow
   constexpr int kStage = 4 * kAccs * kBackwardUnits;  // what a warp stages: 4 rows x accumulators x 16 units
   __shared__ __align__(16) Accumulator all_sums[2 * Sums::kSize];
   __shared__ __align__(16) Scalar stages[kWarps][kStage];
@@ -342,8 +333,7 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
             row_size = kAccs * pitch;
   const int pieces = row_size / kPer, piece0 = 4 * warp + (lane & 3);
   const auto inbox = Inbox<kWhole, kChunks>::of(piece0, pieces);
-  const char* const inbound =
-      keep(reinterpret_cast<const char*>(static_cast<const Scalar*>(p.dgates) + piece0 * kPer));
+  const char* const inbound = keep(reinterpret_cast<const char*>(static_cast<const Scalar*>(p.dgates) + piece0 * kPer));
   const int row_bytes = keep(row_size * int(sizeof(Scalar)));
 
   Piece weights[kChunks][2];
@@ -362,8 +352,7 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
   }
 
   // From here on a thread is row threadIdx / 8 and units 2 (threadIdx % 8) and the next of the block.
-  const int unit = keep(int(blockIdx.x) * kBackwardUnits + 2 * (threadIdx.x & 7)),
-            row = keep(int(threadIdx.x >> 3));
+  const int unit = keep(int(blockIdx.x) * kBackwardUnits + 2 * (threadIdx.x & 7)), row = keep(int(threadIdx.x >> 3));
   const bool real[2] = {unit < hidden, unit + 1 < hidden};
   // A lane sends one packet of some rows of the warp's 4: rows, then accumulators, then packets of the 16
   // units by lane.
@@ -371,9 +360,8 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
   const int packet_row = keep(4 * warp + lane / (kAccs * kPackets)),
             packet_unit = int(blockIdx.x) * kBackwardUnits + lane % kPackets * kPer;
   const bool sends = packet_unit < pitch && lane < kRowsAtOnce * kAccs * kPackets;
-  char* const packet_at =
-      keep(reinterpret_cast<char*>(static_cast<Scalar*>(p.dgates) + int64_t(packet_row) * row_size +
-                                   lane / kPackets % kAccs * pitch + packet_unit));
+  char* const packet_at = keep(reinterpret_cast<char*>(static_cast<Scalar*>(p.dgates) + int64_t(packet_row) * row_size +
+                                                       lane / kPackets % kAccs * pitch + packet_unit));
   Scalar* const stage = stages[warp];
   const int sums_out = keep(Sums::lane_place()), sums_in = keep(Sums::place(row, 0, 2 * (threadIdx.x & 7)));
   int buffer = 0;
@@ -474,8 +462,7 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
             constexpr int c = decltype(index)::value;
             Math::prepare(packets[c]);
             Math::multiply(acc, weights[c][0], weights[c][1], packets[c]);
-            if constexpr (c + kAhead < kChunks)
-              inbox.template fetch<c + kAhead, c + kAhead + 1>(from, packets);
+            if constexpr (c + kAhead < kChunks) inbox.template fetch<c + kAhead, c + kAhead + 1>(from, packets);
           });
           if (complete || !any_nan(acc)) break;
           inbox.await(from, true, p, t - direction);
@@ -507,8 +494,8 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
 #pragma unroll
           for (int j = 0; j < 2; ++j)
             pair.v[j] = mailbox::encode(narrow<Scalar>(kWhole || real[j] ? u.dacc[a][j] : Accumulator(0)));
-          *reinterpret_cast<Pack<Scalar, 2>*>(stage + ((lane >> 3) * kAccs + a) * kBackwardUnits +
-                                              2 * (lane & 7)) = pair;
+          *reinterpret_cast<Pack<Scalar, 2>*>(stage + ((lane >> 3) * kAccs + a) * kBackwardUnits + 2 * (lane & 7)) =
+              pair;
         }
         __syncwarp();
 #pragma unroll
@@ -520,8 +507,7 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
             if (!real[j]) continue;
-            if constexpr (Cell::kHasCellState)
-              static_cast<Scalar*>(p.dc0)[in_batch + j] = narrow<Scalar>(u.dc_prev[j]);
+            if constexpr (Cell::kHasCellState) static_cast<Scalar*>(p.dc0)[in_batch + j] = narrow<Scalar>(u.dc_prev[j]);
             if constexpr (Cell::kDirectH) static_cast<Accumulator*>(p.dh_direct)[in_batch + j] = u.dh_prev[j];
           }
         }
@@ -537,15 +523,13 @@ template <typename Kernel, typename Params>
 int launch(Kernel kernel, const Params& params, int units, int shared, cudaStream_t stream) {
   const unsigned blocks = unsigned((params.hidden + units - 1) / units);
   if (shared > 0) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     if (error != cudaSuccess) return error;
   }
   Params copy = params;
   void* arguments[] = {&copy};
-  return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel),
-                                     dim3(blocks, unsigned(params.groups)), dim3(kThreads), arguments,
-                                     size_t(shared), stream);
+  return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(blocks, unsigned(params.groups)),
+                                     dim3(kThreads), arguments, size_t(shared), stream);
 }
 
 // Calls run(chunks, whole) with the smallest compiled number of chunks that holds a row of weights.

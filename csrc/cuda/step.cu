@@ -12,11 +12,9 @@ namespace {
 
 // Pieces straight from global memory, by all warps in turn, just as the product wants them: kRows rows of A,
 // kTiles tiles of 8 rows of B, every pointer at its row's first k. kGaps: a null row of A counts as zeros.
-template <typename Math, bool kGaps, int kRows, int kTiles, bool kWhole, typename Scalar,
-          typename Accumulator>
-__device__ __forceinline__ void accumulate(Accumulator (&acc)[kTiles][kRows / 2][4],
-                                           const Scalar* const (&a)[kRows], const Scalar* const (&b)[kTiles],
-                                           int k_size) {
+template <typename Math, bool kGaps, int kRows, int kTiles, bool kWhole, typename Scalar, typename Accumulator>
+__device__ __forceinline__ void accumulate(Accumulator (&acc)[kTiles][kRows / 2][4], const Scalar* const (&a)[kRows],
+                                           const Scalar* const (&b)[kTiles], int k_size) {
   constexpr int kPer = 16 / sizeof(Scalar), kRound = 4 * kWarps * kPer;
   constexpr int kInFlight = Math::kExact ? 1 : 3;  // rounds whose loads travel together
   const auto multiply = [&](Piece(&left)[kRows], Piece(&right)[kTiles]) {
@@ -98,18 +96,15 @@ struct ForwardStep {
 };
 
 template <typename Cell, typename Type, int kTiles, bool kWhole>
-__global__ void __launch_bounds__(kThreads)
-    step_forward(const __grid_constant__
-                     ForwardStep<typename Arithmetic<Type>::Scalar, typename Arithmetic<Type>::Accumulator>
-                         p) {
+__global__ void __launch_bounds__(kThreads) step_forward(
+    const __grid_constant__ ForwardStep<typename Arithmetic<Type>::Scalar, typename Arithmetic<Type>::Accumulator> p) {
   using Math = Arithmetic<Type>;
   using Scalar = typename Math::Scalar;
   using Accumulator = typename Math::Accumulator;
   using Sums = ForwardSums<Cell, Accumulator>;
   using Sum = typename Sums::Sum;
   constexpr int kAccs = Cell::kAccumulators, kMT = kMTiles<Cell>;
-  constexpr int kElements = (kTiles * 8 * kForwardUnits + kThreads - 1) / kThreads,
-                kStride = kThreads / kForwardUnits;
+  constexpr int kElements = (kTiles * 8 * kForwardUnits + kThreads - 1) / kThreads, kStride = kThreads / kForwardUnits;
   extern __shared__ __align__(16) unsigned char shared[];
   Sum* const sums = reinterpret_cast<Sum*>(shared);
 
@@ -137,8 +132,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   Sum* const lane_sums = sums + keep(Sums::lane_place());
 #pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile)
-    Sums::store(lane_sums + tile * 8 * kWarps * kForwardUnits, acc[tile]);
+  for (int tile = 0; tile < kTiles; ++tile) Sums::store(lane_sums + tile * 8 * kWarps * kForwardUnits, acc[tile]);
   __syncthreads();
 
   const int unit = int(blockIdx.x) * kForwardUnits + (threadIdx.x & 7);
@@ -162,8 +156,7 @@ __global__ void __launch_bounds__(kThreads)
     const bool joined = row < p.before_rows;
     if constexpr (Cell::kHasCellState) c_prev = joined ? p.c_before[at] : Accumulator(widen(p.c0[at]));
     if constexpr (Cell::kUsesHPrev) h_prev = widen((joined ? p.h_before : p.h0)[at]);
-    advance<Cell, Accumulator>(sums + Sums::place(local, 0, threadIdx.x & 7), sum, h_prev, c_prev, h, c,
-                               saved);
+    advance<Cell, Accumulator>(sums + Sums::place(local, 0, threadIdx.x & 7), sum, h_prev, c_prev, h, c, saved);
     const Scalar stored = narrow<Scalar>(h);
     p.h[at] = stored;
     if constexpr (Cell::kSaved > 0)
@@ -276,8 +269,7 @@ __global__ void __launch_bounds__(kThreads)
     if constexpr (Cell::kDirectH)
       if (recurrent) u.dh[j] += static_cast<const Accumulator*>(p.dh_direct)[in_batch];
     if constexpr (Cell::kSaved > 0)
-      load_pack<Scalar, Accumulator, Cell::kSaved>(static_cast<const Scalar*>(p.gates) + at * Cell::kSaved,
-                                                   u.saved[j]);
+      load_pack<Scalar, Accumulator, Cell::kSaved>(static_cast<const Scalar*>(p.gates) + at * Cell::kSaved, u.saved[j]);
     if constexpr (Cell::kHasCellState) {
       u.c[j] = static_cast<const Accumulator*>(p.cells)[at];
       u.c_prev[j] = goes_on ? static_cast<const Accumulator*>(p.cells)[at_next]
@@ -289,11 +281,10 @@ __global__ void __launch_bounds__(kThreads)
     }
     if constexpr (Cell::kUsesH) u.h[j] = widen(static_cast<const Scalar*>(p.y)[at]);
     if constexpr (Cell::kUsesHPrev)
-      u.h_prev[j] = widen(goes_on ? static_cast<const Scalar*>(p.y)[at_next]
-                                  : static_cast<const Scalar*>(p.h0)[in_batch]);
+      u.h_prev[j] =
+          widen(goes_on ? static_cast<const Scalar*>(p.y)[at_next] : static_cast<const Scalar*>(p.h0)[in_batch]);
   }
-  advance_back<Cell, Accumulator>(sums + Sums::place(local, 0, 2 * (threadIdx.x & 7)), row < up.matmul_rows,
-                                  u);
+  advance_back<Cell, Accumulator>(sums + Sums::place(local, 0, 2 * (threadIdx.x & 7)), row < up.matmul_rows, u);
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
     if (unit + j >= hidden) continue;
@@ -315,9 +306,7 @@ struct Timeline {
   const int64_t* offsets;
   int64_t batch, steps;
   int64_t offset(int64_t t) const { return t < 0 || t >= steps ? 0 : offsets ? offsets[t] : t * batch; }
-  int rows(int64_t t) const {
-    return t < 0 || t >= steps ? 0 : int(offsets ? offsets[t + 1] - offsets[t] : batch);
-  }
+  int rows(int64_t t) const { return t < 0 || t >= steps ? 0 : int(offsets ? offsets[t + 1] - offsets[t] : batch); }
 };
 
 bool whole(const void* pointer, int64_t row_bytes) {
@@ -340,8 +329,7 @@ int with_tile(int rows, bool is_whole, const Run& run) {
 template <typename Kernel, typename... Arguments>
 int launch(Kernel kernel, dim3 blocks, int shared, cudaStream_t stream, const Arguments&... arguments) {
   if (shared > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     if (error != cudaSuccess) return error;
   }
   kernel<<<blocks, kThreads, shared, stream>>>(arguments...);
@@ -352,12 +340,11 @@ template <typename Type>
 int linear(const Linear<typename Arithmetic<Type>::Scalar>& p, cudaStream_t stream) {
   using Math = Arithmetic<Type>;
   constexpr int kSize = sizeof(typename Math::Scalar),
-                kShared =
-                    BackwardSums<typename Math::Accumulator>::kSize * int(sizeof(typename Math::Accumulator));
+                kShared = BackwardSums<typename Math::Accumulator>::kSize * int(sizeof(typename Math::Accumulator));
   return with_tile(p.rows, whole(p.a, p.k * kSize) && whole(p.from, 0), [&](auto tiles, auto is_whole) {
     constexpr int kTiles = decltype(tiles)::value;
-    return launch(step_linear<Type, kTiles, decltype(is_whole)::value>,
-                  grid(p.n, kBackwardUnits, p.rows, kTiles), kShared, stream, p);
+    return launch(step_linear<Type, kTiles, decltype(is_whole)::value>, grid(p.n, kBackwardUnits, p.rows, kTiles),
+                  kShared, stream, p);
   });
 }
 
@@ -371,8 +358,8 @@ int forward(const FusedrnnForward& p, cudaStream_t stream) {
                         whole(p.h0, 0) && whole(p.y, 0);
   const int direction = p.reverse ? -1 : 1;
   for (int64_t s = 0, t = p.reverse ? p.steps - 1 : 0; s < p.steps; ++s, t += direction) {
-    const Rows step{timeline.offset(t), timeline.offset(t - direction), timeline.rows(t),
-                    timeline.rows(t - direction), timeline.rows(t + direction)};
+    const Rows step{timeline.offset(t), timeline.offset(t - direction), timeline.rows(t), timeline.rows(t - direction),
+                    timeline.rows(t + direction)};
     ForwardStep<Scalar, Accumulator> now{};
     now.x = static_cast<const Scalar*>(p.x) + step.offset * p.input;
     now.h_before = static_cast<const Scalar*>(p.y) + step.before_offset * p.out;
@@ -384,8 +371,7 @@ int forward(const FusedrnnForward& p, cudaStream_t stream) {
     now.b_hh = static_cast<const Scalar*>(p.b_hh);
     now.c_before = p.cells ? static_cast<const Accumulator*>(p.cells) + step.before_offset * p.hidden
                            : static_cast<const Accumulator*>(p.state);
-    now.c = p.cells ? static_cast<Accumulator*>(p.cells) + step.offset * p.hidden
-                    : static_cast<Accumulator*>(p.state);
+    now.c = p.cells ? static_cast<Accumulator*>(p.cells) + step.offset * p.hidden : static_cast<Accumulator*>(p.state);
     now.h = p.w_hr ? static_cast<Scalar*>(p.unprojected) : static_cast<Scalar*>(p.y) + step.offset * p.out;
     now.gates = p.gates ? static_cast<Scalar*>(p.gates) + step.offset * p.hidden * Cell::kSaved : nullptr;
     now.h_n = p.w_hr ? nullptr : static_cast<Scalar*>(p.h_n);
@@ -423,14 +409,14 @@ template <typename Cell, typename Type>
 int backward(const FusedrnnBackward& p, cudaStream_t stream) {
   using Math = Arithmetic<Type>;
   using Scalar = typename Math::Scalar;
-  constexpr int kSize = sizeof(Scalar), kShared = BackwardSums<typename Math::Accumulator>::kSize *
-                                                  int(sizeof(typename Math::Accumulator));
+  constexpr int kSize = sizeof(Scalar),
+                kShared = BackwardSums<typename Math::Accumulator>::kSize * int(sizeof(typename Math::Accumulator));
   const Timeline timeline{p.offsets_host, p.batch, p.steps};
   const int direction = p.reverse ? 1 : -1;
   const int64_t gate_columns = Cell::kAccumulators * p.hidden;
   for (int64_t s = 0, t = p.reverse ? 0 : p.steps - 1; s < p.steps; ++s, t += direction) {
-    const Rows step{timeline.offset(t), timeline.offset(t - direction), timeline.rows(t),
-                    timeline.rows(t - direction), timeline.rows(t + direction)};
+    const Rows step{timeline.offset(t), timeline.offset(t - direction), timeline.rows(t), timeline.rows(t - direction),
+                    timeline.rows(t + direction)};
     const int recurrent_rows = step.rows < step.before_rows ? step.rows : step.before_rows;
     Upstream<Scalar> up{};
     up.a = static_cast<const Scalar*>(p.w_hh_t);

@@ -45,9 +45,7 @@ const char* ps_kernel_name(void* handle, int i) {
   return f.entry && f.defined ? f.name.c_str() : nullptr;
 }
 int ps_nparams(void* handle, int kernel) { return program(handle).functions[kernel].parameters.size(); }
-int ps_param_size(void* handle, int kernel, int i) {
-  return program(handle).functions[kernel].parameters[i].size;
-}
+int ps_param_size(void* handle, int kernel, int i) { return program(handle).functions[kernel].parameters[i].size; }
 int ps_static_shared(void* handle, int kernel) {
   return guarded(
       [&] {
@@ -155,8 +153,8 @@ void ps_count_alloc(uint64_t base, uint64_t* out) {
   memcpy(out, &t, sizeof t);
 }
 
-int ps_launch(void* handle, int kernel, uint32_t gx, uint32_t gy, uint32_t gz, uint32_t bx, uint32_t by,
-              uint32_t bz, uint32_t shared, void** arguments, int cooperative) {
+int ps_launch(void* handle, int kernel, uint32_t gx, uint32_t gy, uint32_t gz, uint32_t bx, uint32_t by, uint32_t bz,
+              uint32_t shared, void** arguments, int cooperative) {
   const u32 grid[] = {gx, gy, gz}, block[] = {bx, by, bz};
   return guarded(
       [&] {

@@ -31,7 +31,7 @@ void ps_counts(uint64_t* out);
 void ps_count_reset();
 void ps_count_alloc(uint64_t base, uint64_t* out);  // six numbers: machine.h, Traffic
 
-int ps_launch(void* module, int kernel, uint32_t gx, uint32_t gy, uint32_t gz, uint32_t bx, uint32_t by,
-              uint32_t bz, uint32_t shared, void** arguments, int cooperative);
+int ps_launch(void* module, int kernel, uint32_t gx, uint32_t gy, uint32_t gz, uint32_t bx, uint32_t by, uint32_t bz,
+              uint32_t shared, void** arguments, int cooperative);
 }
 #pragma GCC visibility pop

@@ -101,8 +101,8 @@ int launch(const void* function, Dim3 grid, Dim3 block, void** arguments, size_t
     status = kLaunchOutOfResources;
   else if (cooperative && 1ull * grid.x * grid.y * grid.z > 1ull * resident * ps_chip_value("sms"))
     status = kCooperativeLaunchTooLarge;
-  if (ps_launch(k->module->handle, k->index, grid.x, grid.y, grid.z, block.x, block.y, block.z, shared,
-                arguments, cooperative))
+  if (ps_launch(k->module->handle, k->index, grid.x, grid.y, grid.z, block.x, block.y, block.z, shared, arguments,
+                cooperative))
     return failed(status);
   return kSuccess;
 }
@@ -163,8 +163,8 @@ void** __cudaRegisterFatBinary(void* wrapper) {
 void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
 char __cudaInitModule(void**) { return 1; }
-void __cudaRegisterFunction(void** m, const char* host, char*, const char* name, int, void*, void*, void*,
-                            void*, int*) {
+void __cudaRegisterFunction(void** m, const char* host, char*, const char* name, int, void*, void*, void*, void*,
+                            int*) {
   state().kernels[host] = {reinterpret_cast<ModuleRecord*>(m), name};
 }
 void __cudaRegisterVar(void** m, char* host, char*, const char* name, int, size_t, int, int) {
@@ -200,8 +200,7 @@ int __cudaLaunchKernel_ptsz(void* k, Dim3 grid, Dim3 block, void** arguments, si
 int cudaLaunchKernel(const void* f, Dim3 grid, Dim3 block, void** arguments, size_t shared, void*) {
   return launch(f, grid, block, arguments, shared, false);
 }
-int cudaLaunchCooperativeKernel(const void* f, Dim3 grid, Dim3 block, void** arguments, size_t shared,
-                                void*) {
+int cudaLaunchCooperativeKernel(const void* f, Dim3 grid, Dim3 block, void** arguments, size_t shared, void*) {
   return launch(f, grid, block, arguments, shared, true);
 }
 
@@ -257,12 +256,12 @@ int cudaFuncGetAttributes(FunctionAttributes* a, const void* f) {
   return kSuccess;
 }
 
-int cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void* f, int threads,
-                                                           size_t shared, unsigned) {
+int cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void* f, int threads, size_t shared,
+                                                           unsigned) {
   KernelRecord* k = kernel(f);
   if (!k) return failed(kInvalidDeviceFunction);
-  *blocks = ps_occupancy(threads, ps_registers_of(k->name.c_str()),
-                         shared + ps_static_shared(k->module->handle, k->index));
+  *blocks =
+      ps_occupancy(threads, ps_registers_of(k->name.c_str()), shared + ps_static_shared(k->module->handle, k->index));
   if (shared > size_t(k->dynamic_shared_limit)) *blocks = 0;
   return kSuccess;
 }
@@ -301,8 +300,8 @@ int cudaMemcpy(void* to, const void* from, size_t bytes, int) {
 int cudaMemcpyAsync(void* to, const void* from, size_t bytes, int kind, void*) {
   return cudaMemcpy(to, from, bytes, kind);
 }
-int cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width,
-                      size_t height, int, void*) {
+int cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t height, int,
+                      void*) {
   for (size_t i = 0; i < height; i++)
     memmove(static_cast<char*>(to) + i * to_pitch, static_cast<const char*>(from) + i * from_pitch, width);
   return kSuccess;

@@ -108,9 +108,9 @@ struct Executor {
   std::string where(const Warp& w) const {
     const Instruction* I = w.pc >= 0 && w.pc < int(program.code.size()) ? &program.code[w.pc] : nullptr;
     char head[200];
-    snprintf(head, sizeof head, "kernel %.80s, block (%u,%u,%u), warp %d, lanes %08x, PTX line %d: ",
-             launch.function->name.c_str(), w.block->x, w.block->y, w.block->z, w.index, w.mask,
-             I ? I->line : -1);
+    snprintf(head, sizeof head,
+             "kernel %.80s, block (%u,%u,%u), warp %d, lanes %08x, PTX line %d: ", launch.function->name.c_str(),
+             w.block->x, w.block->y, w.block->z, w.index, w.mask, I ? I->line : -1);
     std::string text = I ? program.line(I->line) : "";
     text.erase(0, std::min(text.find_first_not_of(" \t"), text.size()));
     return head + text;
@@ -282,10 +282,8 @@ struct Executor {
         const u32 bytes = wide ? 8 : 4;
         offset = (offset + bytes - 1) / bytes * bytes;
         u64 v = 0;
-        memcpy(
-            &v,
-            access_one(w, I, Access::Load, Space::Generic, values + offset, bytes, lane, "printf argument"),
-            bytes);
+        memcpy(&v, access_one(w, I, Access::Load, Space::Generic, values + offset, bytes, lane, "printf argument"),
+               bytes);
         offset += bytes;
         char text[256];
         if (real)
@@ -585,8 +583,8 @@ struct Executor {
           std::string line = program.line(I.line);
           line.erase(0, std::min(line.find_first_not_of(" \t"), line.size()));
           char one[300];
-          snprintf(one, sizeof one, "\n  block (%u,%u,%u) warp %d lanes %08x %s, PTX line %d: %.120s", b->x,
-                   b->y, b->z, w.index, f.mask,
+          snprintf(one, sizeof one, "\n  block (%u,%u,%u) warp %d lanes %08x %s, PTX line %d: %.120s", b->x, b->y, b->z,
+                   w.index, f.mask,
                    f.wait == Fragment::AtBarrier    ? "at a barrier"
                    : f.wait == Fragment::AtWarpSync ? "at a warp sync"
                                                     : "running",
@@ -686,8 +684,8 @@ void Simulator::launch(Program& program, int kernel, const u32 grid[3], const u3
         "cooperative launch of kernel %s: %llu blocks of %u threads, %d registers a thread and %llu bytes of "
         "shared memory, but %s holds %llu "
         "at a time (%d on each of %d SMs)",
-        f.name.c_str(), (unsigned long long)l.total_blocks, l.threads, registers,
-        (unsigned long long)shared_bytes, chip.name, (unsigned long long)fits, per_sm, chip.sms);
+        f.name.c_str(), (unsigned long long)l.total_blocks, l.threads, registers, (unsigned long long)shared_bytes,
+        chip.name, (unsigned long long)fits, per_sm, chip.sms);
 
   l.parameters.assign(f.parameter_bytes + 16, 0);
   for (size_t i = 0; i < f.parameters.size(); i++)

@@ -45,8 +45,8 @@ void adopt_space(Instruction& I, const Operand& o) {
 }
 
 bool tears(Warp& w, const Instruction& I, u32 bytes, const Lanes& lanes, u32 mask) {
-  return w.launch->simulator->options.torn && bytes == 16 && I.space != Space::Shared &&
-         I.space != Space::Local && I.space != Space::Param && I.space != Space::Const &&
+  return w.launch->simulator->options.torn && bytes == 16 && I.space != Space::Shared && I.space != Space::Local &&
+         I.space != Space::Param && I.space != Space::Const &&
          space_of(I.space, lanes.address[__builtin_ctz(mask)]) == Space::Global;
 }
 
@@ -86,8 +86,7 @@ void load(Warp& w, const Instruction& I, u32 mask) {
       u64 halves[2];
       halves[!w.late_half] = w.early[lane];
       memcpy(&halves[w.late_half], lanes.pointer[lane] + 8 * w.late_half, 8);
-      for (int k = 0; k < n; k++)
-        memcpy(&value[k][lane], reinterpret_cast<u8*>(halves) + k * sizeof(T), sizeof(T));
+      for (int k = 0; k < n; k++) memcpy(&value[k][lane], reinterpret_cast<u8*>(halves) + k * sizeof(T), sizeof(T));
     }
   } else if (lanes.contiguous && n == 1) {
     memcpy(value[0], lanes.pointer[0], sizeof value[0]);
@@ -125,8 +124,7 @@ void store(Warp& w, const Instruction& I, u32 mask) {
     for (u32 m = mask; m; m &= m - 1) {
       int lane = __builtin_ctz(m);
       u64 halves[2];
-      for (int k = 0; k < n; k++)
-        memcpy(reinterpret_cast<u8*>(halves) + k * sizeof(T), &value[k][lane], sizeof(T));
+      for (int k = 0; k < n; k++) memcpy(reinterpret_cast<u8*>(halves) + k * sizeof(T), &value[k][lane], sizeof(T));
       memcpy(lanes.pointer[lane] + 8 * !late, &halves[!late], 8);
       w.late_stores.push_back({reinterpret_cast<u64*>(lanes.pointer[lane] + 8 * late), halves[late]});
     }
@@ -366,8 +364,7 @@ void copy_async(Warp& w, const Instruction& I,
   access(w, I, Access::Store, Space::Shared, mask, bytes, 4, target, "cp.async store");
   for (u32 m = mask; m; m &= m - 1) {
     int lane = __builtin_ctz(m);
-    AsyncCopy copy{u64(target.pointer[lane] - w.block->shared.data()), source.address[lane], bytes,
-                   size[lane], w.pc};
+    AsyncCopy copy{u64(target.pointer[lane] - w.block->shared.data()), source.address[lane], bytes, size[lane], w.pc};
     if (s.options.defer) {
       memset(target.pointer[lane], 0xff, bytes);
       w.pending[lane].push_back(copy);
@@ -426,18 +423,14 @@ void zero_result(Warp& w, const Instruction& I, u32 mask) {
 }
 
 u64 window(Space s) {
-  return s == Space::Shared  ? kSharedWindow
-         : s == Space::Local ? kLocalWindow
-         : s == Space::Param ? kParamWindow
-                             : 0;
+  return s == Space::Shared ? kSharedWindow : s == Space::Local ? kLocalWindow : s == Space::Param ? kParamWindow : 0;
 }
 
 void convert_address(Warp& w, const Instruction& I, u32 mask) {  // a: from generic
   u64 s[kLanes], r[kLanes];
   const u64* a = read(w, I.op[1], s);
   const u64 base = window(I.space);
-  for (int i = 0; i < kLanes; i++)
-    r[i] = !base ? a[i] : I.a ? a[i] & ~kWindowMask : (a[i] & ~kWindowMask) | base;
+  for (int i = 0; i < kLanes; i++) r[i] = !base ? a[i] : I.a ? a[i] & ~kWindowMask : (a[i] & ~kWindowMask) | base;
   write(w, I.op[0], mask, r);
 }
 
@@ -486,13 +479,11 @@ const Entry kMemoryTable[] = {
        d.I.a = 1;
        d.run(wait_group);
      }},
-    {"fence", "", "sc acq_rel acquire release cta gpu sys",
-     "Parallel Synchronization and Communication: membar, fence",
+    {"fence", "", "sc acq_rel acquire release cta gpu sys", "Parallel Synchronization and Communication: membar, fence",
      [](Decoder& d) { d.run(d.has("cta") ? nothing : do_fence); }},
     {"membar", "", "cta gl sys", "Parallel Synchronization and Communication: membar, fence",
      [](Decoder& d) { d.run(d.has("cta") ? nothing : do_fence); }},
-    {"prefetch", "", "global local L1 L2 L2::*", "Data Movement and Conversion",
-     [](Decoder& d) { d.run(nothing); }},
+    {"prefetch", "", "global local L1 L2 L2::*", "Data Movement and Conversion", [](Decoder& d) { d.run(nothing); }},
     {"prefetchu", "", "L1", "Data Movement and Conversion", [](Decoder& d) { d.run(nothing); }},
     {"applypriority", "", "global L2::*", "Data Movement and Conversion", [](Decoder& d) { d.run(nothing); }},
     {"createpolicy", "b64", "fractional range global L2::*", "Data Movement and Conversion",

@@ -279,9 +279,7 @@ u32 find_bit(T a, bool shift_amount) {
 void dot4(Warp& w, const Instruction& I, u32 mask) {
   u32 s[3][kLanes], r[kLanes];
   const u32 *a = read(w, I.op[1], s[0]), *b = read(w, I.op[2], s[1]), *c = read(w, I.op[3], s[2]);
-  auto byte = [](u32 x, int k, Type t) {
-    return t == Type::S32 ? s32(s8(x >> (8 * k))) : s32(u8(x >> (8 * k)));
-  };
+  auto byte = [](u32 x, int k, Type t) { return t == Type::S32 ? s32(s8(x >> (8 * k))) : s32(u8(x >> (8 * k))); };
   for (int i = 0; i < kLanes; i++) {
     s32 sum = c[i];
     for (int k = 0; k < 4; k++) sum += byte(a[i], k, I.type) * byte(b[i], k, I.type2);
@@ -301,10 +299,7 @@ template <class T, class F>
 struct RoundingScope {
   int before = std::fegetround();
   explicit RoundingScope(u8 r) {
-    std::fesetround(r == kZero   ? FE_TOWARDZERO
-                    : r == kDown ? FE_DOWNWARD
-                    : r == kUp   ? FE_UPWARD
-                                 : FE_TONEAREST);
+    std::fesetround(r == kZero ? FE_TOWARDZERO : r == kDown ? FE_DOWNWARD : r == kUp ? FE_UPWARD : FE_TONEAREST);
   }
   ~RoundingScope() { std::fesetround(before); }
 };
@@ -408,8 +403,7 @@ template <u64 Counters::* kCounter, class F, class G>
 void decode_counted_rounding(Decoder& d, F f, G) {
   if (d.I.rounding == kNearest) return decode_counted<kCounter>(d, f);
   d.all(d.types[0]);
-  d.run(d.types[0] == Type::F32 ? counted<kCounter, directed<float, G>>
-                                : counted<kCounter, directed<double, G>>);
+  d.run(d.types[0] == Type::F32 ? counted<kCounter, directed<float, G>> : counted<kCounter, directed<double, G>>);
 }
 
 template <class T>
@@ -953,8 +947,7 @@ void convert_integer_to_integer(Warp& w, const Instruction& I, u32 mask) {
 
 template <class T>
 [[gnu::noipa]] void integers_to_floats(T* r, const s64* x, bool is_unsigned) {
-  for (int i = 0; i < kLanes; i++)
-    r[i] = is_unsigned ? static_cast<T>(static_cast<u64>(x[i])) : static_cast<T>(x[i]);
+  for (int i = 0; i < kLanes; i++) r[i] = is_unsigned ? static_cast<T>(static_cast<u64>(x[i])) : static_cast<T>(x[i]);
 }
 
 void convert_integer_to_float(Warp& w, const Instruction& I, u32 mask) {
@@ -976,8 +969,7 @@ void convert_integer_to_float(Warp& w, const Instruction& I, u32 mask) {
   }
   if (I.type == Type::F64) return write(w, I.op[0], mask, r);
   u16 h[kLanes];
-  for (int i = 0; i < kLanes; i++)
-    h[i] = I.type == Type::F16 ? to_f16(r[i], I.rounding) : to_bf16(r[i], I.rounding);
+  for (int i = 0; i < kLanes; i++) h[i] = I.type == Type::F16 ? to_f16(r[i], I.rounding) : to_bf16(r[i], I.rounding);
   write(w, I.op[0], mask, h);
 }
 
@@ -1078,8 +1070,7 @@ Decode special(F, G) {
   return [](Decoder& d) { decode_counted_rounding<kCounter>(d, F{}, G{}); };
 }
 
-constexpr const char* kComparing =
-    "eq ne lt le gt ge lo ls hi hs equ neu ltu leu gtu geu num nan and or xor ftz";
+constexpr const char* kComparing = "eq ne lt le gt ge lo ls hi hs equ neu ltu leu gtu geu num nan and or xor ftz";
 constexpr auto kFma = [](auto a, auto b, auto c) { return fused_multiply_add(a, b, c); };
 
 }  // namespace
@@ -1095,8 +1086,7 @@ const Entry kIntegerTable[] = {
      saturating([](auto a, auto b) { return std::clamp<s64>(s64(a) - s64(b), INT32_MIN, INT32_MAX); })},
     {"mul.wide", "u16 s16 u32 s32", "", "Integer Arithmetic", decode_wide},
     {"mad.wide", "u16 s16 u32 s32", "", "Integer Arithmetic", decode_wide},
-    {"mul.hi", kInteger, "", "Integer Arithmetic",
-     integer([](auto a, auto b) { return multiply_high(a, b); })},
+    {"mul.hi", kInteger, "", "Integer Arithmetic", integer([](auto a, auto b) { return multiply_high(a, b); })},
     {"mul.lo", kInteger, "", "Integer Arithmetic", modular([](auto a, auto b) { return a * b; })},
     {"mad.lo", kInteger, "", "Integer Arithmetic", modular([](auto a, auto b, auto c) { return a * b + c; })},
     {"mad.hi", kInteger, "", "Integer Arithmetic",
@@ -1186,14 +1176,11 @@ const Entry kFloatTable[] = {
          return std::copysign(b, a);
      })},
     {"add", kFloat, kRounding, "Floating-Point, Half Precision",
-     floating([](auto a, auto b) { return widen(a) + widen(b); },
-              [](auto a, auto b, auto) { return a + b; })},
+     floating([](auto a, auto b) { return widen(a) + widen(b); }, [](auto a, auto b, auto) { return a + b; })},
     {"sub", kFloat, kRounding, "Floating-Point, Half Precision",
-     floating([](auto a, auto b) { return widen(a) - widen(b); },
-              [](auto a, auto b, auto) { return a - b; })},
+     floating([](auto a, auto b) { return widen(a) - widen(b); }, [](auto a, auto b, auto) { return a - b; })},
     {"mul", kFloat, kRounding, "Floating-Point, Half Precision",
-     floating([](auto a, auto b) { return widen(a) * widen(b); },
-              [](auto a, auto b, auto) { return a * b; })},
+     floating([](auto a, auto b) { return widen(a) * widen(b); }, [](auto a, auto b, auto) { return a * b; })},
     {"fma", kFloat, kRounding, "Floating-Point, Half Precision", floating(kFma, kFma)},
     {"mad", "f32 f64", kRounding, "Floating-Point", floating(kFma, kFma)},
     {"div", "f32 f64", "rn rz rm rp ftz approx full", "Floating-Point",
@@ -1215,10 +1202,8 @@ const Entry kFloatTable[] = {
      floating([](auto a, auto b) { return minimum(a, b, true, false); })},
     {"max.NaN", kFloat, "ftz", "Floating-Point, Half Precision",
      floating([](auto a, auto b) { return minimum(a, b, true, true); })},
-    {"min.ftz.NaN", "f32", "", "Floating-Point",
-     floating([](auto a, auto b) { return minimum(a, b, true, false); })},
-    {"max.ftz.NaN", "f32", "", "Floating-Point",
-     floating([](auto a, auto b) { return minimum(a, b, true, true); })},
+    {"min.ftz.NaN", "f32", "", "Floating-Point", floating([](auto a, auto b) { return minimum(a, b, true, false); })},
+    {"max.ftz.NaN", "f32", "", "Floating-Point", floating([](auto a, auto b) { return minimum(a, b, true, true); })},
     {"min", kFloat, "ftz", "Floating-Point, Half Precision",
      floating([](auto a, auto b) { return minimum(a, b, false, false); })},
     {"max", kFloat, "ftz", "Floating-Point, Half Precision",
@@ -1304,8 +1289,7 @@ const Entry kLogicTable[] = {
 
 extern const Entry kMoveTable[];
 const Entry kMoveTable[] = {
-    {"mov", "pred b16 b32 b64 b128 u16 u32 u64 s16 s32 s64 f32 f64", "", "Data Movement and Conversion",
-     decode_mov},
+    {"mov", "pred b16 b32 b64 b128 u16 u32 u64 s16 s32 s64 f32 f64", "", "Data Movement and Conversion", decode_mov},
     {"prmt", "b32", "f4e b4e rc8 ecl ecr rc16", "Data Movement and Conversion",
      [](Decoder& d) {
        d.all(Type::B32);

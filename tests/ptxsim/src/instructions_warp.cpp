@@ -288,9 +288,7 @@ void mma_tf32(Warp& w, const Instruction& I, u32 mask) {
   static Tile t;
   count_mma(w, I);
   u32 s[kLanes];
-  auto value = [](u32 bits) {
-    return double(std::bit_cast<float>(bits & ~0x1fffu));
-  };  // the low 13 bits are ignored
+  auto value = [](u32 bits) { return double(std::bit_cast<float>(bits & ~0x1fffu)); };  // the low 13 bits are ignored
   for (int r = 0; r < I.part_count(I.op[1]); r++) {
     const u32* p = read(w, I.part(I.op[1], r), s);
     for (int l = 0; l < kLanes; l++) t.a[(l >> 2) + 8 * (r & 1)][(l & 3) + 4 * (r >> 1)] = value(p[l]);
@@ -311,8 +309,7 @@ void mma_f64(Warp& w, const Instruction& I, u32 mask) {
   const bool tall = I.a == 16;
   for (int r = 0; r < I.part_count(I.op[1]); r++) {
     const double* p = read(w, I.part(I.op[1], r), s);
-    for (int l = 0; l < kLanes; l++)
-      t.a[(l >> 2) + (tall ? 8 * (r & 1) : 0)][(l & 3) + 4 * (tall ? r >> 1 : r)] = p[l];
+    for (int l = 0; l < kLanes; l++) t.a[(l >> 2) + (tall ? 8 * (r & 1) : 0)][(l & 3) + 4 * (tall ? r >> 1 : r)] = p[l];
   }
   for (int r = 0; r < I.part_count(I.op[2]); r++) {
     const double* p = read(w, I.part(I.op[2], r), s);
@@ -384,8 +381,7 @@ void wmma_move(Warp& w, const Instruction& I, const Operand& where, const Extent
     const int n = std::min(kLanes, chunks - begin);
     Lanes lanes;
     for (int i = 0; i < n; i++)
-      lanes.address[i] =
-          base[0] + (begin + i) / per_line * stride * x.element + 16 * ((begin + i) % per_line);
+      lanes.address[i] = base[0] + (begin + i) / per_line * stride * x.element + 16 * ((begin + i) % per_line);
     access(w, I, kind, I.space, n == kLanes ? kFullMask : (1u << n) - 1, 16, x.element, lanes,
            kind == Access::Load ? "wmma.load" : "wmma.store");
     for (int i = 0; i < n; i++) {
@@ -565,16 +561,10 @@ const Entry kWarpTable[] = {
        d.I.a = d.has("any");
        decode_sync(d, d.types[0] == Type::B32 ? match<u32> : match<u64>, 2);
      }},
-    {"redux.sync", "u32 s32 b32", "add min max and or xor",
-     "Parallel Synchronization and Communication: redux.sync",
+    {"redux.sync", "u32 s32 b32", "add min max and or xor", "Parallel Synchronization and Communication: redux.sync",
      [](Decoder& d) {
        d.all(d.types[0]);
-       d.I.a = d.has("add")   ? 0
-               : d.has("min") ? 1
-               : d.has("max") ? 2
-               : d.has("and") ? 3
-               : d.has("or")  ? 4
-                              : 5;
+       d.I.a = d.has("add") ? 0 : d.has("min") ? 1 : d.has("max") ? 2 : d.has("and") ? 3 : d.has("or") ? 4 : 5;
        decode_sync(d, d.types[0] == Type::S32 ? reduce<s32> : reduce<u32>, 2);
      }},
     {"elect.sync", "", "", "Parallel Synchronization and Communication: elect.sync",
@@ -594,8 +584,7 @@ const Entry kWarpTable[] = {
      }},
     {"bar", "u32 pred", "cta sync arrive red popc and or aligned",
      "Parallel Synchronization and Communication: bar, barrier", decode_barrier},
-    {"bar", "", "cta sync arrive aligned", "Parallel Synchronization and Communication: bar, barrier",
-     decode_barrier},
+    {"bar", "", "cta sync arrive aligned", "Parallel Synchronization and Communication: bar, barrier", decode_barrier},
     {"barrier", "u32 pred", "cta sync arrive red popc and or aligned",
      "Parallel Synchronization and Communication: bar, barrier", decode_barrier},
     {"barrier", "", "cta sync arrive aligned", "Parallel Synchronization and Communication: bar, barrier",
@@ -611,11 +600,10 @@ const Entry kWarpTable[] = {
     {"wmma.load", "f16 bf16 tf32 f32",
      "a b c sync aligned row col m16n16k16 m32n8k16 m8n32k16 m16n16k8 global shared shared::cta",
      "Warp Level Matrix: wmma.load", decode_wmma},
-    {"wmma.store", "f16 f32",
-     "d sync aligned row col m16n16k16 m32n8k16 m8n32k16 m16n16k8 global shared shared::cta",
+    {"wmma.store", "f16 f32", "d sync aligned row col m16n16k16 m32n8k16 m8n32k16 m16n16k8 global shared shared::cta",
      "Warp Level Matrix: wmma.store", decode_wmma},
-    {"wmma.mma", "f16 f32", "sync aligned row col m16n16k16 m32n8k16 m8n32k16 m16n16k8",
-     "Warp Level Matrix: wmma.mma", decode_wmma},
+    {"wmma.mma", "f16 f32", "sync aligned row col m16n16k16 m32n8k16 m8n32k16 m16n16k8", "Warp Level Matrix: wmma.mma",
+     decode_wmma},
 
     {"bra", "", "uni", "Control Flow",
      [](Decoder& d) {
@@ -639,8 +627,8 @@ const Entry kWarpTable[] = {
     {"brkpt", "", "", "Miscellaneous", [](Decoder& d) { decode_flow(d, Flow::Trap); }},
     {"nanosleep", "u32", "", "Miscellaneous", [](Decoder& d) { decode_flow(d, Flow::Yield); }},
     {"pmevent", "", "mask", "Miscellaneous", [](Decoder& d) { d.run(nothing); }},
-    {"griddepcontrol", "", "launch_dependents wait",
-     "Parallel Synchronization and Communication: griddepcontrol", [](Decoder& d) { d.run(nothing); }},
+    {"griddepcontrol", "", "launch_dependents wait", "Parallel Synchronization and Communication: griddepcontrol",
+     [](Decoder& d) { d.run(nothing); }},
     {"setmaxnreg", "u32", "inc dec sync aligned", "Miscellaneous", [](Decoder& d) { d.run(nothing); }},
     {nullptr, nullptr, nullptr, nullptr, nullptr},
 };

@@ -218,8 +218,7 @@ struct Lanes {
 
 void addresses(Warp&, const Operand&, u64* out);
 // Checks alignment, bounds and cross-block order, counts, and fills lanes.pointer. `bytes` per lane.
-void access(Warp&, const Instruction&, Access, Space, u32 mask, u32 bytes, u32 element, Lanes&,
-            const char* what);
+void access(Warp&, const Instruction&, Access, Space, u32 mask, u32 bytes, u32 element, Lanes&, const char* what);
 u8* access_one(Warp&, const Instruction&, Access, Space, u64 address, u32 bytes, int lane, const char* what);
 void shared_write_lands(Warp&, u64 offset, u32 bytes);  // a copy that lands in shared memory
 void check_late_read(Warp&, const Instruction&, u64 address,

@@ -133,8 +133,7 @@ std::shared_ptr<const Clock> snapshot(const Warp& w) {
 std::string block_name(const Launch& l, u64 id) {
   char text[64];
   snprintf(text, sizeof text, "(%llu,%llu,%llu)", (unsigned long long)(id % l.grid[0]),
-           (unsigned long long)(id / l.grid[0] % l.grid[1]),
-           (unsigned long long)(id / ((u64)l.grid[0] * l.grid[1])));
+           (unsigned long long)(id / l.grid[0] % l.grid[1]), (unsigned long long)(id / ((u64)l.grid[0] * l.grid[1])));
   return text;
 }
 
@@ -234,15 +233,13 @@ void shared_meet(Warp& w, u64 offset, u32 bytes, bool store) {
     if (store) {
       const u64 others = cell >> kReaderShift << kReaderShift & ~reader;
       if (others)
-        fail(
-            "RACE in a block: warp %d writes shared offset 0x%llx, which warp %d read since the last barrier",
-            w.index, (unsigned long long)(i << 2), __builtin_ctzll(others) - kReaderShift);
+        fail("RACE in a block: warp %d writes shared offset 0x%llx, which warp %d read since the last barrier", w.index,
+             (unsigned long long)(i << 2), __builtin_ctzll(others) - kReaderShift);
       cell = (cell & ~63ull) | mine;
     } else {
       if (writer && writer != mine)
-        fail(
-            "RACE in a block: warp %d reads shared offset 0x%llx, which warp %d wrote since the last barrier",
-            w.index, (unsigned long long)(i << 2), int(writer) - 1);
+        fail("RACE in a block: warp %d reads shared offset 0x%llx, which warp %d wrote since the last barrier", w.index,
+             (unsigned long long)(i << 2), int(writer) - 1);
       cell |= reader;
     }
   }
@@ -337,8 +334,8 @@ void global_access(Warp& w, const Instruction& I, Access kind, u32 mask, u32 byt
       u64 a = lanes.address[__builtin_ctz(m)];
       Allocation* one = s.memory.find(a);
       if (!one || a + bytes > one->end)
-        fail("%s of %u bytes at 0x%llx by lane %d is outside every allocation%s", what, bytes,
-             (unsigned long long)a, __builtin_ctz(m),
+        fail("%s of %u bytes at 0x%llx by lane %d is outside every allocation%s", what, bytes, (unsigned long long)a,
+             __builtin_ctz(m),
              a < 4096 ? " (null pointer?)"
              : one    ? " (runs over the end of one)"
                       : "");
@@ -347,9 +344,7 @@ void global_access(Warp& w, const Instruction& I, Access kind, u32 mask, u32 byt
   if (kind != Access::Atomic) count_global(w, I, kind == Access::Store, mask, bytes, lanes, common);
   if (kind != Access::Load) s.progress += kind == Access::Store;
   if (!follow(w)) return;
-  if (kind == Access::Load && common && common->pages.empty() &&
-      (w.launch->releases.empty() || !is_strong(I)))
-    return;
+  if (kind == Access::Load && common && common->pages.empty() && (w.launch->releases.empty() || !is_strong(I))) return;
   for (u32 m = mask; m; m &= m - 1) {
     u64 address = lanes.address[__builtin_ctz(m)];
     Allocation* a = common ? common : s.memory.find(address);
@@ -414,8 +409,8 @@ u8* call_parameter(Warp& w, int lane, u64 offset) {
   return &w.call[size_t(lane) * w.launch->function->call_bytes + offset];
 }
 
-void access(Warp& w, const Instruction& I, Access kind, Space declared, u32 mask, u32 bytes, u32 element,
-            Lanes& lanes, const char* what) {
+void access(Warp& w, const Instruction& I, Access kind, Space declared, u32 mask, u32 bytes, u32 element, Lanes& lanes,
+            const char* what) {
   if (!mask) return;
   u64 bits = 0;
   if (mask == kFullMask) {
@@ -426,8 +421,7 @@ void access(Warp& w, const Instruction& I, Access kind, Space declared, u32 mask
   if (bits & (bytes - 1))
     for (u32 m = mask; m; m &= m - 1)
       if (u64 a = lanes.address[__builtin_ctz(m)]; a & (bytes - 1))
-        fail("misaligned %s of %u bytes at 0x%llx by lane %d", what, bytes, (unsigned long long)a,
-             __builtin_ctz(m));
+        fail("misaligned %s of %u bytes at 0x%llx by lane %d", what, bytes, (unsigned long long)a, __builtin_ctz(m));
   Space space = declared;
   if (space == Space::Generic) {
     space = space_of(space, lanes.address[__builtin_ctz(mask)]);
@@ -459,8 +453,8 @@ void access(Warp& w, const Instruction& I, Access kind, Space declared, u32 mask
         high = std::max(high, (mask >> i & 1) ? a : 0);
       }
       if (high + bytes > size)
-        fail("%s of %u bytes at shared offset 0x%llx, the block has %llu bytes", what, bytes,
-             (unsigned long long)high, (unsigned long long)size);
+        fail("%s of %u bytes at shared offset 0x%llx, the block has %llu bytes", what, bytes, (unsigned long long)high,
+             (unsigned long long)size);
       if (!w.block->shared_cells.empty() && kind != Access::Atomic && I.order == Order::Weak && bytes >= 4)
         for (u32 m = mask; m; m &= m - 1)
           shared_meet(w, lanes.address[__builtin_ctz(m)] & 0xffffffffull, bytes, kind == Access::Store);
@@ -489,8 +483,7 @@ void access(Warp& w, const Instruction& I, Access kind, Space declared, u32 mask
         int lane = __builtin_ctz(m);
         u64 a = lanes.address[lane] & ~kWindowMask;
         if (a + bytes > w.launch->parameters.size())
-          fail("%s at kernel parameter offset %llu of %zu", what, (unsigned long long)a,
-               w.launch->parameters.size());
+          fail("%s at kernel parameter offset %llu of %zu", what, (unsigned long long)a, w.launch->parameters.size());
         lanes.pointer[lane] = &w.launch->parameters[a];
       }
       return;

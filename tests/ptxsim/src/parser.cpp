@@ -11,11 +11,10 @@ namespace ptxsim {
 
 Type type_named(const std::string& name) {
   static const std::unordered_map<std::string, Type> kTypes = {
-      {"u8", Type::U8},         {"u16", Type::U16}, {"u32", Type::U32},   {"u64", Type::U64},
-      {"s8", Type::S8},         {"s16", Type::S16}, {"s32", Type::S32},   {"s64", Type::S64},
-      {"b8", Type::B8},         {"b16", Type::B16}, {"b32", Type::B32},   {"b64", Type::B64},
-      {"b128", Type::B128},     {"f16", Type::F16}, {"bf16", Type::BF16}, {"f16x2", Type::F16X2},
-      {"bf16x2", Type::BF16X2}, {"f32", Type::F32}, {"f64", Type::F64},   {"tf32", Type::TF32},
+      {"u8", Type::U8},       {"u16", Type::U16},       {"u32", Type::U32},   {"u64", Type::U64}, {"s8", Type::S8},
+      {"s16", Type::S16},     {"s32", Type::S32},       {"s64", Type::S64},   {"b8", Type::B8},   {"b16", Type::B16},
+      {"b32", Type::B32},     {"b64", Type::B64},       {"b128", Type::B128}, {"f16", Type::F16}, {"bf16", Type::BF16},
+      {"f16x2", Type::F16X2}, {"bf16x2", Type::BF16X2}, {"f32", Type::F32},   {"f64", Type::F64}, {"tf32", Type::TF32},
       {"pred", Type::Pred}};
   auto it = kTypes.find(name);
   return it == kTypes.end() ? Type::None : it->second;
@@ -24,46 +23,45 @@ Type type_named(const std::string& name) {
 namespace {
 
 Special special_named(const std::string& name) {
-  static const std::unordered_map<std::string, Special> kNames = {
-      {"%tid.x", Special::TidX},
-      {"%tid.y", Special::TidY},
-      {"%tid.z", Special::TidZ},
-      {"%ntid.x", Special::NTidX},
-      {"%ntid.y", Special::NTidY},
-      {"%ntid.z", Special::NTidZ},
-      {"%ctaid.x", Special::CtaX},
-      {"%ctaid.y", Special::CtaY},
-      {"%ctaid.z", Special::CtaZ},
-      {"%nctaid.x", Special::NCtaX},
-      {"%nctaid.y", Special::NCtaY},
-      {"%nctaid.z", Special::NCtaZ},
-      {"%laneid", Special::Lane},
-      {"%warpid", Special::WarpId},
-      {"%nwarpid", Special::NWarp},
-      {"%smid", Special::SmId},
-      {"%nsmid", Special::NSm},
-      {"%gridid", Special::Zero},
-      {"%clock", Special::Clock},
-      {"%clock64", Special::Clock},
-      {"%clock_hi", Special::Zero},
-      {"%globaltimer", Special::Clock},
-      {"%globaltimer_lo", Special::Clock},
-      {"%globaltimer_hi", Special::Zero},
-      {"%lanemask_eq", Special::LaneEq},
-      {"%lanemask_le", Special::LaneLe},
-      {"%lanemask_lt", Special::LaneLt},
-      {"%lanemask_ge", Special::LaneGe},
-      {"%lanemask_gt", Special::LaneGt},
-      {"%dynamic_smem_size", Special::DynamicShared},
-      {"%total_smem_size", Special::TotalShared},
-      {"%envreg1", Special::GridSyncHigh},
-      {"%envreg2", Special::GridSyncLow},
-      {"%cluster_ctarank", Special::Zero},
-      {"%cluster_nctarank", Special::One},
-      {"%cluster_ctaid.x", Special::Zero},
-      {"%cluster_nctaid.x", Special::One},
-      {"%clusterid.x", Special::CtaX},
-      {"%nclusterid.x", Special::NCtaX}};
+  static const std::unordered_map<std::string, Special> kNames = {{"%tid.x", Special::TidX},
+                                                                  {"%tid.y", Special::TidY},
+                                                                  {"%tid.z", Special::TidZ},
+                                                                  {"%ntid.x", Special::NTidX},
+                                                                  {"%ntid.y", Special::NTidY},
+                                                                  {"%ntid.z", Special::NTidZ},
+                                                                  {"%ctaid.x", Special::CtaX},
+                                                                  {"%ctaid.y", Special::CtaY},
+                                                                  {"%ctaid.z", Special::CtaZ},
+                                                                  {"%nctaid.x", Special::NCtaX},
+                                                                  {"%nctaid.y", Special::NCtaY},
+                                                                  {"%nctaid.z", Special::NCtaZ},
+                                                                  {"%laneid", Special::Lane},
+                                                                  {"%warpid", Special::WarpId},
+                                                                  {"%nwarpid", Special::NWarp},
+                                                                  {"%smid", Special::SmId},
+                                                                  {"%nsmid", Special::NSm},
+                                                                  {"%gridid", Special::Zero},
+                                                                  {"%clock", Special::Clock},
+                                                                  {"%clock64", Special::Clock},
+                                                                  {"%clock_hi", Special::Zero},
+                                                                  {"%globaltimer", Special::Clock},
+                                                                  {"%globaltimer_lo", Special::Clock},
+                                                                  {"%globaltimer_hi", Special::Zero},
+                                                                  {"%lanemask_eq", Special::LaneEq},
+                                                                  {"%lanemask_le", Special::LaneLe},
+                                                                  {"%lanemask_lt", Special::LaneLt},
+                                                                  {"%lanemask_ge", Special::LaneGe},
+                                                                  {"%lanemask_gt", Special::LaneGt},
+                                                                  {"%dynamic_smem_size", Special::DynamicShared},
+                                                                  {"%total_smem_size", Special::TotalShared},
+                                                                  {"%envreg1", Special::GridSyncHigh},
+                                                                  {"%envreg2", Special::GridSyncLow},
+                                                                  {"%cluster_ctarank", Special::Zero},
+                                                                  {"%cluster_nctarank", Special::One},
+                                                                  {"%cluster_ctaid.x", Special::Zero},
+                                                                  {"%cluster_nctaid.x", Special::One},
+                                                                  {"%clusterid.x", Special::CtaX},
+                                                                  {"%nclusterid.x", Special::NCtaX}};
   auto it = kNames.find(name);
   if (it != kNames.end()) return it->second;
   return name.rfind("%envreg", 0) == 0 ? Special::Zero : Special::None;
@@ -71,9 +69,7 @@ Special special_named(const std::string& name) {
 
 // ---- text
 
-bool word_character(char c) {
-  return isalnum(static_cast<u8>(c)) || c == '_' || c == '$' || c == '%' || c == '.';
-}
+bool word_character(char c) { return isalnum(static_cast<u8>(c)) || c == '_' || c == '$' || c == '%' || c == '.'; }
 bool starts(const std::string& s, const char* prefix) { return s.rfind(prefix, 0) == 0; }
 
 std::string strip(std::string s) {
@@ -168,8 +164,7 @@ bool listed(const char* list, const std::string& word) {
     const char* end = p;
     while (*end && *end != ' ') end++;
     size_t n = end - p;
-    if (n && end[-1] == '*' ? word.compare(0, n - 1, p, n - 1) == 0
-                            : word.size() == n && word.compare(0, n, p, n) == 0)
+    if (n && end[-1] == '*' ? word.compare(0, n - 1, p, n - 1) == 0 : word.size() == n && word.compare(0, n, p, n) == 0)
       return true;
     p = *end ? end + 1 : end;
   }
@@ -205,8 +200,7 @@ const Entry* find_entry(const std::vector<std::string>& words, Type first, std::
   why = "unknown instruction";
   if (it == table().end()) return nullptr;
   for (const Row& row : it->second) {
-    if (row.words.size() > words.size() || !std::equal(row.words.begin(), row.words.end(), words.begin()))
-      continue;
+    if (row.words.size() > words.size() || !std::equal(row.words.begin(), row.words.end(), words.begin())) continue;
     const Entry& e = *row.entry;
     bool type_fits = first == Type::None ? !*e.types : false;
     std::string unknown;
@@ -225,9 +219,7 @@ const Entry* find_entry(const std::vector<std::string>& words, Type first, std::
   return nullptr;
 }
 
-bool Decoder::has(const char* word) const {
-  return std::find(words.begin(), words.end(), word) != words.end();
-}
+bool Decoder::has(const char* word) const { return std::find(words.begin(), words.end(), word) != words.end(); }
 const std::string* Decoder::word_starting(const char* prefix) const {
   for (const std::string& w : words)
     if (starts(w, prefix)) return &w;
@@ -398,8 +390,7 @@ void Parser::function(bool entry) {
     if (w == ".maxntid" || w == ".reqntid") {
       size_t end = std::min(text.find_first_of("\n.{", at), text.size());
       u32 threads = 1;
-      for (const std::string& n : split(strip(text.substr(at, end - at))))
-        threads *= std::max(1, atoi(n.c_str()));
+      for (const std::string& n : split(strip(text.substr(at, end - at)))) threads *= std::max(1, atoi(n.c_str()));
       f.max_threads = std::min(threads, 1024u);
       at = end;
     } else if (w == ".maxnreg") {
@@ -636,8 +627,7 @@ void Parser::body(int index) {
       current_ = &dummy;
       scopes_.emplace_back();
       const size_t stop = text.find(';', q);
-      if (text.compare(q - 8, 8, ".extern ") != 0)
-        variable(".shared", strip(text.substr(q + 8, stop - q - 8)), false);
+      if (text.compare(q - 8, 8, ".extern ") != 0) variable(".shared", strip(text.substr(q + 8, stop - q - 8)), false);
       scopes_.pop_back();
       current_ = outer;
       end = dummy.static_shared;
@@ -715,8 +705,7 @@ void Parser::body(int index) {
 }
 
 void Parser::statement(std::string s, int here) {
-  if (starts(s, ".reg") && (isspace(static_cast<u8>(s[4])) || s[4] == '.'))
-    return registers(strip(s.substr(4)));
+  if (starts(s, ".reg") && (isspace(static_cast<u8>(s[4])) || s[4] == '.')) return registers(strip(s.substr(4)));
   if (starts(s, ".pragma")) return;
   for (const char* directive : {".shared", ".local", ".param", ".global", ".const"})
     if (starts(s, directive)) {
@@ -833,8 +822,7 @@ Operand Parser::parse_operand(Instruction& I, std::string s, Type t) {
     return o;
   }
   if (size_t bar = s.find('|'); bar != std::string::npos) {
-    std::vector<Operand> parts = {parse_operand(I, s.substr(0, bar), t),
-                                  parse_operand(I, s.substr(bar + 1), t)};
+    std::vector<Operand> parts = {parse_operand(I, s.substr(0, bar), t), parse_operand(I, s.substr(bar + 1), t)};
     place_vector(I, o, parts);
     return o;
   }
@@ -847,11 +835,9 @@ Operand Parser::parse_operand(Instruction& I, std::string s, Type t) {
     if (size_t sign = base.find_first_of("+-", 1); sign != std::string::npos) {
       std::string number = base.substr(sign);
       base = strip(base.substr(0, sign));
-      number.erase(
-          std::remove_if(number.begin(), number.end(), [](char c) { return isspace(static_cast<u8>(c)); }),
-          number.end());
-      if (number.size() > 1 && number[0] == '+' && (number[1] == '-' || number[1] == '+'))
-        number = number.substr(1);
+      number.erase(std::remove_if(number.begin(), number.end(), [](char c) { return isspace(static_cast<u8>(c)); }),
+                   number.end());
+      if (number.size() > 1 && number[0] == '+' && (number[1] == '-' || number[1] == '+')) number = number.substr(1);
       if (!literal(number, Type::B64, displacement)) fail("PTX line %d: address %s", I.line, s.c_str());
     }
     u64 absolute;
@@ -930,8 +916,7 @@ void Parser::branch_table(Instruction& I, const std::string& name) {
   auto it = tables_.find(name);
   if (it == tables_.end()) fail("PTX line %d: branch table %s", I.line, name.c_str());
   I.targets.resize(it->second.size());
-  for (size_t k = 0; k < it->second.size(); k++)
-    fixups_.push_back({program.code.size(), int(k), it->second[k]});
+  for (size_t k = 0; k < it->second.size(); k++) fixups_.push_back({program.code.size(), int(k), it->second[k]});
 }
 
 // op[0]: where results go, op[1]: the function, op[2]: arguments. Each result and argument is a .param
@@ -985,9 +970,7 @@ Program::~Program() {
 
 int Program::find(const std::string& name) const {
   auto it = function_index.find(name);
-  return it != function_index.end() && functions[it->second].entry && functions[it->second].defined
-             ? it->second
-             : -1;
+  return it != function_index.end() && functions[it->second].entry && functions[it->second].defined ? it->second : -1;
 }
 
 void Program::prepare(int kernel) {

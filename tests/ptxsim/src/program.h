@@ -79,7 +79,7 @@ struct Instruction {
   bool predicate_negated = false;
   bool ftz = false, saturate = false;
   bool has_member_mask = false;  // WarpSync: member_mask_operand says which lanes must arrive
-  bool polls = false;  // a loop around this may wait for another block: a backward branch after it yields
+  bool polls = false;            // a loop around this may wait for another block: a backward branch after it yields
   u8 member_mask_operand = 0;
   Type type = Type::None, type2 = Type::None;
   Space space = Space::Generic;
@@ -100,9 +100,7 @@ struct Instruction {
   std::vector<Operand> parts;
   std::vector<int> targets;  // BranchTable
 
-  const Operand& part(const Operand& o, int i) const {
-    return o.kind == Operand::Vector ? parts[o.first + i] : o;
-  }
+  const Operand& part(const Operand& o, int i) const { return o.kind == Operand::Vector ? parts[o.first + i] : o; }
   int part_count(const Operand& o) const { return o.kind == Operand::Vector ? o.count : 1; }
 };
 
@@ -118,7 +116,7 @@ struct Function {
   int body_line = 0;
   int start = -1;  // first instruction
   std::vector<Parameter> parameters, results;
-  u32 parameter_bytes = 0;  // kernels: size of the parameter block
+  u32 parameter_bytes = 0;                                                  // kernels: size of the parameter block
   u32 register_bytes = 0, local_bytes = 0, call_bytes = 0, poll_slots = 0;  // what a warp needs to run it
   u32 static_shared = 0, dynamic_shared_start = 0;
   u32 max_threads = 1024;  // .maxntid or .reqntid

@@ -81,9 +81,7 @@ constexpr int size_of(Type t) {
   }
 }
 
-constexpr bool is_signed(Type t) {
-  return t == Type::S8 || t == Type::S16 || t == Type::S32 || t == Type::S64;
-}
+constexpr bool is_signed(Type t) { return t == Type::S8 || t == Type::S16 || t == Type::S32 || t == Type::S64; }
 constexpr bool is_float(Type t) {
   return t == Type::F16 || t == Type::BF16 || t == Type::F32 || t == Type::F64 || t == Type::TF32;
 }
@@ -92,9 +90,8 @@ Type type_named(const std::string& name);  // Type::None if there is no such typ
 
 // The unsigned integer with as many bytes.
 template <int kBytes>
-using Bits =
-    std::conditional_t<kBytes == 1, u8,
-                       std::conditional_t<kBytes == 2, u16, std::conditional_t<kBytes == 4, u32, u64>>>;
+using Bits = std::conditional_t<kBytes == 1, u8,
+                                std::conditional_t<kBytes == 2, u16, std::conditional_t<kBytes == 4, u32, u64>>>;
 
 // PTX, 9.7.3 and 9.7.4: a NaN result is the canonical NaN of its type.
 constexpr u32 kNanF32 = 0x7fffffffu;

@@ -135,8 +135,7 @@ template <class T>
 inline void write_float(Warp& w, const Instruction& I, const Operand& o, u32 mask, T* value) {
   if constexpr (std::is_same_v<T, float>) {
     if (I.ftz) flush_subnormals(value);
-    for (int i = 0; i < kLanes; i++)
-      value[i] = value[i] == value[i] ? value[i] : std::bit_cast<float>(kNanF32);
+    for (int i = 0; i < kLanes; i++) value[i] = value[i] == value[i] ? value[i] : std::bit_cast<float>(kNanF32);
   }
   if (I.saturate)
     for (int i = 0; i < kLanes; i++) value[i] = clamp01(value[i]);
