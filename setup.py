@@ -141,7 +141,8 @@ class BuildExt(build_ext):
         if self.is_fresh(library, [Path(__file__), *(ROOT / "csrc" / "cuda").iterdir(), *(ROOT / "csrc").glob("*.h")]):
             return library
         architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
-        command = [NVCC, "-shared", "-O3", "-std=c++17", "-lineinfo", "-cudart", "static", "-Xcompiler",
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        command = [NVCC, "--threads", jobs, "-shared", "-O3", "-std=c++17", "-lineinfo", "-cudart", "static", "-Xcompiler",
                    "-fPIC,-fvisibility=hidden", "-I", str(ROOT / "csrc"), *gencode_flags(architectures),
                    "-o", str(library), *map(str, CUDA_SOURCES)]  # fmt: skip
         library.parent.mkdir(parents=True, exist_ok=True)

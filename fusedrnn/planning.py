@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from fusedrnn import _build
-from fusedrnn.backends.common import simulator_folder
+from fusedrnn.backends.common import simulator, simulator_folder
 from fusedrnn.cells import CELL_OF_MODE
 from fusedrnn.ops import ALGORITHMS, BACKEND_ALGORITHMS, BACKENDS, DTYPES, no_such_algorithm
 
@@ -139,7 +139,9 @@ def machine() -> Machine:
         unavailable.append(("triton", "the package triton is not installed"))
     elif simulate or os.environ.get("TRITON_INTERPRET") == "1":
         on_cpu.append("triton")
-    if simulate:
+    if simulate and simulator(".build").cuda_home() is None:
+        unavailable.append(("cuda", "no nvcc was found that could compile the kernels for the simulator"))
+    elif simulate:
         on_cpu.append("cuda")
     elif not Path(__file__).with_name("_cuda.so").exists():
         info = _build.build_info()

@@ -8,7 +8,9 @@ import pytest
 from ptxsim import build
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
-pytestmark = pytest.mark.skipif(build.cuda_home() is None, reason="there is no nvcc")
+pytestmark = pytest.mark.skipif(
+    build.cuda_home() is None, reason="no nvcc: registers, spills and instructions of the CUDA kernels are not checked"
+)
 KERNEL = re.compile(
     r"Function properties for (\S+)\n\s*(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n"
     r"ptxas info\s*: Used (\d+) registers"
