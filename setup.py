@@ -142,8 +142,8 @@ class BuildExt(build_ext):
             return library
         architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        command = [NVCC, "--threads", jobs, "-shared", "-O3", "-std=c++17", "-lineinfo", "-cudart", "static", "-Xcompiler",
-                   "-fPIC,-fvisibility=hidden", "-I", str(ROOT / "csrc"), *gencode_flags(architectures),
+        command = [NVCC, "--threads", jobs, "-shared", "-O3", "-std=c++17", "-lineinfo", "-cudart", "static",
+                   "-Xcompiler", "-fPIC,-fvisibility=hidden", "-I", str(ROOT / "csrc"), *gencode_flags(architectures),
                    "-o", str(library), *map(str, CUDA_SOURCES)]  # fmt: skip
         library.parent.mkdir(parents=True, exist_ok=True)
         subprocess.run(command, check=True)
