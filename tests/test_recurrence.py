@@ -8,6 +8,7 @@ import torch
 from problems import CASES, INPUTS, Case, assert_close, call, make, models, run, widened
 
 from fusedrnn import _build, planning
+from fusedrnn.backends import common
 from fusedrnn.backends.triton import SEQUENCE_MAX_HIDDEN, math_of
 from fusedrnn.planning import Problem
 
@@ -69,6 +70,25 @@ def test_agrees_with_float64(backend, algorithm, math, case, poisoned, monkeypat
     got = run(case, given, backend, algorithm)
     exact = run(case, widened(given), "reference")
     assert_close(got, exact, models(case, make(case, dtype), tf32=math == "tf32"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(GPU_DEVICE == "cuda", reason="a GPU's schedule cannot be chosen: the order of blocks is not varied")
+@pytest.mark.parametrize(
+    "backend, algorithm, math, case",
+    [(*r, case) for r in EVERYTHING if r[0] in ("triton", "cuda") for case in CASES if not refuses(r[1], case, r[2])],
+    ids=str,
+)
+def test_every_schedule_gives_the_same_bits(backend, algorithm, math, case, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", math == "tf32")
+    need(backend)
+    given = make(case, MATHS[math])
+    first = run(case, given, backend, algorithm)
+    for seed in range(1, 6):
+        # With every second one 16-byte accesses come in two halves.
+        with common.simulator().options(seed=seed, torn=seed % 2):
+            for name, t in run(case, given, backend, algorithm).items():
+                assert torch.equal(t, first[name]), (seed, name)
 
 
 @pytest.mark.parametrize("backend, algorithm", RUNS)
