@@ -26,3 +26,9 @@ def poisoned():
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(before)
+
+
+def pytest_collection_modifyitems(items):
+    """Tests of the interpreter are run by one test, in a process of their own; elsewhere they are no tests."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        items[:] = [item for item in items if not item.get_closest_marker("interpreted")]

@@ -17,7 +17,7 @@ triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 cells = pytest.importorskip("fusedrnn.kernels.cells")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-inside = pytest.mark.skipif(not INTERPRETED, reason="runs inside test_in_the_interpreter")
+inside = pytest.mark.interpreted
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
 
 MORE = [
@@ -136,5 +136,5 @@ def test_refuses():
     case = Case(T=2, B=2, I=3, H=4)
     with pytest.raises(RuntimeError, match="float32 and float64 only, got torch"):
         run(case, make(case, torch.bfloat16), "triton")
-    with pytest.raises(ValueError, match="algorithms step and sequence, got 'persistent'"):
+    with pytest.raises(RuntimeError, match="'persistent' of backend 'triton' cannot run: it has auto, step, sequence"):
         run(case, make(case, torch.float32), "triton", "persistent")
