@@ -6,12 +6,12 @@ op by the backend's own ``plan``, which sees T and B.
 """
 
 import contextlib
-import contextvars
 import functools
 import importlib
 import importlib.util
 import os
 import sys
+import threading
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -161,7 +161,8 @@ def _parse(setting: str) -> tuple[str | None, str | None]:
     return name or None, algorithm or None
 
 
-_forced: contextvars.ContextVar[tuple[str | None, str | None]] = contextvars.ContextVar("fusedrnn.backend")
+# (thread, backend, algorithm) of every open block, oldest first. A plain list, because Dynamo has to guard on it.
+_forced: list[tuple[int, str | None, str | None]] = []
 
 
 @contextlib.contextmanager
@@ -180,11 +181,13 @@ def backend(name: str | None, algorithm: str | None = None):
         ValueError: there is no such backend or algorithm.
     """
     check_choice(name, algorithm)
-    token = _forced.set((name, algorithm))
+    entry = (threading.get_ident(), name, algorithm)
+    _forced.append(entry)
     try:
         yield
     finally:
-        _forced.reset(token)
+        # Other threads may have entered since: the last equal entry is this block's own or as good.
+        del _forced[len(_forced) - 1 - _forced[::-1].index(entry)]
 
 
 _told: set[str] = set()
@@ -202,6 +205,13 @@ def _tell_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=level)
 
 
+@torch.compiler.assume_constant_result
+def _innermost(blocks: tuple, backend: str | None, algorithm: str | None) -> tuple[str | None, str | None]:
+    """What this thread's innermost block forces; what the module asks for when there is none."""
+    mine = [entry[1:] for entry in blocks if entry[0] == threading.get_ident()]
+    return mine[-1] if mine and mine[-1] != (None, None) else (backend, algorithm)
+
+
 def choose(
     cell: str,
     *,
@@ -214,9 +224,8 @@ def choose(
     algorithm: str | None = None,
 ) -> Choice:
     """The choice for this machine, with all overrides applied. Warns once when torch's own op has to run."""
-    forced = _forced.get(None)
-    if forced is not None and forced != (None, None):
-        backend, algorithm = forced
+    if _forced:
+        backend, algorithm = _innermost(tuple(_forced), backend, algorithm)
     setting = "" if backend or algorithm else os.environ.get(ENVIRONMENT_VARIABLE, "")
     return _choose(cell, input_size, hidden_size, proj_size, dtype, device, backend, algorithm, setting)
 
