@@ -77,4 +77,43 @@ struct Lstm {
   }
 };
 
+// torch's form: the reset gate multiplies the recurrent product, so the candidate has an input and a hidden part.
+struct Gru {
+  static constexpr const char* kName = "gru";
+  static constexpr int kGates = 3;         // r z n
+  static constexpr int kAccumulators = 4;  // r z nx nh
+  static constexpr int kSaved = 4;         // r z n after the activation, nh before
+  static constexpr bool kHasCellState = false;
+  static constexpr bool kUsesH = false;
+  static constexpr bool kUsesHPrev = true;
+  static constexpr bool kDirectH = true;
+  FUSEDRNN_HD static constexpr int x_acc(int gate) { return gate; }
+  FUSEDRNN_HD static constexpr int h_acc(int gate) { return gate == 2 ? 3 : gate; }
+
+  template <typename T>
+  FUSEDRNN_HD static void forward(const T* acc, T h_prev, T /*c_prev*/, T& h, T& /*c*/, T* saved) {
+    const T r = sigmoid(acc[0]);
+    const T z = sigmoid(acc[1]);
+    const T n = tanh(acc[2] + r * acc[3]);
+    h = n + z * (h_prev - n);
+    saved[0] = r;
+    saved[1] = z;
+    saved[2] = n;
+    saved[3] = acc[3];
+  }
+
+  template <typename T>
+  FUSEDRNN_HD static void backward(T dh, T /*dc*/, const T* saved, T /*h*/, T h_prev, T /*c_prev*/, T /*c*/, T* dacc,
+                                   T& dh_prev, T& /*dc_prev*/) {
+    const T one = T(1.0f);
+    const T r = saved[0], z = saved[1], n = saved[2], nh = saved[3];
+    const T dn = dh * (one - z) * (one - n * n);
+    dacc[0] = dn * nh * r * (one - r);
+    dacc[1] = dh * (h_prev - n) * z * (one - z);
+    dacc[2] = dn;
+    dacc[3] = dn * r;
+    dh_prev = dh * z;
+  }
+};
+
 }  // namespace fusedrnn

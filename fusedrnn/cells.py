@@ -22,7 +22,7 @@ class Cell:
     they differ only where a cell needs the two parts apart. ``forward(acc, h_prev, c_prev)`` returns
     (h, c, saved); ``backward(dh, dc, saved, h, h_prev, c_prev, c)`` returns (dacc, dh_prev, dc_prev), where
     dh_prev is only what reaches h_prev past the matmul. All tensors are [rows, H]; c is None for a cell
-    without a cell state.
+    without a cell state. ``has_direct`` tells whether dh_prev is ever more than zeros.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Cell:
     has_cell_state: bool
     forward: Callable
     backward: Callable
+    has_direct: bool = False
 
 
 def _lstm_forward(acc: list[Tensor], h_prev: Tensor, c_prev: Tensor):
@@ -56,6 +57,20 @@ def _lstm_backward(dh, dc, saved, h, h_prev, c_prev, c):
     return dacc, torch.zeros_like(dh), dc * f
 
 
+def _gru_forward(acc, h_prev, c_prev):
+    r, z = acc[0].sigmoid(), acc[1].sigmoid()
+    n = (acc[2] + r * acc[3]).tanh()
+    return n + z * (h_prev - n), None, (r, z, n, acc[3])
+
+
+def _gru_backward(dh, dc, saved, h, h_prev, c_prev, c):
+    r, z, n, nh = saved
+    dn = dh * (1 - z) * (1 - n * n)
+    dz = dh * (h_prev - n) * z * (1 - z)
+    dr = dn * nh * r * (1 - r)
+    return (dr, dz, dn, dn * r), dh * z, None
+
+
 CELLS: dict[str, Cell] = {
     cell.name: cell
     for cell in (
@@ -70,6 +85,19 @@ CELLS: dict[str, Cell] = {
             has_cell_state=True,
             forward=_lstm_forward,
             backward=_lstm_backward,
+        ),
+        Cell(
+            name="gru",
+            mode="GRU",
+            gates=("r", "z", "n"),
+            accumulators=("r", "z", "nx", "nh"),
+            x_acc=(0, 1, 2),
+            h_acc=(0, 1, 3),
+            saved=("r", "z", "n", "nh"),
+            has_cell_state=False,
+            forward=_gru_forward,
+            backward=_gru_backward,
+            has_direct=True,
         ),
     )
 }

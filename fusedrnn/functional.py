@@ -168,6 +168,32 @@ def lstm(
     )  # fmt: skip
 
 
+def gru(
+    input: Tensor,
+    hx: Tensor,
+    weights: Sequence[Tensor],
+    bias: bool = True,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    batch_sizes: Tensor | None = None,
+    *,
+    backend: str | None = None,
+    algorithm: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Multi-layer GRU over a whole sequence: :func:`lstm` without c, weights [3H, .] in the order r, z, n.
+
+    Returns y [T, B, D*H] (or packed) and h_n [L*D, B, H]. Equations as in torch.nn.GRU: the reset gate
+    multiplies the recurrent product, bias included.
+    """
+    return layers(
+        CELLS["gru"], input, hx, None, weights, bias, num_layers, dropout, training, bidirectional, batch_first,
+        batch_sizes, backend, algorithm,
+    )[:2]  # fmt: skip
+
+
 def _check_same(input: Tensor, other: Tensor, what: str) -> None:
     if other.dtype != input.dtype:
         raise RuntimeError(

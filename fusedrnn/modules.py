@@ -197,3 +197,41 @@ class LSTM(_Recurrent):
     def check_forward_args(self, input: Tensor, hidden: tuple[Tensor, Tensor], batch_sizes: Tensor | None) -> None:
         self.check_input(input, batch_sizes)
         self._check_states(hidden, self.get_expected_hidden_size(input, batch_sizes)[1])
+
+class _OneState(_Recurrent):
+    """A layer whose only state is h."""
+
+    def __init__(self, mode: str, *args, **kwargs) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        super().__init__(mode, *args, **kwargs)
+
+    def _state_sizes(self) -> tuple[int]:
+        return (self.hidden_size,)
+
+    def _states(self, hx) -> tuple[Tensor]:
+        if not isinstance(hx, Tensor):
+            raise TypeError(f"{type(self).__name__}: hx must be a Tensor, got {type(hx).__name__}")
+        return (hx,)
+
+
+class GRU(_OneState):
+    """Multi-layer gated recurrent unit, a drop-in for :class:`torch.nn.GRU`.
+
+    .. code-block:: text
+
+        r, z = sigmoid(W_r x + b_r + U_r h + b'_r), ...      reset and update gate: in (0, 1)
+        n    = tanh(W_n x + b_n + r * (U_n h + b'_n))        candidate
+        h'   = (1 - z) * n + z * h
+
+    Arguments and inputs as :class:`LSTM`, without ``proj_size``; hx is h_0 [L*D, B, H].
+
+    Outputs:
+        output [T, B, D*H] (or packed), h_n [L*D, B, H].
+
+    Raises:
+        ValueError, RuntimeError, TypeError: as torch.nn.GRU does.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__("GRU", *args, **kwargs)

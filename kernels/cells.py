@@ -51,6 +51,23 @@ def lstm_backward(b_dh, b_dc, b_saved, b_h, b_h_prev, b_c_prev, b_c):
     return (b_di, b_df, b_dg, b_do), b_dh, b_dc * b_f
 
 
+@triton.jit
+def gru_forward(b_acc, b_h_prev, b_c_prev):
+    b_r = sigmoid(b_acc[0])
+    b_z = sigmoid(b_acc[1])
+    b_n = tanh(b_acc[2] + b_r * b_acc[3])
+    return b_n + b_z * (b_h_prev - b_n), b_c_prev, (b_r, b_z, b_n, b_acc[3])
+
+
+@triton.jit
+def gru_backward(b_dh, b_dc, b_saved, b_h, b_h_prev, b_c_prev, b_c):
+    b_r, b_z, b_n, b_nh = b_saved
+    b_dn = b_dh * (1.0 - b_z) * (1.0 - b_n * b_n)
+    b_dz = b_dh * (b_h_prev - b_n) * b_z * (1.0 - b_z)
+    b_dr = b_dn * b_nh * b_r * (1.0 - b_r)
+    return (b_dr, b_dz, b_dn, b_dn * b_r), b_dh * b_z, b_dc
+
+
 class CellKernels(NamedTuple):
     """A cell's pointwise functions; its sizes are in fusedrnn.cells.
 
@@ -66,4 +83,5 @@ class CellKernels(NamedTuple):
 
 KERNELS = {
     "lstm": CellKernels(lstm_forward, lstm_backward, backward_uses_h=False, has_direct=False),
+    "gru": CellKernels(gru_forward, gru_backward, backward_uses_h=True, has_direct=True),
 }

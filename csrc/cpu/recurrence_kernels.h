@@ -736,6 +736,8 @@ void run_cell(const Problem& problem) {
   switch (problem.shape.cell) {
     case CellKind::kLstm:
       return run_dtype<Run, Lstm>(problem);
+    case CellKind::kGru:
+      return run_dtype<Run, Gru>(problem);
   }
 }
 

@@ -38,7 +38,7 @@ CellEntry entry(CellKind kind) {
 }
 
 const CellEntry& find_cell(c10::string_view name) {
-  static const std::vector<CellEntry> cells = {entry<Lstm>(CellKind::kLstm)};
+  static const std::vector<CellEntry> cells = {entry<Lstm>(CellKind::kLstm), entry<Gru>(CellKind::kGru)};
   for (const CellEntry& cell : cells) {
     if (name == cell.name) return cell;
   }

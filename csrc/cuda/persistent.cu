@@ -236,6 +236,10 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_forward(const __grid_c
           inbox.await(at, recurrent, p, t - direction);
           inbox.template fetch<0, kChunks>(at, h);
         }
+#pragma unroll
+        for (int a = 0; a < kAccs; ++a)
+          if (h_gate<Cell>(a) < 0)  // zeros times an infinite h0 are NaN
+            acc[a / 2][2 * (a % 2)] = acc[a / 2][2 * (a % 2) + 1] = 0;
         Sums::store(sums, acc);
         sums += 8 * kWarps * kForwardUnits;
       };
@@ -592,6 +596,8 @@ int dispatch(const Forward& p, cudaStream_t stream) {
   switch (p.cell) {
     case kLstmCell:
       FUSEDRNN_DISPATCH(forward, Lstm)
+    case kGruCell:
+      FUSEDRNN_DISPATCH(forward, Gru)
   }
   return cudaErrorInvalidValue;
 }
@@ -600,6 +606,8 @@ int dispatch(const Backward& p, cudaStream_t stream) {
   switch (p.cell) {
     case kLstmCell:
       FUSEDRNN_DISPATCH(backward, Lstm)
+    case kGruCell:
+      FUSEDRNN_DISPATCH(backward, Gru)
   }
   return cudaErrorInvalidValue;
 }

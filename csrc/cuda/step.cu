@@ -128,7 +128,18 @@ __global__ void __launch_bounds__(kThreads) step_forward(
       const int row = min(first + tile * 8 + octet, p.rows - 1);
       b[tile] = (part == 0 ? p.x : row < p.before_rows ? p.h_before : p.h0) + int64_t(row) * k_size;
     }
+    Accumulator before[kTiles][kMT][4];
+    if constexpr (has_gaps<Cell>()) memcpy(before, acc, sizeof(acc));
     accumulate<Math, has_gaps<Cell>(), 2 * kMT, kTiles, kWhole>(acc, a, b, k_size);
+    if constexpr (has_gaps<Cell>()) {
+      // Zeros times an infinite x or h are NaN, but these sums have no such part.
+#pragma unroll
+      for (int i = 0; i < 2 * kMT; ++i)
+#pragma unroll
+        for (int j = 0; j < 2 * kTiles; ++j)
+          if (a[i] == nullptr)
+            acc[j / 2][i / 2][2 * (i % 2) + j % 2] = before[j / 2][i / 2][2 * (i % 2) + j % 2];
+    }
   }
   Sum* const lane_sums = sums + keep(Sums::lane_place());
 #pragma unroll
@@ -475,6 +486,8 @@ int dispatch(const FusedrnnForward& p, cudaStream_t stream) {
   switch (p.cell) {
     case kLstmCell:
       FUSEDRNN_DISPATCH(forward, Lstm)
+    case kGruCell:
+      FUSEDRNN_DISPATCH(forward, Gru)
   }
   return cudaErrorInvalidValue;
 }
@@ -483,6 +496,8 @@ int dispatch(const FusedrnnBackward& p, cudaStream_t stream) {
   switch (p.cell) {
     case kLstmCell:
       FUSEDRNN_DISPATCH(backward, Lstm)
+    case kGruCell:
+      FUSEDRNN_DISPATCH(backward, Gru)
   }
   return cudaErrorInvalidValue;
 }

@@ -21,7 +21,7 @@ from fusedrnn.backends.common import rows_of, simulator, simulator_folder, weigh
 from fusedrnn.backends.cuda_plan import CHIP_LIMITS, Chip, Plan, Problem, plan
 from fusedrnn.cells import CELLS, Cell, accumulation_dtype
 
-_CELL_IDS = {"lstm": 0}
+_CELL_IDS = {"lstm": 0, "gru": 1}
 _FLOAT64, _FLOAT32, _TF32, _BFLOAT16, _FLOAT16 = range(5)
 _DTYPE_IDS = {
     torch.float64: _FLOAT64,
@@ -343,6 +343,7 @@ def backward(
     steps = x.shape[0] if batch_sizes is None else batch_sizes.shape[0]
     acc_dtype = accumulation_dtype(x.dtype)
     dc0 = x.new_empty((batch, hidden) if spec.has_cell_state else (0,))
+    dh_direct = x.new_empty(batch, hidden, dtype=acc_dtype) if spec.has_direct else None
     dgates = x.new_empty(rows, count * hidden)
     dy_total = None if w_hr is None else x.new_empty(rows, out)
     if batch > 0:
@@ -360,6 +361,7 @@ def backward(
             "dc_n": None if dc_n is None else dc_n.contiguous(),
             "gates": gates.contiguous(), "cells": cells.contiguous(),
             "c0": None if c0 is None else c0.contiguous(), "h0": h0.contiguous(), "y": y_rows, "dc0": dc0,
+            "dh_direct": dh_direct,
         }  # fmt: skip
         if chosen.algorithm == "persistent":
             pitch = _round_up(hidden, _per_packet(x.dtype))
@@ -383,6 +385,8 @@ def backward(
     if need_h0:
         start = _started(dgates, batch, batch_sizes, reverse)
         dh0 = start @ _transposed(spec, w_hh, hidden, hidden).t()
+        if dh_direct is not None:
+            dh0 = (dh0 + dh_direct).to(x.dtype)
     h = None
     if w_hr is not None and needs[7]:
         saved_o = gates.reshape(rows, hidden, len(spec.saved))[..., -1].to(acc_dtype)  # only the LSTM projects

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from fusedrnn.cells import CELLS
+
 FORWARD_UNITS, BACKWARD_UNITS = 8, 16
 FORWARD_ROWS, BACKWARD_ROWS = 64, 32
 WARPS = 8
@@ -16,8 +18,8 @@ MOST_CHUNKS = {
 }
 # Slices that a group of blocks takes one after another before step is the better plan.
 MOST_ROUNDS = 4
-# Static shared memory of the backward kernel: two buffers of partial sums and the staged packets.
-BACKWARD_SHARED = {2: 45_056, 4: 49_152}
+# Static shared memory of the backward kernel: two buffers of partial sums, then the staged packets of an accumulator.
+BACKWARD_SUMS, STAGED_ELEMENTS = 2 * WARPS * BACKWARD_ROWS * (BACKWARD_UNITS + 4) * 4, WARPS * 4 * BACKWARD_UNITS
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -77,7 +79,7 @@ def _persistent(problem: Problem, chip: Chip) -> Plan | str:
         return "float64 is for checking gradients, and a packet of 16 bytes holds only 2 of it"
     if not chip.cooperative:
         return f"{chip.name} has no cooperative launch"
-    accumulators = 4
+    accumulators = len(CELLS[problem.cell].accumulators)
     row_bytes = -(-problem.hidden * size // 16) * 16 * (accumulators if problem.backward else 1)
     chunks = -(-row_bytes // (64 * WARPS))
     arithmetic = "16-bit" if size == 2 else "tf32" if problem.tf32 else "float32"
@@ -91,8 +93,10 @@ def _persistent(problem: Problem, chip: Chip) -> Plan | str:
     if most_groups == 0:
         return f"{blocks} blocks must be resident at once, {chip.name} has {chip.multiprocessors} multiprocessors"
     most_rows = BACKWARD_ROWS if problem.backward else FORWARD_ROWS
+    # Two buffers of a row's partial sums; accumulators are kept in pairs.
+    sums = 2 * WARPS * FORWARD_UNITS * (accumulators + accumulators % 2) * 4
     if not problem.backward:
-        most_rows = min(most_rows, chip.shared_per_block // 2048 // 8 * 8)
+        most_rows = min(most_rows, chip.shared_per_block // sums // 8 * 8)
     groups = min(most_groups, -(-problem.batch // 8))
     # Thinner slices keep more of the chip at work once H is large.
     while blocks * groups < 48 and problem.hidden >= 512 and groups < min(most_groups, problem.batch):
@@ -105,7 +109,9 @@ def _persistent(problem: Problem, chip: Chip) -> Plan | str:
             return f"a batch of {problem.batch} takes {slices}, more than {MOST_ROUNDS}"
         slice_rows = -(-problem.batch // (groups * rounds))
     groups = min(groups, -(-problem.batch // slice_rows))
-    shared = BACKWARD_SHARED[size] if problem.backward else 2 * 1024 * (-(-slice_rows // 8) * 8)
+    shared = sums * (-(-slice_rows // 8) * 8)
+    if problem.backward:
+        shared = BACKWARD_SUMS + STAGED_ELEMENTS * accumulators * size
     slices = -(-problem.batch // slice_rows)
     why = (
         f"W_hh stays in registers: {blocks} x {groups} blocks on {chip.multiprocessors} multiprocessors, "
