@@ -27,6 +27,14 @@ FUSEDRNN_HD float sigmoid(float x) {
 FUSEDRNN_HD double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
 FUSEDRNN_HD float tanh(float x) { return ::tanhf(x); }
 FUSEDRNN_HD double tanh(double x) { return ::tanh(x); }
+template <typename T>
+FUSEDRNN_HD T relu(T x) {
+  return x < T(0) ? T(0) : x;
+}
+template <typename T>
+FUSEDRNN_HD T relu_backward(T dy, T y) {
+  return y <= T(0) ? T(0) : dy;
+}
 
 struct Lstm {
   static constexpr const char* kName = "lstm";
@@ -115,5 +123,27 @@ struct Gru {
     dh_prev = dh * z;
   }
 };
+
+template <bool kTanh>
+struct Rnn {
+  static constexpr const char* kName = kTanh ? "rnn_tanh" : "rnn_relu";
+  static constexpr int kGates = 1, kAccumulators = 1, kSaved = 0;
+  static constexpr bool kHasCellState = false, kUsesH = true, kUsesHPrev = false, kDirectH = false;
+  FUSEDRNN_HD static constexpr int x_acc(int gate) { return gate; }
+  FUSEDRNN_HD static constexpr int h_acc(int gate) { return gate; }
+
+  template <typename T>
+  FUSEDRNN_HD static void forward(const T* acc, T /*h_prev*/, T /*c_prev*/, T& h, T& /*c*/, T* /*saved*/) {
+    h = kTanh ? tanh(acc[0]) : relu(acc[0]);
+  }
+
+  template <typename T>
+  FUSEDRNN_HD static void backward(T dh, T /*dc*/, const T* /*saved*/, T h, T /*h_prev*/, T /*c_prev*/, T /*c*/,
+                                   T* dacc, T& /*dh_prev*/, T& /*dc_prev*/) {
+    dacc[0] = kTanh ? dh * (T(1.0f) - h * h) : relu_backward(dh, h);
+  }
+};
+using RnnTanh = Rnn<true>;
+using RnnRelu = Rnn<false>;
 
 }  // namespace fusedrnn

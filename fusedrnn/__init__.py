@@ -10,8 +10,8 @@ torch.Size([5, 3, 16])
 from fusedrnn import functional
 from fusedrnn._build import build_info
 from fusedrnn.convert import convert, revert
-from fusedrnn.modules import GRU, LSTM
+from fusedrnn.modules import GRU, LSTM, RNN
 from fusedrnn.planning import backend, plan
 
 __version__ = "0.1.0"
-__all__ = ["GRU", "LSTM", "backend", "build_info", "convert", "functional", "plan", "revert"]
+__all__ = ["GRU", "LSTM", "RNN", "backend", "build_info", "convert", "functional", "plan", "revert"]

@@ -71,6 +71,18 @@ def _gru_backward(dh, dc, saved, h, h_prev, c_prev, c):
     return (dr, dz, dn, dn * r), dh * z, None
 
 
+def _rnn_forward(activation):
+    return lambda acc, h_prev, c_prev: (activation(acc[0]), None, ())
+
+
+def _rnn_tanh_backward(dh, dc, saved, h, h_prev, c_prev, c):
+    return (dh * (1 - h * h),), torch.zeros_like(dh), None
+
+
+def _rnn_relu_backward(dh, dc, saved, h, h_prev, c_prev, c):
+    return (torch.where(h <= 0, 0, dh),), torch.zeros_like(dh), None
+
+
 CELLS: dict[str, Cell] = {
     cell.name: cell
     for cell in (
@@ -98,6 +110,24 @@ CELLS: dict[str, Cell] = {
             forward=_gru_forward,
             backward=_gru_backward,
             has_direct=True,
+        ),
+        *(
+            Cell(
+                name=name,
+                mode=name.upper(),
+                gates=("h",),
+                accumulators=("h",),
+                x_acc=(0,),
+                h_acc=(0,),
+                saved=(),
+                has_cell_state=False,
+                forward=_rnn_forward(activation),
+                backward=backward,
+            )
+            for name, activation, backward in (
+                ("rnn_tanh", torch.tanh, _rnn_tanh_backward),
+                ("rnn_relu", torch.relu, _rnn_relu_backward),
+            )
         ),
     )
 }

@@ -6,7 +6,7 @@ from torch import nn
 
 from fusedrnn import modules
 
-_OURS = {nn.LSTM: modules.LSTM, nn.GRU: modules.GRU}
+_OURS = {nn.LSTM: modules.LSTM, nn.GRU: modules.GRU, nn.RNN: modules.RNN}
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
 
 

@@ -235,3 +235,22 @@ class GRU(_OneState):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__("GRU", *args, **kwargs)
+
+
+class RNN(_OneState):
+    """Multi-layer Elman RNN, a drop-in for :class:`torch.nn.RNN`: h' = tanh or relu of (W x + b + U h + b').
+
+    Arguments and inputs as :class:`GRU`, and ``nonlinearity`` ("tanh" or "relu") after ``num_layers``.
+
+    Raises:
+        ValueError, RuntimeError, TypeError: as torch.nn.RNN does.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        if len(args) > 3:
+            self.nonlinearity, args = args[3], args[:3] + args[4:]
+        else:
+            self.nonlinearity = kwargs.pop("nonlinearity", "tanh")
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'.")
+        super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)

@@ -68,6 +68,26 @@ def gru_backward(b_dh, b_dc, b_saved, b_h, b_h_prev, b_c_prev, b_c):
     return (b_dr, b_dz, b_dn, b_dn * b_r), b_dh * b_z, b_dc
 
 
+@triton.jit
+def rnn_tanh_forward(b_acc, b_h_prev, b_c_prev):
+    return tanh(b_acc[0]), b_c_prev, ()
+
+
+@triton.jit
+def rnn_tanh_backward(b_dh, b_dc, b_saved, b_h, b_h_prev, b_c_prev, b_c):
+    return (b_dh * (1.0 - b_h * b_h),), b_dh, b_dc
+
+
+@triton.jit
+def rnn_relu_forward(b_acc, b_h_prev, b_c_prev):
+    return tl.where(b_acc[0] < 0, 0.0, b_acc[0]), b_c_prev, ()
+
+
+@triton.jit
+def rnn_relu_backward(b_dh, b_dc, b_saved, b_h, b_h_prev, b_c_prev, b_c):
+    return (tl.where(b_h <= 0, 0.0, b_dh),), b_dh, b_dc
+
+
 class CellKernels(NamedTuple):
     """A cell's pointwise functions; its sizes are in fusedrnn.cells.
 
@@ -84,4 +104,6 @@ class CellKernels(NamedTuple):
 KERNELS = {
     "lstm": CellKernels(lstm_forward, lstm_backward, backward_uses_h=False, has_direct=False),
     "gru": CellKernels(gru_forward, gru_backward, backward_uses_h=True, has_direct=True),
+    "rnn_tanh": CellKernels(rnn_tanh_forward, rnn_tanh_backward, backward_uses_h=True, has_direct=False),
+    "rnn_relu": CellKernels(rnn_relu_forward, rnn_relu_backward, backward_uses_h=True, has_direct=False),
 }

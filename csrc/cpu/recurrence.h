@@ -10,7 +10,7 @@
 
 namespace fusedrnn {
 
-enum class CellKind { kLstm, kGru };
+enum class CellKind { kLstm, kGru, kRnnTanh, kRnnRelu };
 enum class Dtype { kFloat32, kFloat64, kBfloat16, kFloat16 };
 
 struct Shape {

@@ -738,6 +738,10 @@ void run_cell(const Problem& problem) {
       return run_dtype<Run, Lstm>(problem);
     case CellKind::kGru:
       return run_dtype<Run, Gru>(problem);
+    case CellKind::kRnnTanh:
+      return run_dtype<Run, RnnTanh>(problem);
+    case CellKind::kRnnRelu:
+      return run_dtype<Run, RnnRelu>(problem);
   }
 }
 

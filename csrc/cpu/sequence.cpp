@@ -38,7 +38,8 @@ CellEntry entry(CellKind kind) {
 }
 
 const CellEntry& find_cell(c10::string_view name) {
-  static const std::vector<CellEntry> cells = {entry<Lstm>(CellKind::kLstm), entry<Gru>(CellKind::kGru)};
+  static const std::vector<CellEntry> cells = {entry<Lstm>(CellKind::kLstm), entry<Gru>(CellKind::kGru),
+                                               entry<RnnTanh>(CellKind::kRnnTanh), entry<RnnRelu>(CellKind::kRnnRelu)};
   for (const CellEntry& cell : cells) {
     if (name == cell.name) return cell;
   }

@@ -146,6 +146,15 @@ FUSEDRNN_INLINE Vec<C> tanh(Vec<C> x) {
   return (typename V::Raw)((Int)quotient(V(e), V(e + C(2))).v | sign);
 }
 
+template <typename C>
+FUSEDRNN_INLINE Vec<C> relu(Vec<C> x) {
+  return at_least(C(0), x);
+}
+template <typename C>
+FUSEDRNN_INLINE Vec<C> relu_backward(Vec<C> dy, Vec<C> y) {
+  return y.v <= C(0) ? typename Vec<C>::Raw{} : dy.v;
+}
+
 typedef uint16_t RawHalf __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES / 2)));
 typedef uint16_t RawHalfUnaligned
     __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES / 2), aligned(alignof(uint16_t)), may_alias));

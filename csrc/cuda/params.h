@@ -14,7 +14,7 @@ extern "C" {
 #endif
 
 enum FusedrnnDtype { kFloat64 = 0, kFloat32 = 1, kTf32 = 2, kBfloat16 = 3, kFloat16 = 4 };
-enum FusedrnnCell { kLstmCell = 0, kGruCell = 1 };
+enum FusedrnnCell { kLstmCell = 0, kGruCell = 1, kRnnTanhCell = 2, kRnnReluCell = 3 };
 
 typedef struct {
   int32_t cell, dtype, reverse, reserved;

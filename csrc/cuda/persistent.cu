@@ -598,6 +598,10 @@ int dispatch(const Forward& p, cudaStream_t stream) {
       FUSEDRNN_DISPATCH(forward, Lstm)
     case kGruCell:
       FUSEDRNN_DISPATCH(forward, Gru)
+    case kRnnTanhCell:
+      FUSEDRNN_DISPATCH(forward, RnnTanh)
+    case kRnnReluCell:
+      FUSEDRNN_DISPATCH(forward, RnnRelu)
   }
   return cudaErrorInvalidValue;
 }
@@ -608,6 +612,10 @@ int dispatch(const Backward& p, cudaStream_t stream) {
       FUSEDRNN_DISPATCH(backward, Lstm)
     case kGruCell:
       FUSEDRNN_DISPATCH(backward, Gru)
+    case kRnnTanhCell:
+      FUSEDRNN_DISPATCH(backward, RnnTanh)
+    case kRnnReluCell:
+      FUSEDRNN_DISPATCH(backward, RnnRelu)
   }
   return cudaErrorInvalidValue;
 }

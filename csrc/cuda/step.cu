@@ -488,6 +488,10 @@ int dispatch(const FusedrnnForward& p, cudaStream_t stream) {
       FUSEDRNN_DISPATCH(forward, Lstm)
     case kGruCell:
       FUSEDRNN_DISPATCH(forward, Gru)
+    case kRnnTanhCell:
+      FUSEDRNN_DISPATCH(forward, RnnTanh)
+    case kRnnReluCell:
+      FUSEDRNN_DISPATCH(forward, RnnRelu)
   }
   return cudaErrorInvalidValue;
 }
@@ -498,6 +502,10 @@ int dispatch(const FusedrnnBackward& p, cudaStream_t stream) {
       FUSEDRNN_DISPATCH(backward, Lstm)
     case kGruCell:
       FUSEDRNN_DISPATCH(backward, Gru)
+    case kRnnTanhCell:
+      FUSEDRNN_DISPATCH(backward, RnnTanh)
+    case kRnnReluCell:
+      FUSEDRNN_DISPATCH(backward, RnnRelu)
   }
   return cudaErrorInvalidValue;
 }

@@ -21,7 +21,7 @@ from fusedrnn.backends.common import rows_of, simulator, simulator_folder, weigh
 from fusedrnn.backends.cuda_plan import CHIP_LIMITS, Chip, Plan, Problem, plan
 from fusedrnn.cells import CELLS, Cell, accumulation_dtype
 
-_CELL_IDS = {"lstm": 0, "gru": 1}
+_CELL_IDS = {"lstm": 0, "gru": 1, "rnn_tanh": 2, "rnn_relu": 3}
 _FLOAT64, _FLOAT32, _TF32, _BFLOAT16, _FLOAT16 = range(5)
 _DTYPE_IDS = {
     torch.float64: _FLOAT64,
