@@ -64,7 +64,18 @@ def step_forward_kernel(
         b_bias = tl.load(weight_rows(b_ih, o_a // BU, i_unit, zeros, 1, H, X_GATE)).to(ACC)
         b_bias += tl.load(weight_rows(b_hh, o_a // BU, i_unit, zeros, 1, H, H_GATE)).to(ACC)
         b_acc += b_bias[:, None]
-    b_acc = dot_rows_twice(b_acc, p_w_ih, p_x, I, p_w_hh, p_h, P, SAME_K, BK, EVEN_K, PRECISION)
+    if zeros is None:
+        b_acc = dot_rows_twice(b_acc, p_w_ih, p_x, I, p_w_hh, p_h, P, SAME_K, BK, EVEN_K, PRECISION)
+    else:
+        b_part_x = dot_rows(tl.zeros((A * BU, BB), ACC), p_w_ih, p_x, 0, I, BK, EVEN_K, PRECISION)
+        b_part_h = dot_rows(tl.zeros((A * BU, BB), ACC), p_w_hh, p_h, 0, P, BK, EVEN_K, PRECISION)
+        # Zeros times an infinite x or h are NaN, but some sums have no such part.
+        for a in tl.static_range(A):
+            if X_GATE[a] < 0:
+                b_part_x = tl.where((o_a // BU == a)[:, None], 0.0, b_part_x)
+            if H_GATE[a] < 0:
+                b_part_h = tl.where((o_a // BU == a)[:, None], 0.0, b_part_h)
+        b_acc += b_part_x + b_part_h
 
     o_u = (i_u + tl.arange(0, BU))[:, None]
     o_b = o_b[None, :]
