@@ -10,8 +10,21 @@ torch.Size([5, 3, 16])
 from fusedrnn import functional
 from fusedrnn._build import build_info
 from fusedrnn.convert import convert, revert
-from fusedrnn.modules import GRU, LSTM, RNN
+from fusedrnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from fusedrnn.planning import backend, plan
 
 __version__ = "0.1.0"
-__all__ = ["GRU", "LSTM", "RNN", "backend", "build_info", "convert", "functional", "plan", "revert"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "backend",
+    "build_info",
+    "convert",
+    "functional",
+    "plan",
+    "revert",
+]

@@ -6,7 +6,7 @@ from torch import nn
 
 from fusedrnn import modules
 
-_OURS = {nn.LSTM: modules.LSTM, nn.GRU: modules.GRU, nn.RNN: modules.RNN}
+_OURS = {getattr(nn, name): getattr(modules, name) for name in ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell")}
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
 
 
@@ -32,9 +32,9 @@ def _swapped(module: nn.Module, classes: dict[type, type], done: dict[int, nn.Mo
 
 
 def convert(model: nn.Module) -> nn.Module:
-    """Swaps every torch.nn.LSTM inside ``model``, in place, for a fusedrnn.LSTM that shares its parameters.
+    """Swaps every LSTM, GRU, RNN, LSTMCell, GRUCell and RNNCell of torch.nn inside ``model``, in place, for ours.
 
-    Returns the model; when the model itself is an nn.LSTM, its replacement. Subclasses of nn.LSTM (a parametrized
+    Returns the model; when the model itself is such a layer, its replacement. Subclasses of theirs (a parametrized
     layer is one) are left alone, with a warning: they may override what the swap would lose. Optimizers keep working,
     since parameters stay the same objects. :func:`revert` undoes it.
 
@@ -45,7 +45,7 @@ def convert(model: nn.Module) -> nn.Module:
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """Swaps every fusedrnn layer inside ``model``, in place, for torch.nn's, sharing its parameters."""
+    """Swaps every fusedrnn layer and cell inside ``model``, in place, for torch.nn's, sharing its parameters."""
     return _run(model, _THEIRS, "revert")
 
 

@@ -124,6 +124,43 @@ def layers(
     return y, torch.stack(h_n), torch.stack(c_n) if cell.has_cell_state else None
 
 
+def one_step(
+    cell: Cell,
+    input: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    backend: str | None,
+    algorithm: str | None,
+) -> tuple[Tensor, Tensor | None]:
+    """A sequence of one step: input [B, I], h0 and c0 [B, H]; returns h and c. On a GPU it is one launch."""
+    input, h0, c0, *weights = ops.autocast(input.device.type, input, h0, c0, w_ih, w_hh, b_ih, b_hh)
+    for what, t in (("hidden", h0), ("cell state", c0), *(("parameter", w) for w in weights)):
+        if t is not None:
+            _check_same(input, t, what)
+    chosen = planning.choose(
+        cell.name,
+        input_size=w_ih.shape[1],
+        hidden_size=w_hh.shape[1],
+        proj_size=0,
+        dtype=input.dtype,
+        device=input.device,
+        backend=backend,
+        algorithm=algorithm,
+    )
+    if chosen.backend == "torch":
+        result = getattr(torch._VF, f"{cell.name}_cell")(input, h0 if c0 is None else (h0, c0), *weights)
+        return (result, None) if c0 is None else result
+    algorithm = chosen.algorithm
+    if algorithm == "auto" and "step" in ops.BACKEND_ALGORITHMS[chosen.backend]:
+        algorithm = "step"
+    _, h, c = recurrence(cell, input.unsqueeze(0), h0, c0, *weights, None, None, False, chosen.backend, algorithm)
+    return h, c if cell.has_cell_state else None
+
+
 def lstm(
     input: Tensor,
     hx: tuple[Tensor, Tensor],

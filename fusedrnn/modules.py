@@ -1,4 +1,4 @@
-"""Drop-in modules for torch.nn's recurrent layers.
+"""Drop-in modules for torch.nn's recurrent layers and cells.
 
 They subclass torch.nn.RNNBase and not torch.nn.LSTM: Dynamo refuses every instance of nn.LSTM, nn.GRU and
 nn.RNN, and a subclass of RNNBase compiles with fullgraph=True.
@@ -198,6 +198,7 @@ class LSTM(_Recurrent):
         self.check_input(input, batch_sizes)
         self._check_states(hidden, self.get_expected_hidden_size(input, batch_sizes)[1])
 
+
 class _OneState(_Recurrent):
     """A layer whose only state is h."""
 
@@ -254,3 +255,136 @@ class RNN(_OneState):
         if self.nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'.")
         super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)
+
+
+class _Cell(nn.RNNCellBase):
+    """What the three cells share: checks, input without a batch, one step in one launch."""
+
+    mode: str
+    backend: str | None = None
+    algorithm: str | None = None
+
+    def _choose(self, backend: str | None, algorithm: str | None) -> None:
+        if backend is not None or algorithm is not None:
+            functional.planning.check_choice(backend, algorithm)
+            self.backend, self.algorithm = backend, algorithm
+
+    def _weights(self) -> list[Tensor | None]:
+        return [self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh]
+
+    def _check_dims(self, what: str, t: Tensor) -> None:
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{type(self).__name__}: {what} must be a Tensor, got {type(t).__name__}")
+        if t.dim() not in (1, 2):
+            raise ValueError(f"{type(self).__name__}: Expected {what} to be 1D or 2D, got {t.dim()}D instead")
+
+    def _step(self, input: Tensor, states: tuple[Tensor, ...] | None) -> list[Tensor]:
+        batched = input.dim() == 2
+        cell = CELL_OF_MODE[self.mode]
+        if not batched:
+            input = input.unsqueeze(0)
+        if input.size(1) != self.input_size:
+            raise RuntimeError(f"input has inconsistent input_size: got {input.size(1)} expected {self.input_size}")
+        if states is None:
+            states = (input.new_zeros(input.size(0), self.hidden_size),) * (2 if cell.has_cell_state else 1)
+        elif not batched:
+            states = tuple(s.unsqueeze(0) for s in states)
+        for k, state in enumerate(states):
+            if state.size(0) != input.size(0):
+                raise RuntimeError(
+                    f"Input batch size {input.size(0)} doesn't match hidden{k} batch size {state.size(0)}"
+                )
+            if state.dim() != 2 or state.size(1) != self.hidden_size:
+                got = state.size(1) if state.dim() > 1 else f"{state.dim()}D"
+                raise RuntimeError(f"hidden{k} has inconsistent hidden_size: got {got}, expected {self.hidden_size}")
+        h0, c0 = states if cell.has_cell_state else (*states, None)
+        results = functional.one_step(cell, input, h0, c0, *self._weights(), self.backend, self.algorithm)
+        return [s if batched else s.squeeze(0) for s in results if s is not None]
+
+
+class LSTMCell(_Cell):
+    """One step of an LSTM, a drop-in for :class:`torch.nn.LSTMCell`.
+
+    Args:
+        input_size, hidden_size, bias, device, dtype: as in torch.nn.LSTMCell.
+        backend, algorithm: as in :class:`LSTM`.
+
+    Inputs:
+        input [B, I] or [I]; hx = (h_0, c_0), each [B, H] or [H], zeros if absent.
+
+    Outputs:
+        (h_1, c_1), each [B, H] or [H].
+
+    Raises:
+        ValueError, RuntimeError, TypeError: as torch.nn.LSTMCell does.
+    """
+
+    mode = "LSTM"
+
+    def __init__(
+        self, input_size, hidden_size, bias=True, device=None, dtype=None, *, backend=None, algorithm=None
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+        self._choose(backend, algorithm)
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """See the class."""
+        self._check_dims("input", input)
+        if hx is not None:
+            if not isinstance(hx, (tuple, list)):
+                raise TypeError(f"LSTMCell: hx must be a tuple of two Tensors (h_0, c_0), got {type(hx).__name__}")
+            for k, state in enumerate(hx):
+                self._check_dims(f"hx[{k}]", state)
+            if len(hx) != 2:
+                raise RuntimeError(f"LSTMCell expects two hidden states, got {len(hx)}")
+        h, c = self._step(input, None if hx is None else tuple(hx))
+        return h, c
+
+
+class _OneStateCell(_Cell):
+    """A cell whose only state is h."""
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """See the class."""
+        self._check_dims("input", input)
+        if hx is not None:
+            self._check_dims("hidden", hx)
+        return self._step(input, None if hx is None else (hx,))[0]
+
+
+class GRUCell(_OneStateCell):
+    """One step of a GRU, a drop-in for :class:`torch.nn.GRUCell`: input [B, I] or [I], hx [B, H] or [H]."""
+
+    mode = "GRU"
+
+    def __init__(
+        self, input_size, hidden_size, bias=True, device=None, dtype=None, *, backend=None, algorithm=None
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
+        self._choose(backend, algorithm)
+
+
+class RNNCell(_OneStateCell):
+    """One step of an Elman RNN, a drop-in for :class:`torch.nn.RNNCell`; shapes as in :class:`GRUCell`."""
+
+    def __init__(
+        self,
+        input_size,
+        hidden_size,
+        bias=True,
+        nonlinearity="tanh",
+        device=None,
+        dtype=None,
+        *,
+        backend=None,
+        algorithm=None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
+        self.nonlinearity = nonlinearity
+        self._choose(backend, algorithm)
+
+    @property
+    def mode(self) -> str:
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        return f"RNN_{self.nonlinearity.upper()}"

@@ -260,7 +260,7 @@ def plan(layer: torch.nn.Module, batch: int, *, backward: bool = False) -> Choic
     """What a fusedrnn layer runs for a batch of that size, and why; computes nothing.
 
     Args:
-        layer: a fusedrnn.LSTM; its first layer and direction are planned, on the device of its parameters.
+        layer: a layer or cell of fusedrnn; its first layer and direction are planned, on the device of its parameters.
         batch: B.
         backward: plan the gradient instead.
 
@@ -268,7 +268,7 @@ def plan(layer: torch.nn.Module, batch: int, *, backward: bool = False) -> Choic
         The choice with the algorithm settled; ``why`` says in words what led to it, ``details`` is the backend's own
         plan (grid, tiles, shared memory in bytes), None where a backend has nothing to plan.
     """
-    weight = layer.weight_hh_l0
+    weight = layer._weights()[1]
     cell = CELL_OF_MODE[layer.mode]
     proj_size = getattr(layer, "proj_size", 0)
     choice = choose(
@@ -283,6 +283,8 @@ def plan(layer: torch.nn.Module, batch: int, *, backward: bool = False) -> Choic
     )
     if choice.backend not in ("triton", "cuda"):
         return choice
+    if isinstance(layer, torch.nn.RNNCellBase) and choice.algorithm == "auto":
+        choice = replace(choice, algorithm="step")
     details = importlib.import_module(f"fusedrnn.backends.{choice.backend}").plan_for(
         cell,
         batch,
