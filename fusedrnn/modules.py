@@ -286,7 +286,8 @@ class _Cell(nn.RNNCellBase):
         if input.size(1) != self.input_size:
             raise RuntimeError(f"input has inconsistent input_size: got {input.size(1)} expected {self.input_size}")
         if states is None:
-            states = (input.new_zeros(input.size(0), self.hidden_size),) * (2 if cell.has_cell_state else 1)
+            # Not one tensor twice: Dynamo refuses that.
+            states = tuple(input.new_zeros(input.size(0), self.hidden_size) for _ in range(1 + cell.has_cell_state))
         elif not batched:
             states = tuple(s.unsqueeze(0) for s in states)
         for k, state in enumerate(states):

@@ -137,6 +137,14 @@ def test_a_cell_on_a_gpu_is_one_step(name, extra, backend):
     torch.testing.assert_close(cell(x), want)
 
 
+@pytest.mark.parametrize("name", ["GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"])
+def test_compiles_without_a_break(name):
+    ours = getattr(fusedrnn, name)(4, 5)
+    x = torch.randn(3, 4)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), ours(x))
+
+
 def test_convert_and_revert_all_six():
     model = nn.ModuleDict(
         {name: getattr(nn, name)(3, 4) for name in ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell")}
