@@ -137,8 +137,7 @@ __global__ void __launch_bounds__(kThreads) step_forward(
       for (int i = 0; i < 2 * kMT; ++i)
 #pragma unroll
         for (int j = 0; j < 2 * kTiles; ++j)
-          if (a[i] == nullptr)
-            acc[j / 2][i / 2][2 * (i % 2) + j % 2] = before[j / 2][i / 2][2 * (i % 2) + j % 2];
+          if (a[i] == nullptr) acc[j / 2][i / 2][2 * (i % 2) + j % 2] = before[j / 2][i / 2][2 * (i % 2) + j % 2];
     }
   }
   Sum* const lane_sums = sums + keep(Sums::lane_place());
