@@ -61,6 +61,11 @@ def _tensors(cell: str, size: tuple, dtype: torch.dtype, device: str) -> tuple[l
         draw(gates, scale=scale),
         None,
     ]
+    if cell == "rnn_relu":
+        # Sums away from 0, on both sides: a sum that rounds across the kink has another slope, and no kernel is wrong.
+        for weight in tensors[3:5]:
+            weight.mul_(0.125)
+        tensors[5].copy_(torch.arange(gates) % 2 * 2.0 - 1.0)
     return tensors, sizes
 
 

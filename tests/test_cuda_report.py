@@ -67,7 +67,7 @@ def test_instructions(compiled, name, arch):
             continue
         seen += 1
         assert re.search(r"\bHMMA\.16816\.F32", kernel), symbol
-        whole = "Lb1E" in symbol
+        whole = re.search(r"Li\d+ELb1EEEv", symbol)
         if name == "persistent":
             assert "LDG.E.128.STRONG.GPU" in kernel, symbol
             assert "STG.E.128.STRONG.GPU" in kernel, symbol

@@ -9,6 +9,7 @@ import torch
 
 from fusedrnn import __main__ as command
 from fusedrnn import planning, selftest
+from fusedrnn.cells import CELLS
 
 
 def test_selftest_runs_every_kernel_that_can_run(capsys):
@@ -37,6 +38,7 @@ def test_selftest_notices_a_wrong_kernel(wrong, monkeypatch, capsys):
 
     monkeypatch.setattr(selftest, "_run", dishonest)
     monkeypatch.setattr(selftest, "BACKEND_ALGORITHMS", {"reference": ("auto",)})
+    monkeypatch.setattr(selftest, "CELLS", {"lstm": CELLS["lstm"]})
     assert command.main(["selftest"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[3] for line in lines if "DIFFERS" in line] == ["float32"]

@@ -393,7 +393,8 @@ int forward(const FusedrnnForward& p, cudaStream_t stream) {
     now.before_rows = step.before_rows;
     now.next_rows = step.next_rows;
     int error = with_tile(step.rows, is_whole, [&](auto tiles, auto is_whole) {
-      constexpr int kTiles = decltype(tiles)::value;
+      // Two tiles of doubles and a copy of them do not fit in the registers.
+      constexpr int kTiles = sizeof(Scalar) == 8 && has_gaps<Cell>() ? 1 : decltype(tiles)::value;
       const int shared = kTiles * 8 * ForwardSums<Cell, Accumulator>::kBytesPerRow;
       return launch(step_forward<Cell, Type, kTiles, decltype(is_whole)::value>,
                     grid(p.hidden, kForwardUnits, step.rows, kTiles), shared, stream, now);
