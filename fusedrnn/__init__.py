@@ -10,6 +10,7 @@ torch.Size([5, 3, 16])
 from fusedrnn import functional
 from fusedrnn._build import build_info
 from fusedrnn.convert import convert, revert
+from fusedrnn.explain import explain
 from fusedrnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from fusedrnn.planning import backend, plan
 
@@ -24,6 +25,7 @@ __all__ = [
     "backend",
     "build_info",
     "convert",
+    "explain",
     "functional",
     "plan",
     "revert",

@@ -159,6 +159,12 @@ def allow_tf32() -> bool:
     return torch.backends.cudnn.rnn.fp32_precision == "tf32"
 
 
+def chip_of(capability: tuple[int, int], multiprocessors: int, shared_bytes: int) -> Chip:
+    """A GPU of NVIDIA by its compute capability."""
+    major, minor = capability
+    return Chip(f"sm_{major}{minor}", multiprocessors, shared_bytes, 8 if major < 10 else 16, major >= 9)
+
+
 @functools.cache
 def _chip(device: torch.device) -> Chip:
     if device.type != "cuda":
@@ -166,13 +172,7 @@ def _chip(device: torch.device) -> Chip:
     p = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         return Chip(p.gcnArchName, p.multi_processor_count, p.shared_memory_per_block, 16)
-    return Chip(
-        f"sm_{p.major}{p.minor}",
-        p.multi_processor_count,
-        p.shared_memory_per_block_optin,
-        8 if p.major < 10 else 16,
-        p.major >= 9,
-    )
+    return chip_of((p.major, p.minor), p.multi_processor_count, p.shared_memory_per_block_optin)
 
 
 def plan_for(

@@ -1,0 +1,603 @@
+"""What would run for a problem and why, what it moves, and the bound that a chip's published peaks set: ``explain``.
+
+Nothing is computed and no GPU is needed: a chip that is not here is explained from its data sheet. No number in here is
+a measurement.
+"""
+
+import functools
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fusedrnn import _build, planning
+from fusedrnn.backends import cuda_plan, triton
+from fusedrnn.cells import CELLS, Cell, accumulation_dtype
+from fusedrnn.ops import BACKEND_ALGORITHMS, DTYPES
+
+BOUND = (
+    "A bound follows from the chip's published peaks and is no measurement. Launches, latency and the exchange between "
+    "blocks are not in it: small problems take many times as long."
+)
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """A chip's compute capability and published peaks: TFLOP/s without sparsity, TB/s.
+
+    ``devices`` are what torch may call it, in part. A number without a source is None, and no bound rests on it.
+    """
+
+    capability: tuple[int, int]
+    float64: float
+    float32: float
+    tf32: float
+    half: float  # 16-bit operands, float32 sums
+    bandwidth: float
+    l2_bytes: int | None
+    devices: tuple[str, ...]
+
+
+# NVIDIA's own numbers, the highest of a chip's variants, so that the bound holds for all of them; float64 is the tensor
+# cores' rate, where there is one. Rates given with sparsity are halved.
+PEAKS = {
+    # NVIDIA A100 data sheet (80 GB SXM); L2: NVIDIA A100 Tensor Core GPU Architecture (whitepaper).
+    "a100": Peaks((8, 0), 19.5, 19.5, 156.0, 312.0, 2.039, 40 << 20, ("A100",)),
+    # NVIDIA H100 data sheet; L2: NVIDIA H100 Tensor Core GPU Architecture (whitepaper).
+    "h100-sxm": Peaks((9, 0), 67.0, 67.0, 494.7, 989.5, 3.35, 50 << 20, ("H100 80GB HBM3",)),
+    "h100-pcie": Peaks((9, 0), 51.0, 51.0, 378.0, 756.5, 2.0, 50 << 20, ("H100 PCIe",)),
+    # NVIDIA Blackwell Architecture Technical Brief, HGX B200. It does not give the size of L2.
+    "b200": Peaks((10, 0), 40.0, 80.0, 1100.0, 2250.0, 8.0, None, ("B200",)),
+    # NVIDIA Ada GPU Architecture (whitepaper); its float64 runs at 1/64 of float32.
+    "rtx-4090": Peaks((8, 9), 1.29, 82.6, 82.6, 165.2, 1.008, 72 << 20, ("RTX 4090",)),
+}
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Forward or backward of one sequence (one layer, one direction) on one backend.
+
+    Fields that do not apply, or are not known, are None. Bytes and FLOPs are those of one step, in the kernels of the
+    loop: bytes as asked of the caches by all blocks (docs/kernels.md), FLOPs of the matrix products alone.
+    ``outside_flops`` are those of the matrix products before or after the loop, a step's share of them.
+
+    Attributes:
+        backend: "reference", "cpu", "triton" or "cuda".
+        backward: the gradient.
+        algorithm: None if the backend cannot run; ``why`` is then the reason.
+        why: what led to the algorithm.
+        others: (algorithm, why it is not taken) for the others of this backend.
+        grid: blocks (Triton: programs) of a launch; threads: of a block, on a CPU those of the team.
+        registers: of a thread, read from the compiled kernel; registers_why: where from, or why it is not known.
+        shared_bytes: shared memory of a block; Triton's is planning's estimate.
+        launches: of our kernels and of torch's, in a sequence, without matrix products outside of the loop.
+        panel_bytes: recurrent weights that a CPU core keeps in its own cache.
+        bound_us: no implementation of this plan on this chip can be faster for a sequence, matrix products outside of
+            the loop included: the chip's published peaks allow no less. Microseconds. Launches, the exchange between
+            blocks and latency, which no vendor publishes, are not in it: small problems take many times as long.
+        bound_why: what sets the bound, or why there is none.
+    """
+
+    backend: str
+    backward: bool
+    algorithm: str | None
+    why: str
+    others: tuple[tuple[str, str], ...] = ()
+    grid: tuple[int, ...] | None = None
+    threads: int | None = None
+    registers: int | None = None
+    registers_why: str | None = None
+    shared_bytes: int | None = None
+    launches: int | None = None
+    read_bytes: int | None = None
+    written_bytes: int | None = None
+    flops: int | None = None
+    outside_flops: int | None = None
+    panel_bytes: int | None = None
+    bound_us: float | None = None
+    bound_why: str | None = None
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """``count`` sequences of equal sizes (layers and directions) and how each backend runs one."""
+
+    layers: str
+    count: int
+    input_size: int
+    passes: tuple[Pass, ...]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """See ``explain``. ``str()`` of it is the text that ``python -m fusedrnn explain`` prints."""
+
+    cell: str
+    steps: int
+    batch: int
+    input_size: int
+    hidden_size: int
+    proj_size: int
+    num_layers: int
+    bidirectional: bool
+    dtype: str
+    tf32: bool
+    training: bool
+    device: str
+    backend: str
+    why: str
+    sequences: tuple[Sequence, ...]
+
+    def __str__(self) -> str:
+        sizes = f"T {self.steps}, B {self.batch}, I {self.input_size}, H {self.hidden_size}"
+        if self.proj_size:
+            sizes += f", P {self.proj_size}"
+        math = "float32 in tf32" if self.tf32 else self.dtype
+        lines = [
+            f"{self.cell}, {sizes}, {math}, {'training' if self.training else 'inference'}, on {self.device}",
+            f"runs: {self.backend} ({self.why})",
+        ]
+        for sequence in self.sequences:
+            lines += ["", f"{sequence.layers}: {sequence.count} x (T {self.steps}, I {sequence.input_size})"]
+            for one in sequence.passes:
+                lines += _lines(one)
+        if any(one.bound_us is not None for sequence in self.sequences for one in sequence.passes):
+            lines += ["", BOUND]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """One sequence. s: bytes of an element, acc: of a float of the carried state."""
+
+    cell: Cell
+    T: int
+    B: int
+    I: int
+    H: int
+    P: int
+    dtype: torch.dtype
+    tf32: bool
+    training: bool
+
+    @property
+    def projected(self) -> bool:
+        return self.P != self.H
+
+    @property
+    def s(self) -> int:
+        return self.dtype.itemsize
+
+    @property
+    def acc(self) -> int:
+        return accumulation_dtype(self.dtype).itemsize
+
+    @property
+    def G(self) -> int:
+        return len(self.cell.gates)
+
+    @property
+    def A(self) -> int:
+        return len(self.cell.accumulators)
+
+    @property
+    def S(self) -> int:
+        return len(self.cell.saved)
+
+    @property
+    def state(self) -> int:
+        """Bytes of one step's c."""
+        return self.B * self.H * self.acc if self.cell.has_cell_state else 0
+
+
+def _blocks(n: int, size: int) -> int:
+    return -(-n // size)
+
+
+def _matmul_flops(z: _Sizes, backward: bool, inside: bool) -> tuple[int, int]:
+    """(in the loop, outside of it) a step. ``inside``: the input projection is part of the step."""
+    recurrent, project = 2 * z.B * z.G * z.H * z.P, 2 * z.B * z.P * z.H if z.projected else 0
+    inputs = 2 * z.B * z.G * z.H * z.I
+    if backward:  # dx and the gradients of W_ih, W_hh, W_hr are products over all rows
+        return recurrent + project, 2 * inputs + recurrent + project
+    return recurrent + project + (inputs if inside else 0), 0 if inside else inputs
+
+
+def _pointwise_bytes(z: _Sizes, backward: bool, in_memory: bool) -> tuple[int, int]:
+    """What the cell itself reads and writes a step. ``in_memory``: carried state is, between two launches."""
+    unit = z.B * z.H * z.s
+    if backward:
+        uses_y = z.cell.saved == () or z.cell.has_direct
+        read = z.S * unit + z.B * z.P * z.s + z.state + uses_y * unit
+        carried = z.state + z.cell.has_direct * z.B * z.H * z.acc if in_memory else 0
+        return read + carried + (z.state if in_memory else 0), carried
+    saved = z.S * unit if z.training else 0
+    cells = z.state if z.training or in_memory else 0
+    return (z.state if in_memory else z.G * unit), z.B * z.P * z.s + saved + cells
+
+
+def _step_bytes(z: _Sizes, backward: bool, units: int, rows: int, projection: tuple[int, int]) -> tuple[int, int]:
+    """A step kernel's reads and writes, projection included: every block reads its weights and its rows again.
+
+    A block has ``units`` by ``rows``; in the product with W_hr (backward: with W_hh) ``projection`` says how many.
+    """
+
+    def product(columns: int, k: int, block: tuple[int, int], gates: int = 1) -> int:
+        width, rows = block
+        return _blocks(columns, width) * (z.B + width * gates * _blocks(z.B, rows)) * k * z.s
+
+    read, written = _pointwise_bytes(z, backward, in_memory=True)
+    unprojected = z.B * z.H * z.s if z.projected else 0
+    if not backward:
+        read += product(z.H, z.I + z.P, (units, rows), z.G)
+        if z.projected:
+            read, written = read + product(z.P, z.H, projection), written + unprojected
+        return read, written
+    written += z.A * z.B * z.H * z.s
+    if not z.projected:
+        return read + product(z.H, z.A * z.H, (units, rows)), written
+    through = z.B * z.P * z.s
+    return read + product(z.P, z.A * z.H, projection) + product(z.H, z.P, (units, rows)), written + through
+
+
+def _kept_bytes(z: _Sizes, backward: bool, exchanged_by: int) -> tuple[int, int]:
+    """A step of a kernel that keeps W_hh: ``exchanged_by`` blocks of a slice each read its h, or its dgates."""
+    read, written = _pointwise_bytes(z, backward, in_memory=False)
+    unit = z.B * z.H * z.s
+    width = z.A if backward else 1
+    return read + exchanged_by * width * unit, written + (z.A * unit if backward else 0)
+
+
+def _bound(z: _Sizes, backward: bool, flops: int, outside: int, blocks: int, inside: bool, chip, peaks: Peaks | None):
+    """(microseconds of a sequence or None, why).
+
+    A phase (the loop, the products outside of it) cannot move less through the memory than what it reads or writes once
+    and L2 cannot hold; and a block cannot use more than one multiprocessor.
+    """
+    if peaks is None:
+        return None, f"no published peaks of {chip.name} are known here"
+    kind = "tf32" if z.tf32 else {8: "float64", 4: "float32", 2: "16-bit"}[z.s]
+    peak = {"tf32": peaks.tf32, "float64": peaks.float64, "float32": peaks.float32}.get(kind, peaks.half) * 1e12
+    share = min(1.0, blocks / chip.multiprocessors)
+    compute = z.T * (flops / (peak * share) + outside / peak)
+    busy = f"{min(blocks, chip.multiprocessors)} of {chip.multiprocessors} multiprocessors"
+    if peaks.l2_bytes is None:
+        return compute * 1e6, f"{kind} products on {busy}; memory left out: the size of L2 is not published"
+    moved = 0
+    for read, written in _phases(z, backward, inside):
+        moved += max(0, read - peaks.l2_bytes) + max(0, written - peaks.l2_bytes)
+    memory = moved / (peaks.bandwidth * 1e12)
+    if memory > compute:
+        return memory * 1e6, "memory: what L2 cannot hold"
+    return compute * 1e6, f"{kind} products on {busy}"
+
+
+def _phases(z: _Sizes, backward: bool, inside: bool) -> list[tuple[int, int]]:
+    """Distinct bytes (read, written) of the loop and of the products outside of it, in a sequence."""
+    rows = z.T * z.B * z.s
+    w_ih, w_hh, w_hr = z.G * z.H * z.I * z.s, z.G * z.H * z.P * z.s, z.P * z.H * z.s if z.projected else 0
+    saved = z.S * z.H * rows + z.T * z.state
+    if backward:
+        dgates = z.A * z.H * rows
+        loop = saved + z.P * rows + w_hh + w_hr, dgates
+        return [loop, (dgates + (z.I + z.P) * rows + w_ih, z.I * rows + w_ih + w_hh + w_hr)]
+    written = z.P * rows + (saved if z.training else 0)
+    if inside:
+        return [(z.I * rows + w_ih + w_hh + w_hr, written)]
+    return [(z.I * rows + w_ih, z.G * z.H * rows), (z.G * z.H * rows + w_hh + w_hr, written)]
+
+
+def _cuobjdump() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    found = importlib.util.find_spec("triton")
+    folders = [Path(home) / "bin"] if home else []
+    folders += [Path(p) / "backends" / "nvidia" / "bin" for p in (found.submodule_search_locations if found else ())]
+    places = [shutil.which("cuobjdump"), *(str(f / "cuobjdump") for f in folders)]
+    return next((p for p in places if p and Path(p).exists()), None)
+
+
+@functools.cache
+def _compiled() -> tuple[tuple[tuple[int, str, int], ...], str]:
+    """((architecture, mangled kernel, registers), ...) of _cuda.so, and why there are none."""
+    library, tool = Path(__file__).with_name("_cuda.so"), _cuobjdump()
+    if not library.exists():
+        return (), "not known: there is no fusedrnn/_cuda.so to read it from"
+    if tool is None:
+        return (), "not known: there is no cuobjdump (CUDA toolkit, or the package triton) to read it with"
+    ran = subprocess.run([tool, "-res-usage", str(library)], capture_output=True, text=True)
+    if ran.returncode:
+        return (), f"not known: cuobjdump failed: {ran.stderr.strip()}"
+    found, arch = [], 0
+    for match in re.finditer(r"arch = sm_(\d+)|Function (\S+):\s+REG:(\d+)", ran.stdout):
+        if match[1]:
+            arch = int(match[1])
+        else:
+            found.append((arch, match[2], int(match[3])))
+    return tuple(found), "not known: no such kernel was found in fusedrnn/_cuda.so"
+
+
+_CELL_SYMBOLS = {"lstm": "4Lstm", "gru": "3Gru", "rnn_tanh": "3RnnILb1EE", "rnn_relu": "3RnnILb0EE"}
+_TYPE_SYMBOLS = {"float64": "d", "float32": "f", "bfloat16": "13__nv_bfloat16", "float16": "6__half"}
+
+
+def _registers(z: _Sizes, algorithm: str, backward: bool, capability: tuple[int, int]) -> tuple[int | None, str]:
+    """Of the instance that the launcher takes (csrc/cuda/persistent.cu, step.cu); rows are taken to be aligned."""
+    kernels, why = _compiled()
+    if not kernels:
+        return None, why
+    target = 10 * capability[0] + capability[1]
+    fitting = {arch for arch, _, _ in kernels if arch // 10 == capability[0] and arch <= target}
+    if not fitting:
+        return None, f"not known: _cuda.so has no code for sm_{target}, the driver compiles its PTX"
+    arch = max(fitting)
+    kernel = f"{algorithm}_{'backward' if backward else 'forward'}"
+    type_symbol = "NS_4Tf32E" if z.tf32 else _TYPE_SYMBOLS[str(z.dtype).removeprefix("torch.")]
+    symbol = re.compile(rf"{kernel}INS_{_CELL_SYMBOLS[z.cell.name]}E{type_symbol}Li(\d+)ELb([01])EEE")
+    instances = {}
+    for of_arch, name, registers in kernels:
+        match = symbol.search(name) if of_arch == arch else None
+        if match:
+            instances[int(match[1]), match[2] == "1"] = registers
+    sizes = sorted({size for size, _ in instances})
+    if algorithm == "persistent":
+        row = _blocks(z.H * z.s, 16) * 16 * (z.A if backward else 1)
+        size = next((n for n in sizes if row <= n * 64 * cuda_plan.WARPS), None)
+        whole = size is not None and row == size * 64 * cuda_plan.WARPS
+    else:
+        tiles = 2 if z.B <= 16 else 4
+        size = next((n for n in reversed(sizes) if n <= tiles), None)
+        k = (z.P if z.projected else z.A * z.H,) if backward else (z.I, z.P)
+        whole = all(n * z.s % 16 == 0 for n in k)
+    registers = instances.get((size, whole))
+    return registers, why if registers is None else f"sm_{arch} code of _cuda.so"
+
+
+def _others(plan: Callable[[str], object], algorithms: tuple[str, ...], taken: str) -> tuple[tuple[str, str], ...]:
+    found = []
+    for name in algorithms:
+        if name not in ("auto", taken):
+            try:
+                plan(name)
+                found.append((name, "possible, where it is asked for"))
+            except (RuntimeError, ValueError) as error:
+                found.append((name, str(error).split("cannot run: ")[-1]))
+    return tuple(found)
+
+
+def _cuda(z: _Sizes, backward: bool, chip: cuda_plan.Chip, peaks: Peaks | None, capability) -> Pass:
+    dtype = str(z.dtype).removeprefix("torch.")
+    problem = cuda_plan.Problem(z.cell.name, dtype, z.B, z.H, z.projected, backward, z.tf32)
+    plan = functools.partial(cuda_plan.plan, problem, chip)
+    chosen = plan("auto")
+    step = chosen.algorithm == "step"
+    grid, shared = chosen.grid, chosen.shared_bytes
+    units = cuda_plan.BACKWARD_UNITS if backward else cuda_plan.FORWARD_UNITS
+    if step:
+        rows = 16 if z.B <= 16 else 32
+        if not backward and z.s == 8 and z.cell.x_acc != z.cell.h_acc:
+            rows = 8  # two tiles of doubles and a copy of them do not fit in the registers
+        grid = _blocks(z.H, units), _blocks(z.B, rows)
+        pair = z.A + z.A % 2
+        forward_bytes = rows * cuda_plan.WARPS * cuda_plan.FORWARD_UNITS * pair * z.acc
+        shared = cuda_plan.BACKWARD_SUMS // 2 // 4 * z.acc if backward else forward_bytes
+        read, written = _step_bytes(z, backward, units, rows, (cuda_plan.BACKWARD_UNITS, rows))
+    else:
+        read, written = _kept_bytes(z, backward, grid[0])
+    flops, outside = _matmul_flops(z, backward, inside=step)
+    registers, registers_why = _registers(z, chosen.algorithm, backward, capability)
+    bound, bound_why = _bound(z, backward, flops, outside, grid[0] * grid[1], step, chip, peaks)
+    return Pass(
+        "cuda", backward, chosen.algorithm, chosen.why,
+        _others(plan, BACKEND_ALGORITHMS["cuda"], chosen.algorithm), grid, 32 * cuda_plan.WARPS, registers,
+        registers_why, shared, z.T * (2 if z.projected else 1) if step else 1, read, written, flops, outside, None,
+        bound, bound_why,
+    )  # fmt: skip
+
+
+def _triton(z: _Sizes, backward: bool, chip: triton.Chip, peaks: Peaks | None) -> Pass:
+    plan = lambda algorithm: triton.plan(
+        z.cell, z.B, z.I, z.H, z.P if z.projected else 0, z.dtype,
+        algorithm=algorithm, backward=backward, tf32=z.tf32, chip=chip,
+    )  # fmt: skip
+    chosen = plan("auto")
+    step = chosen.algorithm == "step"
+    if step:  # the projection is torch's matmul: it reads its operands once
+        read, written = _step_bytes(z, backward, chosen.BU, chosen.BB, (z.P, z.B))
+    else:
+        read, written = _kept_bytes(z, backward, 0)
+    flops, outside = _matmul_flops(z, backward, inside=step)
+    blocks = chosen.grid[0] * chosen.grid[1]
+    bound, bound_why = _bound(z, backward, flops, outside, blocks, step, chip, peaks)
+    return Pass(
+        "triton", backward, chosen.algorithm, chosen.why,
+        _others(plan, BACKEND_ALGORITHMS["triton"], chosen.algorithm), chosen.grid, 32 * chosen.num_warps, None,
+        "not known: Triton compiles at the first launch", chosen.shared_bytes,
+        z.T * (2 if z.projected else 1) if step else 1, read, written, flops, outside, None, bound, bound_why,
+    )  # fmt: skip
+
+
+def _own_cache_bytes() -> int:
+    try:
+        found = os.sysconf(191)  # glibc's _SC_LEVEL2_CACHE_SIZE, for which Python has no name
+    except OSError:
+        found = 0
+    return found if found > 0 else 1 << 20
+
+
+def _cpu(z: _Sizes, backward: bool) -> Pass:
+    """How csrc/cpu shares a sequence among threads: Sizes in sequence.cpp, Skeleton in recurrence_kernels.h."""
+    available = torch.get_num_threads()
+    product = z.B * z.G * z.H * z.P
+    few_rows = 2 * available > z.B
+    threads = 1 if product < (200000 if few_rows else 32768) else available
+    capability = _build.build_info()["cpu_capability"]
+    lanes = {"avx512": 64, "avx2": 32}.get(capability, 16) // z.acc
+    weights = z.G * _blocks(z.H, 2 * lanes) * 2 * lanes * z.P * z.acc
+    cache = _own_cache_bytes()
+    if threads == 1:
+        why = "one thread" + ("" if available == 1 else ": the product of a step is too small to share")
+        panel = weights
+    elif 16 * threads <= z.B and weights <= cache // 4 * 3:
+        why = f"{threads} threads share the rows of the batch, each with all of W_hh: no barrier"
+        panel = weights
+    else:
+        why = f"{threads} threads share the units: each keeps its part of W_hh, with a barrier a step"
+        panel = weights // threads
+    fits = "fit" if panel <= cache else "do not fit"
+    why += f"; {capability}; a core's panels of W_hh {fits} in its own cache of {_si(cache)}B"
+    flops, outside = _matmul_flops(z, backward, inside=False)
+    return Pass(
+        "cpu", backward, "persistent", why, threads=threads, launches=1, flops=flops, outside_flops=outside,
+        panel_bytes=panel, bound_why="no peaks are published for a CPU that shares its cores",
+    )  # fmt: skip
+
+
+def _check(cell, steps, batch, input_size, hidden_size, proj_size, num_layers, dtype, tf32, device, chip) -> None:
+    if cell not in CELLS:
+        raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {cell!r}")
+    sizes = {"steps": steps, "batch": batch, "input_size": input_size, "hidden_size": hidden_size}
+    for name, value in (sizes | {"num_layers": num_layers}).items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if proj_size and cell != "lstm":
+        raise ValueError(f"proj_size exists only for the lstm, got {proj_size} for {cell}")
+    if not 0 <= proj_size < hidden_size:
+        raise ValueError(f"proj_size must be at least 0 and less than hidden_size={hidden_size}, got {proj_size}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
+    if tf32 and dtype != torch.float32:
+        raise ValueError(f"tf32 is a way to multiply float32, got {dtype}")
+    if chip is not None and chip not in cuda_plan.CHIP_LIMITS:
+        raise ValueError(f"chip must be one of {', '.join(cuda_plan.CHIP_LIMITS)}, got {chip!r}")
+    if chip is not None and device is not None:
+        raise ValueError(f"either a chip or a device of this machine, got chip={chip!r} and device={str(device)!r}")
+
+
+def explain(
+    cell: str = "lstm",
+    *,
+    steps: int,
+    batch: int,
+    input_size: int,
+    hidden_size: int,
+    proj_size: int = 0,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    dtype: torch.dtype = torch.float32,
+    tf32: bool = False,
+    training: bool = True,
+    device: torch.device | str | None = None,
+    chip: str | None = None,
+) -> Explanation:
+    """What would run for these sizes, and why: plans, grids, memory, operations, bounds. Computes nothing.
+
+    Args:
+        cell: "lstm", "gru", "rnn_tanh" or "rnn_relu".
+        steps, batch, input_size, hidden_size, proj_size, num_layers, bidirectional: T, B, I, H, P, L and D as in
+            ``torch.nn.LSTM``; proj_size 0 is no projection.
+        dtype: of the tensors: float32, float64, bfloat16 or float16.
+        tf32: products of float32 are rounded to tf32, as ``torch.backends.cudnn.allow_tf32`` asks for.
+        training: gates are saved, and backward is explained as well.
+        device: of this machine; by default the GPU if there is one, else the CPU.
+        chip: instead of a device, the name of a GPU that need not be here: a100, h100-sxm, h100-pcie, b200, rtx-4090.
+
+    Returns:
+        The explanation, for each size of layer one ``Sequence`` with a ``Pass`` for each backend and direction.
+
+    Raises:
+        ValueError: there is no such cell or chip, or the sizes are wrong.
+        RuntimeError: the device is not here.
+    """
+    _check(cell, steps, batch, input_size, hidden_size, proj_size, num_layers, dtype, tf32, device, chip)
+    if chip is None:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    on_gpu = chip is not None or device.type == "cuda"
+    limits = peaks = gpu = capability = None
+    if chip is not None:
+        limits, peaks = cuda_plan.CHIP_LIMITS[chip], PEAKS[chip]
+        capability = peaks.capability
+        gpu = triton.chip_of(capability, limits.multiprocessors, limits.shared_per_block)
+        name, machine = f"{chip} (from its data sheet)", planning.Machine()
+    elif on_gpu:
+        from fusedrnn.backends import cuda
+
+        gpu, name, machine = triton._chip(device), torch.cuda.get_device_name(device), planning.machine()
+        if torch.version.cuda:  # ROCm has no CUDA kernels
+            limits, capability = cuda.chip(device), torch.cuda.get_device_capability(device)
+        peaks = next((p for p in PEAKS.values() if any(d in name for d in p.devices)), None)
+    else:
+        name, machine = f"this machine's {device.type}", planning.machine()
+
+    kind = "cuda" if on_gpu else device.type
+    problem = planning.Problem(cell, input_size, hidden_size, proj_size, dtype, kind, capability)
+    choice = planning.decide(problem, machine)
+
+    def passes(inputs: int) -> tuple[Pass, ...]:
+        P = proj_size or hidden_size
+        z = _Sizes(CELLS[cell], steps, batch, inputs, hidden_size, P, dtype, tf32, training)
+        found = []
+        for backend in ("cuda", "triton", "cpu"):
+            reason = planning.unsupported(backend, problem, machine)
+            if reason is None and backend in machine.on_cpu and not on_gpu:
+                reason = "it would run in the simulator or the interpreter, to be checked, not to be fast"
+            for backward in (False, True) if training else (False,):
+                if reason is not None:
+                    found.append(Pass(backend, backward, None, reason))
+                elif backend == "cuda":
+                    found.append(_cuda(z, backward, limits, peaks, capability))
+                elif backend == "triton":
+                    found.append(_triton(z, backward, gpu, peaks))
+                else:
+                    found.append(_cpu(z, backward))
+        return tuple(found)
+
+    directions = 2 if bidirectional else 1
+    sequences = [Sequence("layer 0", directions, input_size, passes(input_size))]
+    if num_layers > 1:
+        inputs = directions * (proj_size or hidden_size)
+        layers = "layer 1" if num_layers == 2 else f"layers 1 to {num_layers - 1}"
+        sequences.append(Sequence(layers, directions * (num_layers - 1), inputs, passes(inputs)))
+    return Explanation(
+        cell, steps, batch, input_size, hidden_size, proj_size, num_layers, bidirectional,
+        str(dtype).removeprefix("torch."), tf32, training, name, choice.backend, choice.why, tuple(sequences),
+    )  # fmt: skip
+
+
+def _si(n: float) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if n >= size:
+            return f"{n / size:.3g} {unit}"
+    return f"{n:.3g} "
+
+
+def _lines(one: Pass) -> list[str]:
+    """A pass as text; of a backend that cannot run one line is enough."""
+    indent = " " * 18
+    head = f"  {one.backend:<7}{'backward' if one.backward else 'forward':<9}"
+    if one.algorithm is None:
+        return [] if one.backward else [f"  {one.backend:<7}cannot run: {one.why}"]
+    lines = [f"{head}{one.algorithm}: {one.why}"]
+    lines += [f"{indent}not {name}: {why}" for name, why in one.others if why not in one.why]
+    if one.grid is not None:
+        registers = one.registers_why if one.registers is None else f"{one.registers} ({one.registers_why})"
+        grid = " x ".join(map(str, one.grid))
+        launches = "1 launch" if one.launches == 1 else f"{one.launches} launches"
+        lines += [
+            f"{indent}{launches} of {grid} blocks of {one.threads} threads",
+            f"{indent}{_si(one.shared_bytes)}B of shared memory a block; registers a thread: {registers}",
+            f"{indent}a step reads {_si(one.read_bytes)}B and writes {_si(one.written_bytes)}B",
+        ]
+    if one.panel_bytes is not None:
+        lines.append(f"{indent}{_si(one.panel_bytes)}B of weights a core")
+    lines.append(f"{indent}{_si(one.flops)}FLOP a step; in products outside of the loop {_si(one.outside_flops)}FLOP")
+    if one.bound_us is None:
+        return [*lines, f"{indent}no bound: {one.bound_why}"]
+    digits = 0 if one.bound_us >= 100 else 2
+    return [*lines, f"{indent}bound: at least {one.bound_us:,.{digits}f} us a sequence ({one.bound_why})"]

@@ -1,0 +1,272 @@
+"""fusedrnn.explain and its command: plans, bytes, operations and bounds of chips that are not here."""
+
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fusedrnn
+from fusedrnn import planning
+from fusedrnn.__main__ import main
+from fusedrnn.backends.cuda_plan import CHIP_LIMITS
+from fusedrnn.ops import BACKEND_ALGORITHMS
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import gpu_cost
+
+explain = importlib.import_module("fusedrnn.explain")
+CPU = Path(__file__).resolve().parents[1] / "csrc" / "cpu"
+BF16 = torch.bfloat16
+
+
+STEP = {"algorithm": "step"}
+
+
+def one(backend, *, backward=False, cell="lstm", sequence=0, **sizes):
+    """The pass of one backend."""
+    sizes = {"steps": 10, "batch": 16, "input_size": 64, "hidden_size": 64, "chip": "h100-sxm"} | sizes
+    found = fusedrnn.explain(cell, **sizes).sequences[sequence].passes
+    (only,) = [p for p in found if p.backend == backend and p.backward == backward]
+    return only
+
+
+def test_every_chip_has_peaks():
+    assert explain.PEAKS.keys() == CHIP_LIMITS.keys()
+
+
+@pytest.mark.parametrize("chip", CHIP_LIMITS)
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh", "rnn_relu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, BF16, torch.float16], ids=str)
+@pytest.mark.parametrize("hidden", [7, 128, 2000])
+def test_everything_is_explained(chip, cell, dtype, hidden):
+    sizes = {"steps": 5, "batch": 3, "input_size": 10, "hidden_size": hidden, "num_layers": 3, "bidirectional": True}
+    found = fusedrnn.explain(cell, **sizes, dtype=dtype, chip=chip)
+    assert found.backend == "cuda"
+    assert [(s.layers, s.count, s.input_size) for s in found.sequences] == [
+        ("layer 0", 2, 10),
+        ("layers 1 to 2", 4, 2 * hidden),
+    ]
+    for sequence in found.sequences:
+        for p in sequence.passes:
+            if p.backend == "cpu":
+                assert p.algorithm is None
+                assert p.why == "it takes CPU tensors, got cuda"
+                continue
+            assert {p.algorithm, *dict(p.others)} == set(BACKEND_ALGORITHMS[p.backend]) - {"auto"}
+            assert p.launches == (5 if p.algorithm == "step" else 1)
+            assert min(*p.grid, p.threads, p.shared_bytes, p.read_bytes, p.written_bytes, p.flops) > 0
+            assert p.shared_bytes <= CHIP_LIMITS[chip].shared_per_block
+            assert p.bound_us > 0
+            assert p.registers_why
+            assert p.registers is None or 16 <= p.registers <= 255
+
+
+@pytest.mark.parametrize("kernel", [k for k in gpu_cost.GOALS if k.algorithm == "persistent"], ids=str)
+def test_bytes_of_persistent_steps_are_those_of_the_docs(kernel):
+    found = one("cuda", backward=kernel.backward, batch=kernel.batch, hidden_size=kernel.hidden, dtype=kernel.dtype)
+    assert found.algorithm == "persistent"
+    assert (found.read_bytes, found.written_bytes) == gpu_cost.floor_bytes(kernel, found.grid[0])
+
+
+@pytest.mark.parametrize("backend, backward", [("cuda", False), ("cuda", True), ("triton", False)])
+def test_bytes_of_a_step_are_those_counted(backend, backward, monkeypatch):
+    """The formulas leave out the biases, 4 % here."""
+    if backend not in planning.machine().on_cpu:
+        pytest.skip(f"bytes of {backend} are counted by the simulator, where its compiler is and no GPU")
+    monkeypatch.setenv("FUSEDRNN_SIMULATE", "1")
+    kernel = gpu_cost.Kernel("step", backward, 16, 256, 0, 0, backend=backend)
+    counted = gpu_cost.per_step(kernel)
+    plan = explain.cuda_plan.plan if backend == "cuda" else explain.triton.plan
+    step = lambda *args, **kwargs: plan(*args[:2], "step") if backend == "cuda" else plan(*args, **kwargs | STEP)
+    monkeypatch.setattr(explain.cuda_plan if backend == "cuda" else explain.triton, "plan", step)
+    found = one(backend, backward=backward, input_size=256, hidden_size=256, dtype=BF16)
+    assert found.algorithm == "step"
+    assert found.read_bytes == pytest.approx(counted["global_ld_bytes"], rel=0.05)
+    assert found.written_bytes == pytest.approx(counted["global_st_bytes"], rel=0.05)
+
+
+def test_flops():
+    sizes = {"batch": 2, "input_size": 3, "hidden_size": 5, "dtype": torch.float64}  # float64 has step only
+    step = one("cuda", **sizes)
+    assert (step.algorithm, step.flops, step.outside_flops) == ("step", 2 * 2 * 20 * (5 + 3), 0)
+    gradient = one("cuda", backward=True, **sizes)
+    assert (gradient.flops, gradient.outside_flops) == (2 * 2 * 20 * 5, 2 * 2 * 20 * (5 + 2 * 3))
+    sizes["dtype"] = torch.float32
+    kept = one("cuda", cell="gru", **sizes)
+    assert (kept.algorithm, kept.flops, kept.outside_flops) == ("persistent", 2 * 2 * 15 * 5, 2 * 2 * 15 * 3)
+    projected = one("cuda", proj_size=4, **sizes)
+    assert projected.flops == 2 * 2 * 20 * (4 + 3) + 2 * 2 * 4 * 5
+    assert projected.launches == 20
+
+
+def test_bound_by_arithmetic():
+    """T steps of h W_hh^T on the multiprocessors that have a block, and x W_ih^T on all of them."""
+    found = one("cuda", steps=100, batch=16, input_size=768, hidden_size=768, dtype=BF16)
+    product = 2 * 16 * 4 * 768 * 768
+    assert found.grid == (96, 1)
+    assert found.bound_us == pytest.approx(100 * product * (132 / 96 + 1) / 989.5e12 * 1e6)
+    assert found.bound_why == "16-bit products on 96 of 132 multiprocessors"
+    tf32 = one("cuda", steps=100, batch=16, input_size=768, hidden_size=768, tf32=True)
+    assert tf32.bound_us == pytest.approx(2 * found.bound_us, rel=1e-3)
+
+
+def test_bound_by_memory():
+    """What the sequence reads and writes once, less what L2 holds."""
+    sizes = {"steps": 100_000, "batch": 32, "input_size": 8, "hidden_size": 8, "dtype": BF16, "training": False}
+    found = one("cuda", **sizes)
+    rows, l2 = 100_000 * 32 * 2, 50 << 20
+    x, gates, y = 8 * rows, 32 * rows, 8 * rows
+    moved = (gates - l2) + (gates + 512 - l2)
+    assert max(x + 512, y) < l2
+    assert found.bound_why == "memory: what L2 cannot hold"
+    assert found.bound_us == pytest.approx(moved / 3.35e12 * 1e6)
+    assert "L2 is not published" in one("cuda", chip="b200", **sizes).bound_why
+
+
+def test_inference_saves_nothing():
+    training, inference = (one("cuda", hidden_size=768, dtype=BF16, training=t) for t in (True, False))
+    assert inference.written_bytes == 16 * 768 * 2
+    assert training.written_bytes == 16 * 768 * (2 + 4 * 2 + 4)
+    passes = fusedrnn.explain(steps=1, batch=1, input_size=1, hidden_size=1, training=False).sequences[0].passes
+    assert not any(p.backward for p in passes)
+
+
+def test_registers_are_those_of_the_instance_that_is_launched(monkeypatch):
+    def symbol(kernel, cell, dtype, size, whole):
+        return f"_ZN8fusedrnn9anonymous{len(kernel)}{kernel}INS_{cell}E{dtype}Li{size}ELb{whole}EEEvNS0_7ForwardE"
+
+    kernels = [
+        (80, symbol("persistent_forward", "4Lstm", "13__nv_bfloat16", 3, 1), 1),
+        (90, symbol("persistent_forward", "4Lstm", "13__nv_bfloat16", 3, 1), 2),
+        (90, symbol("persistent_forward", "4Lstm", "13__nv_bfloat16", 4, 1), 3),
+        (90, symbol("persistent_forward", "4Lstm", "13__nv_bfloat16", 4, 0), 4),
+        (90, symbol("persistent_backward", "3RnnILb1EE", "NS_4Tf32E", 4, 1), 5),
+        (90, symbol("step_forward", "3Gru", "d", 1, 1), 6),
+        (90, symbol("step_forward", "4Lstm", "d", 4, 0), 7),
+    ]
+    monkeypatch.setattr(explain, "_compiled", lambda: (tuple(kernels), "not known: not there"))
+
+    def registers(*args, **sizes):
+        return one("cuda", *args, **sizes).registers
+
+    assert registers(hidden_size=768, dtype=BF16) == 2
+    assert registers(hidden_size=1024, dtype=BF16) == 3
+    assert registers(hidden_size=1000, dtype=BF16) == 4
+    assert registers(hidden_size=768, dtype=BF16, chip="a100") == 1
+    assert registers(cell="rnn_tanh", backward=True, hidden_size=512, tf32=True) == 5
+    assert registers(cell="gru", dtype=torch.float64) == 6
+    assert registers(batch=32, input_size=63, dtype=torch.float64) == 7
+    assert one("cuda", cell="gru").registers_why == "not known: not there"
+    unknown = one("cuda", chip="b200")
+    assert unknown.registers is None
+    assert unknown.registers_why == "not known: _cuda.so has no code for sm_100, the driver compiles its PTX"
+
+
+def test_registers_of_the_compiled_library():
+    kernels, why = explain._compiled()
+    if not kernels:
+        pytest.skip(f"registers are {why}")
+    found = one("cuda", hidden_size=768, dtype=BF16)
+    assert 64 <= found.registers <= 255
+    assert re.fullmatch(r"sm_\d+ code of _cuda.so", found.registers_why)
+
+
+@pytest.mark.parametrize(
+    "threads, batch, hidden, text",
+    [
+        (1, 64, 512, "one thread;"),
+        (2, 1, 64, "one thread: the product of a step is too small to share;"),
+        (2, 32, 128, "2 threads share the rows of the batch"),
+        (2, 8, 1024, "2 threads share the units"),
+        (2, 64, 2048, "2 threads share the units"),
+    ],
+)
+def test_cpu(threads, batch, hidden, text, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(explain, "_own_cache_bytes", lambda: 2 << 20)
+    monkeypatch.setattr(planning, "machine", planning.Machine)
+    found = one("cpu", batch=batch, hidden_size=hidden, chip=None, device="cpu")
+    assert found.why.startswith(text)
+    share = threads if "units" in text else 1
+    assert found.panel_bytes == 4 * hidden * hidden * 4 // share
+    assert found.bound_us is None
+    assert "no peaks" in found.bound_why
+    assert one("cuda", chip=None, device="cpu").why == "it takes CUDA tensors, got cpu"
+
+
+def test_cpu_rules_are_those_of_the_kernels():
+    """explain._cpu repeats what these lines of C++ decide: change them together."""
+    text = "".join((CPU / name).read_text() for name in ("sequence.cpp", "recurrence_kernels.h"))
+    for line in (
+        "const double step = static_cast<double>(batch) * cell.gates * hidden * out;",
+        "if (step < (batch >= 2 * threads ? 32768.0 : 200000.0)) threads = 1;",
+        "by_rows = s.threads > 1 && s.batch >= 16 * s.threads && weight_bytes <= s.cache_bytes / 4 * 3;",
+    ):
+        assert line in text
+
+
+def test_own_cache_is_the_second_level():
+    index = Path("/sys/devices/system/cpu/cpu0/cache/index2")
+    if not (index / "size").exists() or (index / "level").read_text().strip() != "2":
+        pytest.skip("the kernel does not say how large the second-level cache is")
+    assert explain._own_cache_bytes() == int((index / "size").read_text().strip().removesuffix("K")) << 10
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"chip": "h100"}, "chip must be one of a100, h100-sxm, h100-pcie, b200, rtx-4090, got 'h100'"),
+        ({"cell": "mgu"}, "cell must be one of lstm, gru, rnn_tanh, rnn_relu, got 'mgu'"),
+        ({"batch": 0}, "batch must be at least 1, got 0"),
+        ({"num_layers": -1}, "num_layers must be at least 1, got -1"),
+        ({"cell": "gru", "proj_size": 3}, "proj_size exists only for the lstm, got 3 for gru"),
+        ({"proj_size": 64}, "proj_size must be at least 0 and less than hidden_size=64, got 64"),
+        ({"dtype": torch.int64}, "dtype must be one of .*, got torch.int64"),
+        ({"dtype": BF16, "tf32": True}, "tf32 is a way to multiply float32, got torch.bfloat16"),
+        ({"device": "cpu"}, "either a chip or a device of this machine, got chip='h100-sxm' and device='cpu'"),
+    ],
+)
+def test_errors(given, message):
+    with pytest.raises(ValueError, match=message):
+        one("cuda", **given)
+
+
+def test_command(capsys):
+    arguments = "explain gru -T 1024 -B 16 -I 100 -H 768 --dtype bfloat16 --layers 2 --chip h100-sxm".split()
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("gru, T 1024, B 16, I 100, H 768, bfloat16, training, on h100-sxm (from its data sheet)\n")
+    assert "1 launch of 96 x 1 blocks of 256 threads" in text
+    assert "1024 launches of" in text
+    assert explain.BOUND in text
+    assert "measurement" in explain.BOUND
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["sequences"][0]["passes"][0]["grid"] == [96, 1]
+    assert main(["explain", "--device", "cpu"]) == 0
+    text = capsys.readouterr().out
+    assert "no bound" in text
+    assert explain.BOUND not in text
+
+
+def test_command_says_what_is_wrong(capsys):
+    assert main(["explain", "--chip", "gtx-1080"]) == 2
+    assert capsys.readouterr().err == (
+        "error: chip must be one of a100, h100-sxm, h100-pcie, b200, rtx-4090, got 'gtx-1080'\n"
+    )
+    with pytest.raises(SystemExit):
+        main(["explain", "mgu"])
+    assert "invalid choice: 'mgu'" in capsys.readouterr().err
+
+
+def test_info_says_what_would_run(capsys):
+    assert main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["cpu_tensors"].startswith("cpu (") == found["extension"]
+    assert found["threads"] >= 1
+    assert len(found["gpus"]) == torch.cuda.device_count()
+    assert found["gpus"] or "no GPU is here; with one: " in found["cuda_tensors"]
