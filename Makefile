@@ -13,7 +13,6 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 PY := $(VENV)/bin/python
 OURS := $(VENV)/.fusedrnn-created
 TORCH_STAMP := $(VENV)/.fusedrnn-torch-$(TORCH)
-LINT_STAMP := $(VENV)/.fusedrnn-lint
 # An environment holds one checkout at a time (the stamp's name), a checkout the extension of one environment at a time
 # (build/environment): whichever is out of date, the target installs again.
 INSTALLED := $(VENV)/.fusedrnn-installed-$(subst /,+,$(subst $() ,_,$(CURDIR)))
@@ -21,7 +20,7 @@ ENVIRONMENT := $(strip $(abspath $(VENV)) torch=$(TORCH) $(foreach v,FUSEDRNN_BU
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
 CLANG_FORMATTED = $(shell git ls-files 'csrc/*' 'tests/*' | grep -E '\.(h|cuh|cpp|cu)$$')
 
-.PHONY: help install demo test test-all lint bench gpu-cost clean
+.PHONY: help install demo test test-all lint bench gpu-cost docs dist clean
 .DELETE_ON_ERROR:
 
 help:
@@ -29,6 +28,7 @@ help:
 	@echo "make test      the tests that take seconds each      make test-all  all tests"
 	@echo "make bench     fusedrnn against torch.nn on the CPU  make gpu-cost  what the GPU kernels cost, counted"
 	@echo "make lint      ruff and clang-format                 make install   set up and build only"
+	@echo "make docs      the documentation (docs/_build/html)  make dist      an sdist and a wheel for the torch of VENV (dist/)"
 	@echo "make clean     remove what was built (not the environment)"
 
 demo: $(INSTALLED)
@@ -46,15 +46,23 @@ bench: $(INSTALLED)
 gpu-cost: $(INSTALLED)
 	$(PY) benchmarks/gpu_cost.py $(ARGS)
 
-lint: $(LINT_STAMP)
+lint: $(VENV)/.fusedrnn-extra-lint
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(if $(CLANG_FORMATTED),$(VENV)/bin/clang-format --dry-run -Werror $(CLANG_FORMATTED))
 
+docs: $(INSTALLED) $(VENV)/.fusedrnn-extra-docs
+	$(PY) -m sphinx -W --keep-going -q -b html docs docs/_build/html $(ARGS)
+	@echo docs/_build/html/index.html
+
+# FUSEDRNN_CUDA=0 and FUSEDRNN_BUILD=0 leave out what they leave out of an installation.
+dist: $(TORCH_STAMP) $(VENV)/.fusedrnn-extra-dist
+	$(PY) -m build --no-isolation $(ARGS)
+
 install: $(INSTALLED)
 
 clean:
-	rm -rf build dist *.egg-info demo-out bench-out
+	rm -rf build dist *.egg-info demo-out bench-out docs/_build
 	rm -f fusedrnn/*.so
 
 # Building inside the environment (--no-build-isolation) makes the extension fit its torch.
@@ -82,13 +90,9 @@ $(TORCH_STAMP): | $(PY)
 	fi
 	@touch $@
 
-# The tools' versions are those of the extra "lint"; a foreign environment has to bring them.
-$(LINT_STAMP): pyproject.toml | $(PY)
-	@if [ -e $(OURS) ]; then \
-	  $(PY) -m pip install $$(sed -n 's/^lint = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",'); \
-	else \
-	  $(PY) -m ruff --version && $(VENV)/bin/clang-format --version; \
-	fi
+# The tools of an extra, at its versions; an environment that make did not create has to bring them.
+$(VENV)/.fusedrnn-extra-%: pyproject.toml | $(PY)
+	@[ ! -e $(OURS) ] || sed -n 's/^$* = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ',' | xargs $(PY) -m pip install
 	@touch $@
 
 $(PY):

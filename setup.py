@@ -2,11 +2,15 @@
 
 Environment: FUSEDRNN_BUILD=0 compiles nothing; FUSEDRNN_CUDA=0 leaves CUDA out; TORCH_CUDA_ARCH_LIST names the
 architectures; MAX_JOBS limits how many files are compiled at once.
+
+What is compiled fits one torch and has CUDA kernels or not: its version says so (0.1.0+cu130.torch2.14.1,
+0.1.0+cpu.torch2.13.0) and it depends on that torch alone. An sdist, and a wheel with nothing compiled, are 0.1.0.
 """
 
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -27,7 +31,9 @@ CAPABILITY_FLAGS = {
 }  # fmt: skip
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
          "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # fmt: skip
-CUDA_ARCHITECTURES = "8.0+PTX;9.0"
+CUDA_ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0+PTX;9.0"
+VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "fusedrnn" / "__init__.py").read_text(), re.MULTILINE).group(1)
+TORCH = "torch>=2.13,<2.15"
 
 try:
     import torch
@@ -58,7 +64,17 @@ def decide_cuda(sources: list[Path]) -> tuple[str | None, str]:
         )
     if not sources:
         return None, "CUDA kernels are left out: there are none in csrc/cuda yet."
-    return nvcc, f"CUDA kernels are built: torch is built for CUDA {torch.version.cuda} and nvcc is {nvcc}."
+    # What is written down travels in the wheel: it names no folder of the machine that builds.
+    release = re.search(r"release (\S+),", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+    return nvcc, (
+        f"CUDA kernels are built for {CUDA_ARCHITECTURES}: torch is built for CUDA {torch.version.cuda} and nvcc "
+        f"{release.group(1) if release else 'of an unknown version'} was found."
+    )
+
+
+def prefix_maps() -> list[str]:
+    """Options that keep the folders of this machine out of what asserts and debug information say."""
+    return [f"-ffile-prefix-map={Path(torch.__file__).parents[1]}/=", f"-ffile-prefix-map={ROOT}/="]
 
 
 def gencode_flags(architectures: str) -> list[str]:
@@ -96,7 +112,7 @@ class BuildExt(build_ext):
     def build_extension(self, ext):
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        print(f"fusedrnn: {FACTS['cuda_why']}", flush=True)
+        print(f"fusedrnn: {FACTS['cuda_why']}{f' ({NVCC})' if NVCC else ''}", flush=True)
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         with ThreadPoolExecutor(jobs) as pool:
             cuda = pool.submit(self.build_cuda) if NVCC else None
@@ -131,7 +147,7 @@ class BuildExt(build_ext):
                 output_dir=self.build_temp,
                 macros=ext.define_macros,
                 include_dirs=ext.include_dirs,
-                extra_postargs=FLAGS + CAPABILITY_FLAGS.get(Path(source).name, []),
+                extra_postargs=FLAGS + prefix_maps() + CAPABILITY_FLAGS.get(Path(source).name, []),
                 depends=[source],
             )
         return str(compiled)
@@ -140,19 +156,21 @@ class BuildExt(build_ext):
         library = Path(self.build_temp) / CUDA_LIBRARY
         if self.is_fresh(library, [Path(__file__), *(ROOT / "csrc" / "cuda").iterdir(), *(ROOT / "csrc").glob("*.h")]):
             return library
-        architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        command = [NVCC, "--threads", jobs, "-shared", "-O3", "-std=c++17", "-lineinfo", "-cudart", "static",
-                   "-Xcompiler", "-fPIC,-fvisibility=hidden", "-I", str(ROOT / "csrc"), *gencode_flags(architectures),
-                   "-o", str(library), *map(str, CUDA_SOURCES)]  # fmt: skip
+        # Absolute names, and a device link that nothing needs, would write this machine's folders into the library.
+        command = [NVCC, "--threads", jobs, "-shared", "-nodlink", "-O3", "-std=c++17", "-lineinfo",
+                   "-cudart", "static", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-I", "csrc",
+                   *gencode_flags(CUDA_ARCHITECTURES), "-o", str(library),
+                   *(str(source.relative_to(ROOT)) for source in CUDA_SOURCES)]  # fmt: skip
         library.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run(command, check=True)
+        subprocess.run(command, check=True, cwd=ROOT)
         return library
 
 
 CUDA_LIBRARY = "_cuda.so"
 CUDA_SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 NVCC, FACTS = None, {}
+version, requires = VERSION, TORCH
 extensions = []
 if os.environ.get("FUSEDRNN_BUILD") == "0":
     FACTS = {"extension": False, "why": "FUSEDRNN_BUILD=0 when it was installed", "cuda_why": "FUSEDRNN_BUILD=0"}
@@ -172,6 +190,10 @@ else:
         "cuda_why": cuda_why,
         "flags": " ".join(FLAGS),
     }
+    if "sdist" not in sys.argv:
+        release = torch.__version__.split("+")[0]
+        label = f"cu{torch.version.cuda.replace('.', '')}" if NVCC else "cpu"
+        version, requires = f"{VERSION}+{label}.torch{release}", f"torch=={release}"
     sources = ["csrc/bindings.cpp", "csrc/cpu/sequence.cpp", "csrc/cpu/capability.cpp"]
     extensions = [
         Extension(
@@ -188,9 +210,11 @@ else:
     ]
 
 setup(
-    packages=["fusedrnn", "fusedrnn.backends", "fusedrnn.kernels"],
-    package_dir={"fusedrnn": "fusedrnn", "fusedrnn.kernels": "kernels"},
-    package_data={"fusedrnn": ["py.typed"]},
+    version=version,
+    install_requires=[requires],
+    packages=["fusedrnn", "fusedrnn.backends", "fusedrnn.benchmarks", "fusedrnn.kernels"],
+    package_dir={"fusedrnn": "fusedrnn", "fusedrnn.benchmarks": "benchmarks", "fusedrnn.kernels": "kernels"},
+    package_data={"fusedrnn": ["py.typed"], "fusedrnn.benchmarks": ["data/*.csv"]},
     ext_modules=extensions,
     cmdclass={"build_ext": BuildExt, "build_py": BuildPy},
 )
