@@ -83,6 +83,8 @@ def unstack(b_acc, A: tl.constexpr, BU: tl.constexpr, BB: tl.constexpr):
     """[A * BU, BB] as a tuple of A blocks [BU, BB]."""
     if A == 1:
         return (b_acc,)
+    elif A == 2:
+        return tl.split(tl.permute(tl.reshape(b_acc, (2, BU, BB)), (1, 2, 0)))
     else:
         tl.static_assert(A == 4)
         b_even, b_odd = tl.split(tl.permute(tl.reshape(b_acc, (2, 2, BU, BB)), (2, 3, 0, 1)))

@@ -6,7 +6,11 @@ from problems import Case, assert_close, make, models, run, widened
 
 from fusedrnn.backends import triton as backend
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+from fusedrnn.kernels.tile import unstack  # noqa: E402
+
 pytestmark = pytest.mark.skipif(
     backend._simulator() is None, reason="needs FUSEDRNN_SIMULATE=1, which the tests set where there is no GPU"
 )
@@ -76,3 +80,21 @@ def test_a_step_reads_the_weights_once(monkeypatch):
     assert forward["global_ld_bytes"] <= 14.5e6
     assert forward["warp_instr"] <= 300_000
     assert forward["mma"] == 2 * 4 * 768 * 768 * 16 // (16 * 8 * 16)
+
+
+@triton.jit
+def unstack_kernel(x, y, A: tl.constexpr, BU: tl.constexpr, BB: tl.constexpr):
+    o = tl.arange(0, BU)[:, None] * BB + tl.arange(0, BB)[None, :]
+    o_x = tl.arange(0, A * BU)[:, None] * BB + tl.arange(0, BB)[None, :]
+    blocks = unstack(tl.load(x + o_x), A, BU, BB)
+    for a in tl.static_range(A):
+        tl.store(y + a * (BU * BB) + o, blocks[a])
+
+
+@pytest.mark.parametrize("accumulators", [1, 2, 4])
+def test_accumulators_are_unstacked_in_order(accumulators):
+    x = torch.randn(accumulators * 8, 16)
+    y = torch.full_like(x, float("nan"))
+    constants = {"A": accumulators, "BU": 8, "BB": 16}
+    backend.launch(unstack_kernel, (1, 1), {"x": x, "y": y}, constants, num_warps=1, num_stages=1)
+    assert torch.equal(x, y)

@@ -134,7 +134,7 @@ def _plan_step(cell, batch, input_size, hidden_size, proj_size, dtype, math, chi
         # on every multiprocessor at once; a larger batch has the work for 64.
         columns, operands = max(input_size, proj_size or hidden_size), 2
         rows = 32 if BB <= 32 else 64
-        BU = rows // len(cell.accumulators)
+        BU = rows // _power_of_2(len(cell.accumulators), 1, rows)
         # A warp loads both its operands once for its whole tile: fewer warps, fewer instructions.
         num_warps = 1 if wide and rows == 32 else rows // 16
     if math in ("ieee", "double"):
@@ -355,7 +355,8 @@ def _step_forward(
     from fusedrnn.kernels.step import step_forward_kernel
 
     spec = CELLS[cell]
-    accumulators = len(spec.accumulators)
+    # tl.split halves a block: a step sums for a power of 2 of accumulators, the last ones perhaps of nothing.
+    accumulators = _power_of_2(len(spec.accumulators), 1, 4)
     I, (batch, P), H = x.shape[-1], h0.shape, w_hh.shape[0] // len(spec.gates)
     x_gate, h_gate = (_gate_of(accumulators, acc) for acc in (spec.x_acc, spec.h_acc))
     rows = step_rows(x, batch_sizes)
