@@ -9,7 +9,7 @@ torch.Size([5, 3, 16])
 
 from fusedrnn import functional
 from fusedrnn._build import build_info
-from fusedrnn.convert import convert, revert
+from fusedrnn.convert import ConversionEntry, conversion_report, convert, revert
 from fusedrnn.explain import explain
 from fusedrnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from fusedrnn.planning import backend, plan
@@ -19,11 +19,13 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "ConversionEntry",
     "GRUCell",
     "LSTMCell",
     "RNNCell",
     "backend",
     "build_info",
+    "conversion_report",
     "convert",
     "explain",
     "functional",
