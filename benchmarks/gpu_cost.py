@@ -18,6 +18,9 @@ from pathlib import Path
 
 import torch
 
+from fusedrnn.backends.common import Gradients, Inputs, Saved
+from fusedrnn.cells import CELLS
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -109,11 +112,13 @@ def _launches(kernel: Kernel, steps: int) -> dict[str, float]:
         draw(4 * hidden, hidden, scale=scale), draw(4 * hidden), draw(4 * hidden), None,
     ]  # fmt: skip
     with _counting(kernel.backend) as found:
-        y, _, _, gates, cells = backend.forward("lstm", *given, None, False, kernel.algorithm, True)
+        inputs = Inputs(*given, None, None, False)
+        y, _, _, gates, cells = backend.forward(CELLS["lstm"], inputs, kernel.algorithm, True, True)
         if kernel.backward:
             found.clear()
-            upstream = draw(steps, batch, hidden), draw(batch, hidden), draw(batch, hidden)
-            backend.backward("lstm", *upstream, *given, y, gates, cells, None, False, kernel.algorithm, [False] * 8)
+            upstream = Gradients(draw(steps, batch, hidden), draw(batch, hidden), draw(batch, hidden), None)
+            saved = Saved(y, gates, cells)
+            backend.backward(CELLS["lstm"], upstream, inputs, saved, kernel.algorithm, [False] * 8)
     return found
 
 

@@ -10,75 +10,93 @@ from torch import Tensor
 
 from fusedrnn import ops
 from fusedrnn.backends import reference
+from fusedrnn.backends.common import Inputs
+from fusedrnn.cells import CELLS
+
+# Of Inputs, the first so many are differentiable.
+_DIFFERENTIABLE = 8
 
 
 class RecurrenceFunction(torch.autograd.Function):
-    """One layer-direction sequence with its gates and cell states kept for the gradient."""
+    """One layer-direction sequence with its cell states and, without ``recompute``, its gates kept for the gradient.
+
+    Takes the fields of Inputs, then cell, backend, algorithm, recompute, and ``states``: whether every c is an output
+    that somebody may differentiate. Returns what the op returns.
+    """
 
     @staticmethod
-    def forward(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, cell, reverse, backend, algorithm):
-        return ops.sequence(
-            cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse, backend, algorithm, True
-        )
+    def forward(
+        x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, resets, reverse, cell, backend, algorithm,
+        recompute, states,
+    ):  # fmt: skip
+        # Dynamo understands no forward(*arguments).
+        inputs = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, resets, reverse)
+        return ops.sequence(cell, *inputs, backend, algorithm, not recompute, True)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.cell, ctx.reverse, ctx.backend, ctx.algorithm = inputs
+        *tensors, ctx.reverse, ctx.cell, ctx.backend, ctx.algorithm, ctx.recompute, states = inputs
         y, _, _, gates, cells = output
-        ctx.mark_non_differentiable(gates, cells)
+        ctx.states = states and CELLS[ctx.cell].has_cell_state
+        ctx.mark_non_differentiable(gates, *(() if ctx.states else (cells,)))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, y, gates, cells)
 
     @staticmethod
-    def backward(ctx, dy, dh_n, dc_n, _dgates, _dcells):
-        *inputs, batch_sizes, y, gates, cells = ctx.saved_tensors
-        if inputs[2] is None:
+    def backward(ctx, dy, dh_n, dc_n, _dgates, dcells):
+        *tensors, y, gates, cells = ctx.saved_tensors
+        if not CELLS[ctx.cell].has_cell_state:
             dc_n = None
-        if dy is None and dh_n is None and dc_n is None:
-            return (None,) * 13
-        needs = [t is not None and ctx.needs_input_grad[k] for k, t in enumerate(inputs)]
-        grads = RecurrenceBackwardFunction.apply(
-            dy, dh_n, dc_n, *inputs, batch_sizes, y, gates, cells, ctx.cell, ctx.reverse, ctx.backend,
-            ctx.algorithm, needs,
-        )  # fmt: skip
-        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None, None)
+        grads = (dy, dh_n, dc_n, dcells if ctx.states else None)
+        if all(g is None for g in grads):
+            return (None,) * 16
+        needs = [t is not None and ctx.needs_input_grad[k] for k, t in enumerate(tensors[:_DIFFERENTIABLE])]
+        found = RecurrenceBackwardFunction.apply(
+            *grads, *tensors, ctx.reverse, y, gates, cells, ctx.cell, ctx.backend, ctx.algorithm, ctx.recompute, needs
+        )
+        return (*(g if need else None for g, need in zip(found, needs, strict=True)), *(None,) * 8)
 
 
 class RecurrenceBackwardFunction(torch.autograd.Function):
-    """The fused gradient. Differentiable in the output gradients and in the inputs of the forward."""
+    """The fused gradient. Differentiable in the output gradients and in the inputs of the forward.
+
+    Takes the fields of Gradients, Inputs and Saved, then cell, backend, algorithm, recompute, needs.
+    """
 
     @staticmethod
     def forward(
-        dy, dh_n, dc_n, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, y, gates, cells, cell, reverse,
-        backend, algorithm, needs,
+        dy, dh_n, dc_n, dcells, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, resets, reverse, y, gates, cells,
+        cell, backend, algorithm, recompute, needs,
     ):  # fmt: skip
-        return ops.sequence_backward(
-            cell, dy, dh_n, dc_n, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, gates, cells, batch_sizes,
-            reverse, backend, algorithm, needs,
-        )  # fmt: skip
+        inputs = Inputs(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, resets, reverse)
+        if recompute and CELLS[cell].saved:
+            gates = ops.rebuilt_gates(cell, inputs, y, backend, algorithm)
+        return ops.sequence_backward(cell, dy, dh_n, dc_n, dcells, *inputs, y, gates, cells, backend, algorithm, needs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, _y, _gates, _cells, ctx.cell, ctx.reverse, _, _, ctx.needs = inputs
+        *tensors, ctx.reverse, _y, _gates, _cells, ctx.cell, _, _, _, ctx.needs = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx, *grads):
-        *given, batch_sizes = ctx.saved_tensors
-        outputs_grads, inputs = given[:3], given[3:]
+        *given, batch_sizes, resets = ctx.saved_tensors
+        outputs_grads, inputs = given[:4], given[4:]
         present = [k for k, t in enumerate(inputs) if t is not None]
         wanted = [k for k in present if ctx.needs[k]]
         arrived = [k for k, g in enumerate(outputs_grads) if g is not None]
         if all(grads[k] is None for k in wanted):
-            return (None,) * 20
+            return (None,) * 23
 
         def recurrence(*tensors: Tensor):
-            args: list[Tensor | None] = [None] * 8
+            args: list[Tensor | None] = [None] * _DIFFERENTIABLE
             for k, t in zip(present, tensors, strict=True):
                 args[k] = t
-            y, h_n, c_n, _, _ = reference.recurrence(ctx.cell, *args, batch_sizes, ctx.reverse)
-            outputs = (y, h_n, c_n)
+            y, h_n, c_n, _, cells = reference.recurrence(
+                CELLS[ctx.cell], Inputs(*args, batch_sizes, resets, ctx.reverse)
+            )
+            outputs = (y, h_n, c_n, None if cells is None else cells.view(*y.shape[:-1], -1))
             return tuple(outputs[k] for k in arrived)
 
         def gradient(*tensors: Tensor):
@@ -90,7 +108,7 @@ class RecurrenceBackwardFunction(torch.autograd.Function):
         _, pullback = torch.func.vjp(gradient, *primals)
         cotangents = tuple(torch.zeros_like(inputs[k]) if grads[k] is None else grads[k] for k in wanted)
         second = pullback(cotangents)
-        result: list[Tensor | None] = [None] * 20
-        for place, g in zip([*arrived, *(3 + k for k in present)], second, strict=True):
+        result: list[Tensor | None] = [None] * 23
+        for place, g in zip([*arrived, *(4 + k for k in present)], second, strict=True):
             result[place] = g if ctx.needs_input_grad[place] else None
         return tuple(result)

@@ -1,6 +1,8 @@
 """Recurrent layers as functions: layers, directions, dropout between layers, packed sequences."""
 
-from collections.abc import Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -9,29 +11,59 @@ from torch.autograd import forward_ad
 
 from fusedrnn import ops, planning
 from fusedrnn.autograd import RecurrenceFunction
+from fusedrnn.backends.common import Inputs, neighbours
 from fusedrnn.cells import CELLS, Cell
+
+# (thread, callback) of every open ``recording`` block. A plain list, because Dynamo has to guard on it.
+_recorders: list[tuple[int, Callable]] = []
+
+
+@contextlib.contextmanager
+def recording(callback: Callable):
+    """Calls ``callback(cell, layer, direction, y, gates, cells, batch_sizes)`` for every sequence of a layer and
+    direction that this thread computes, in order, with what the kernels computed: y [T, B, P] (or packed [N, P]),
+    gates [T, B, S*H] in the order of ``cell.saved`` (None if the cell saves none), cells [T, B, H] in float32 or
+    float64 (None without a c); detached. A Cell's call is a sequence of one step.
+    """
+    entry = (threading.get_ident(), callback)
+    _recorders.append(entry)
+    try:
+        yield
+    finally:
+        _recorders.remove(entry)
 
 
 def recurrence(
     cell: Cell,
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    w_hr: Tensor | None,
-    batch_sizes: Tensor | None,
-    reverse: bool,
+    inputs: Inputs,
     backend: str,
     algorithm: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One direction of one layer: y, h_n, c_n. Saves for backward only when a gradient will be asked for."""
-    tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
+    recompute: bool = False,
+    keep_cells: bool = False,
+    layer: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One direction of one layer: y, h_n, c_n, cells. Saves for backward only when a gradient will be asked for."""
+    mine = [callback for thread, callback in _recorders if thread == threading.get_ident()] if _recorders else []
+    tensors = inputs[:8]
     if (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)) or _has_tangent(tensors):
-        return RecurrenceFunction.apply(*tensors, batch_sizes, cell.name, reverse, backend, algorithm)[:3]
-    return ops.sequence(cell.name, *tensors, batch_sizes, reverse, backend, algorithm, False)[:3]
+        y, h_n, c_n, gates, cells = RecurrenceFunction.apply(
+            *inputs, cell.name, backend, algorithm, recompute and not mine, keep_cells
+        )
+    else:
+        y, h_n, c_n, gates, cells = ops.sequence(
+            cell.name, *inputs, backend, algorithm, bool(mine), bool(mine) or keep_cells
+        )
+    for callback in mine:
+        callback(
+            cell,
+            layer,
+            int(inputs.reverse),
+            y.detach(),
+            ops.gates_in_torch_order(gates, cell.name, backend).detach() if cell.saved else None,
+            cells.detach() if cell.has_cell_state else None,
+            inputs.batch_sizes,
+        )
+    return y, h_n, c_n, cells
 
 
 def _has_tangent(tensors: Sequence[Tensor | None]) -> bool:
@@ -54,10 +86,13 @@ def layers(
     bidirectional: bool,
     batch_first: bool,
     batch_sizes: Tensor | None,
+    resets: Tensor | None,
+    return_all_states: bool,
+    recompute: bool,
     backend: str | None,
     algorithm: str | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A stack of layers. ``weights`` is flat, in the order of torch.nn's ``_flat_weights``."""
+) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, ...] | None]:
+    """A stack of layers: y, h_n, c_n and every state. ``weights`` is flat, in the order of ``_flat_weights``."""
     directions = 2 if bidirectional else 1
     given = {"input": input, "h0": h0, **({"c0": c0} if cell.has_cell_state else {})}
     given |= {f"weights[{k}]": w for k, w in enumerate(weights)}
@@ -95,14 +130,22 @@ def layers(
         algorithm=algorithm,
     )
     if chosen.backend == "torch":
-        return _torch_layers(
+        if resets is not None or return_all_states:
+            raise RuntimeError(f"resets and return_all_states need a kernel of fusedrnn: {chosen.why}")
+        return *_torch_layers(
             cell, input, h0, c0, weights, bias, num_layers, dropout, training, bidirectional, batch_first,
             batch_sizes,
-        )  # fmt: skip
+        ), None  # fmt: skip
 
-    x = input.transpose(0, 1) if batch_first and batch_sizes is None else input
+    time_first = batch_sizes is not None or not batch_first
+    x = input if time_first else input.transpose(0, 1)
+    masks = (None,) * directions
+    if resets is not None:
+        masks = _masks(resets, x, h0.shape[1], batch_sizes, time_first, directions)
     h_n: list[Tensor] = []
     c_n: list[Tensor] = []
+    all_h: list[Tensor] = []
+    all_c: list[Tensor] = []
     for layer in range(num_layers):
         ys = []
         for direction in range(directions):
@@ -110,18 +153,56 @@ def layers(
             w_ih, w_hh, *rest = weights[k * per : (k + 1) * per]
             b_ih, b_hh = rest[:2] if bias else (None, None)
             w_hr = rest[-1] if projection else None
-            y, h, c = recurrence(
-                cell, x, h0[k], None if c0 is None else c0[k], w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes,
-                direction == 1, chosen.backend, chosen.algorithm,
+            given = Inputs(
+                x, h0[k], None if c0 is None else c0[k], w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, masks[direction],
+                direction == 1,
             )  # fmt: skip
+            y, h, c, cells = recurrence(
+                cell, given, chosen.backend, chosen.algorithm, recompute, return_all_states, layer
+            )
             ys.append(y)
             h_n.append(h)
             c_n.append(c)
+            all_h.append(y)
+            all_c.append(cells)
         x = ys[0] if directions == 1 else torch.cat(ys, -1)
         if dropout and training and layer + 1 < num_layers:
             x = F.dropout(x, dropout)
-    y = x.transpose(0, 1) if batch_first and batch_sizes is None else x
-    return y, torch.stack(h_n), torch.stack(c_n) if cell.has_cell_state else None
+    states = None
+    if return_all_states:
+        states = (torch.stack(all_h), *((torch.stack(all_c).to(x.dtype),) if cell.has_cell_state else ()))
+        states = states if time_first else tuple(s.transpose(1, 2) for s in states)
+    y = x if time_first else x.transpose(0, 1)
+    return y, torch.stack(h_n), torch.stack(c_n) if cell.has_cell_state else None, states
+
+
+def _masks(
+    resets: Tensor, x: Tensor, batch: int, batch_sizes: Tensor | None, time_first: bool, directions: int
+) -> tuple[Tensor, ...]:
+    """The reset mask of each direction, in the layout of x without features.
+
+    A new sequence begins at a step that is reset, in both directions: the one that runs backwards starts anew where it
+    leaves that step for the one before.
+    """
+    if not isinstance(resets, Tensor):
+        raise TypeError(f"resets must be a Tensor, got {type(resets).__name__}")
+    if resets.dtype != torch.bool:
+        raise RuntimeError(f"resets must be a bool tensor, got {resets.dtype}")
+    if resets.device != x.device:
+        raise RuntimeError(f"resets must be on the device of the input, {x.device}, got {resets.device}")
+    steps = x.shape[0] if batch_sizes is None else batch_sizes.shape[0]
+    want = (steps, batch) if time_first else (batch, steps)
+    if tuple(resets.shape) != want:
+        letters = "T, B" if time_first else "B, T"
+        raise RuntimeError(f"resets must have shape [{letters}] = {list(want)}, got {list(resets.shape)}")
+    mask = resets if time_first else resets.t()
+    if batch_sizes is None:
+        return (mask, torch.cat([mask[1:], torch.zeros_like(mask[:1])]))[:directions]
+    rows = x.shape[0]
+    after, inside, place = (t.to(x.device) for t in neighbours(batch_sizes, rows, 1))
+    step = torch.repeat_interleave(torch.arange(steps), batch_sizes, output_size=rows).to(x.device)
+    packed = mask[step, place]
+    return (packed, packed[after.clamp(max=rows - 1)] & inside)[:directions]
 
 
 def one_step(
@@ -157,7 +238,8 @@ def one_step(
     algorithm = chosen.algorithm
     if algorithm == "auto" and "step" in ops.BACKEND_ALGORITHMS[chosen.backend]:
         algorithm = "step"
-    _, h, c = recurrence(cell, input.unsqueeze(0), h0, c0, *weights, None, None, False, chosen.backend, algorithm)
+    given = Inputs(input.unsqueeze(0), h0, c0, *weights, None, None, None, False)
+    _, h, c, _ = recurrence(cell, given, chosen.backend, algorithm)
     return h, c if cell.has_cell_state else None
 
 
@@ -173,9 +255,12 @@ def lstm(
     batch_first: bool = False,
     batch_sizes: Tensor | None = None,
     *,
+    resets: Tensor | None = None,
+    return_all_states: bool = False,
+    recompute: bool = False,
     backend: str | None = None,
     algorithm: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple:
     """Multi-layer LSTM over a whole sequence.
 
     Args:
@@ -185,10 +270,15 @@ def lstm(
         weights: for each layer and direction w_ih [4H, I], w_hh [4H, P], then b_ih and b_hh [4H] if
             ``bias``, then w_hr [P, H] if P < H. Rows in the order i, f, g, o.
         batch_sizes: int64 [T] on the CPU, as in PackedSequence; then ``batch_first`` has no effect.
+        resets: bool [T, B] ([B, T] with ``batch_first``; rows in the order of ``hx`` if packed): where true, a new
+            sequence begins at that step, so that its h and c start from zeros.
+        return_all_states: return the states after every step as well.
+        recompute: keep no gates for backward (only h and c) and compute them again there.
         backend, algorithm: see :func:`fusedrnn.backend`; None lets planning choose.
 
     Returns:
-        y [T, B, D*P] (or packed [N, D*P]), h_n [L*D, B, P], c_n [L*D, B, H].
+        y [T, B, D*P] (or packed [N, D*P]), h_n [L*D, B, P], c_n [L*D, B, H]; with ``return_all_states`` then a tuple of
+        every h [L*D, T, B, P] and every c [L*D, T, B, H] ([L*D, B, T, .] with ``batch_first``, [L*D, N, .] if packed).
 
     Raises:
         TypeError: something is no Tensor.
@@ -199,10 +289,11 @@ def lstm(
     if not isinstance(hx, (tuple, list)) or len(hx) != 2:
         raise TypeError(f"hx must be a tuple of two Tensors (h_0, c_0), got {type(hx).__name__}")
     h0, c0 = hx
-    return layers(
+    y, h_n, c_n, states = layers(
         CELLS["lstm"], input, h0, c0, weights, bias, num_layers, dropout, training, bidirectional, batch_first,
-        batch_sizes, backend, algorithm,
+        batch_sizes, resets, return_all_states, recompute, backend, algorithm,
     )  # fmt: skip
+    return (y, h_n, c_n, states) if return_all_states else (y, h_n, c_n)
 
 
 def gru(
@@ -216,19 +307,60 @@ def gru(
     bidirectional: bool = False,
     batch_first: bool = False,
     batch_sizes: Tensor | None = None,
-    *,
-    backend: str | None = None,
-    algorithm: str | None = None,
-) -> tuple[Tensor, Tensor]:
+    **options,
+) -> tuple:
     """Multi-layer GRU over a whole sequence: :func:`lstm` without c, weights [3H, .] in the order r, z, n.
 
-    Returns y [T, B, D*H] (or packed) and h_n [L*D, B, H]. Equations as in torch.nn.GRU: the reset gate
-    multiplies the recurrent product, bias included.
+    ``options`` are lstm's keywords. Returns y [T, B, D*H] (or packed), h_n [L*D, B, H], and with
+    ``return_all_states`` a tuple of every h. Equations as in torch.nn.GRU: the reset gate multiplies the recurrent
+    product, bias included.
     """
-    return layers(
-        CELLS["gru"], input, hx, None, weights, bias, num_layers, dropout, training, bidirectional, batch_first,
-        batch_sizes, backend, algorithm,
-    )[:2]  # fmt: skip
+    return _one_state(
+        "gru", input, hx, weights, bias, num_layers, dropout, training, bidirectional, batch_first, batch_sizes,
+        **options,
+    )  # fmt: skip
+
+
+def rnn(
+    input: Tensor,
+    hx: Tensor,
+    weights: Sequence[Tensor],
+    nonlinearity: str = "tanh",
+    bias: bool = True,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    batch_sizes: Tensor | None = None,
+    **options,
+) -> tuple:
+    """Multi-layer Elman RNN: :func:`gru` with one gate, weights [H, .]. ``nonlinearity`` is "tanh" or "relu".
+
+    Equations as in torch.nn.RNN.
+    """
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
+    return _one_state(
+        f"rnn_{nonlinearity}", input, hx, weights, bias, num_layers, dropout, training, bidirectional, batch_first,
+        batch_sizes, **options,
+    )  # fmt: skip
+
+
+def _one_state(
+    cell: str,
+    *args,
+    resets: Tensor | None = None,
+    return_all_states: bool = False,
+    recompute: bool = False,
+    backend: str | None = None,
+    algorithm: str | None = None,
+) -> tuple:
+    input, hx, *rest = args
+    y, h_n, _, states = layers(
+        CELLS[cell], input, hx, None, *rest, resets, return_all_states, recompute, backend, algorithm
+    )
+    return (y, h_n, states) if return_all_states else (y, h_n)
 
 
 def _check_same(input: Tensor, other: Tensor, what: str) -> None:

@@ -17,9 +17,14 @@ class _Recurrent(nn.RNNBase):
 
     backend: str | None = None
     algorithm: str | None = None
+    recompute: bool = False
 
-    def __init__(self, *args, backend: str | None = None, algorithm: str | None = None, **kwargs) -> None:
+    def __init__(
+        self, *args, backend: str | None = None, algorithm: str | None = None, recompute: bool = False, **kwargs
+    ) -> None:
         super().__init__(*args, **kwargs)
+        if recompute:
+            self.recompute = True
         if backend is not None or algorithm is not None:
             functional.planning.check_choice(backend, algorithm)
             self.backend, self.algorithm = backend, algorithm
@@ -63,7 +68,7 @@ class _Recurrent(nn.RNNBase):
             which = f"hidden[{k}]" if len(states) > 1 else "hidden"
             self.check_hidden_size(state, (lead, batch, size), f"Expected {which} size {{}}, got {{}}")
 
-    def forward(self, input, hx=None):
+    def forward(self, input, hx=None, *, resets: Tensor | None = None, return_all_states: bool = False):
         """See the class; input [T, B, I], [B, T, I], [T, I] or a PackedSequence."""
         packed = isinstance(input, PackedSequence)
         batch_sizes = sorted_indices = unsorted_indices = None
@@ -101,7 +106,9 @@ class _Recurrent(nn.RNNBase):
         if not packed and input.size(1 if self.batch_first else 0) == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
 
-        y, *finals = functional.layers(
+        if resets is not None:
+            resets = self._batch_resets(resets, batched, sorted_indices)
+        y, *finals, every = functional.layers(
             CELL_OF_MODE[self.mode],
             input,
             states[0],
@@ -114,6 +121,9 @@ class _Recurrent(nn.RNNBase):
             self.bidirectional,
             self.batch_first,
             batch_sizes,
+            resets,
+            return_all_states,
+            self.recompute,
             self.backend,
             self.algorithm,
         )
@@ -125,7 +135,29 @@ class _Recurrent(nn.RNNBase):
         elif not batched:
             y = y.squeeze(0 if self.batch_first else 1)
             finals = [s.squeeze(1) for s in finals]
-        return y, tuple(finals) if len(finals) > 1 else finals[0]
+        final = tuple(finals) if len(finals) > 1 else finals[0]
+        if not return_all_states:
+            return y, final
+        if packed:
+            every = [PackedSequence(s.transpose(0, 1), batch_sizes, sorted_indices, unsorted_indices) for s in every]
+        elif not batched:
+            every = [s.squeeze(1 if self.batch_first else 2) for s in every]
+        return y, final, tuple(every) if len(every) > 1 else every[0]
+
+    def _batch_resets(self, resets: Tensor, batched: bool, sorted_indices: Tensor | None) -> Tensor:
+        if not isinstance(resets, Tensor):
+            raise TypeError(f"{type(self).__name__}: resets must be a Tensor, got {type(resets).__name__}")
+        if not batched:
+            if resets.dim() != 1:
+                raise RuntimeError(f"For unbatched 2-D input, resets should be 1-D but got a {resets.dim()}-D tensor")
+            resets = resets.unsqueeze(0 if self.batch_first else 1)
+        if sorted_indices is not None and resets.dim() == 2:
+            if resets.shape[1] != sorted_indices.shape[0]:
+                raise RuntimeError(
+                    f"resets must have shape [T, B] with B = {sorted_indices.shape[0]}, got {list(resets.shape)}"
+                )
+            resets = resets.index_select(1, sorted_indices)
+        return resets
 
     def _batch_states(self, states: tuple[Tensor, ...], batched: bool) -> tuple[Tensor, ...]:
         dims, kind = (3, "batched") if batched else (2, "unbatched")
@@ -162,12 +194,18 @@ class LSTM(_Recurrent):
         backend, algorithm: force a backend ("reference", "cpu", "triton", "cuda") and one of its algorithms
             ("step", "sequence", "persistent") for this module; None lets planning choose. :func:`fusedrnn.backend`
             overrides both.
+        recompute: keep only h and c for backward and compute the gates again there: less memory, more time.
 
     Inputs:
         input [T, B, I], [T, I] or a PackedSequence; hx = (h_0 [L*D, B, P], c_0 [L*D, B, H]), zeros if absent.
+        resets: bool [T, B] ([B, T] with ``batch_first``, [T] without a batch; [T, B] for a PackedSequence, in the order
+        of the batch before packing): where true a new sequence begins, in both directions: h and c are zeros before
+        that step, and the backward direction starts anew, from zeros, at the step before it.
 
     Outputs:
-        output [T, B, D*P] (or packed), (h_n [L*D, B, P], c_n [L*D, B, H]).
+        output [T, B, D*P] (or packed), (h_n [L*D, B, P], c_n [L*D, B, H]). With ``return_all_states=True`` also the
+        states after every step, (h [L*D, T, B, P], c [L*D, T, B, H]): ``(h[:, t], c[:, t])`` is a valid hx, and they
+        are differentiable. [L*D, B, T, .] with ``batch_first``; PackedSequences of [N, L*D, .] for packed input.
 
     Raises:
         ValueError, RuntimeError, TypeError: as torch.nn.LSTM does, with the rule and what came.

@@ -7,7 +7,9 @@ router below is the kernel.
 
 Shapes: T steps, B batch, I input, H hidden, P output (P = H without projection), G gates, A accumulators,
 S saved arrays (fusedrnn.cells), N rows of packed data. x is [T, B, I], or [N, I] with ``batch_sizes`` [T]
-(int64, on the CPU, as in PackedSequence).
+(int64, on the CPU, as in PackedSequence). Where ``resets`` (bool, [T, B] or [N]) is true, the step starts from zero
+states, in either direction. Of the outputs, gates [T, B, S*H] are kept with ``keep_gates``, cells [T, B, H] (every c,
+in the accumulation dtype) with ``keep_cells``; both are empty otherwise. cells are differentiable, gates are not.
 """
 
 import contextlib
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fusedrnn import _build
+from fusedrnn.backends.common import Gradients, Inputs, Saved, rows_of, started_from
 from fusedrnn.cells import CELLS, accumulation_dtype
 
 # Each backend's algorithms; "auto" leaves the choice to the backend.
@@ -31,13 +34,19 @@ BACKENDS = tuple(BACKEND_ALGORITHMS)
 ALGORITHMS = ("auto", "step", "sequence", "persistent")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-_INPUTS = "Tensor x, Tensor h0, Tensor? c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, "
-_CHOICE = "Tensor? batch_sizes, bool reverse, str backend, str algorithm, "
-_SEQUENCE = f"(str cell, {_INPUTS}{_CHOICE}bool save) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)"
+_INPUTS = (
+    "Tensor x, Tensor h0, Tensor? c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, "
+    "Tensor? batch_sizes, Tensor? resets, bool reverse, "
+)
+_CHOICE = "str backend, str algorithm, "
+_SEQUENCE = (
+    f"(str cell, {_INPUTS}{_CHOICE}bool keep_gates, bool keep_cells)"
+    " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)"
+)
 _BACKWARD = (
-    f"(str cell, Tensor? dy, Tensor? dh_n, Tensor? dc_n, {_INPUTS}Tensor y, Tensor gates, Tensor cells, "
-    f"{_CHOICE}bool[] needs) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, "
-    "Tensor db_ih, Tensor db_hh, Tensor dw_hr)"
+    f"(str cell, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, {_INPUTS}"
+    f"Tensor y, Tensor gates, Tensor cells, {_CHOICE}bool[] needs) -> "
+    "(Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh, Tensor dw_hr)"
 )
 
 _lib = torch.library.Library("fusedrnn", "DEF")
@@ -51,20 +60,7 @@ def no_such_algorithm(backend: str, algorithm: str) -> str:
     return f"algorithm {algorithm!r} of backend {backend!r} cannot run: it has {has}"
 
 
-def check_sequence(
-    cell: str,
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    w_hr: Tensor | None,
-    batch_sizes: Tensor | None,
-    backend: str,
-    algorithm: str,
-) -> None:
+def check_sequence(cell: str, inputs: Inputs, backend: str, algorithm: str) -> None:
     """Raises on inputs the op cannot run. Looks at shapes, dtypes and devices only: no data is read."""
     if cell not in CELLS:
         raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {cell!r}")
@@ -76,6 +72,7 @@ def check_sequence(
         raise RuntimeError(no_such_algorithm(backend, algorithm))
     spec = CELLS[cell]
     gates = len(spec.gates)
+    x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, resets, _ = inputs
 
     def check(ok: bool, message: str) -> None:
         if not ok:
@@ -122,6 +119,11 @@ def check_sequence(
             f"on {batch_sizes.device}",
         )
         check(batch_sizes.shape[0] > 0, "Expected sequence length to be larger than 0 in RNN")
+    if resets is not None:
+        check(resets.dtype == torch.bool, f"resets must be bool, got {resets.dtype}")
+        check_dims("resets", resets, *x.shape[:-1])
+        check(resets.device == x.device, f"resets must be on the device of x, {x.device}, got {resets.device}")
+        check(resets.layout == torch.strided, f"resets must be a dense tensor, got layout {resets.layout}")
     check(x.layout == torch.strided, f"x must be a dense tensor, got layout {x.layout}")
     for name, t in (
         ("h0", h0),
@@ -168,74 +170,51 @@ def _without_autocast(x: Tensor):
     return torch.autocast(device, enabled=False) if on else contextlib.nullcontext()
 
 
-def _sequence_python(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse, backend, algorithm, save):
-    check_sequence(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, backend, algorithm)
-    if batch_sizes is not None:
-        check_batch_sizes(batch_sizes, x.shape[0], h0.shape[0])
-    with _without_autocast(x):
-        return _backend(backend).forward(
-            cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse, algorithm, save
-        )
+def _sequence_python(cell, *arguments):
+    inputs, (backend, algorithm, keep_gates, keep_cells) = Inputs(*arguments[:11]), arguments[11:]
+    check_sequence(cell, inputs, backend, algorithm)
+    if inputs.batch_sizes is not None:
+        check_batch_sizes(inputs.batch_sizes, inputs.x.shape[0], inputs.h0.shape[0])
+    with _without_autocast(inputs.x):
+        return _backend(backend).forward(CELLS[cell], inputs, algorithm, keep_gates, keep_cells)
 
 
-def _sequence_backward_python(
-    cell,
-    dy,
-    dh_n,
-    dc_n,
-    x,
-    h0,
-    c0,
-    w_ih,
-    w_hh,
-    b_ih,
-    b_hh,
-    w_hr,
-    y,
-    gates,
-    cells,
-    batch_sizes,
-    reverse,
-    backend,
-    algorithm,
-    needs,
-):
-    _check_backward(
-        cell, dy, dh_n, dc_n, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, gates, cells, batch_sizes, backend,
-        algorithm, needs,
-    )  # fmt: skip
-    if batch_sizes is not None:
-        check_batch_sizes(batch_sizes, x.shape[0], h0.shape[0])
+def _of_backward(arguments) -> tuple[Gradients, Inputs, Saved, str, str, Sequence[bool]]:
+    """The arguments of sequence_backward after the cell, in groups."""
+    return Gradients(*arguments[:4]), Inputs(*arguments[4:15]), Saved(*arguments[15:18]), *arguments[18:]
+
+
+def _sequence_backward_python(cell, *arguments):
+    grads, inputs, saved, backend, algorithm, needs = _of_backward(arguments)
+    _check_backward(cell, grads, inputs, saved, backend, algorithm, needs)
+    if inputs.batch_sizes is not None:
+        check_batch_sizes(inputs.batch_sizes, inputs.x.shape[0], inputs.h0.shape[0])
     # An input that is absent has no gradient to compute, whatever was asked.
-    inputs = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
-    needs = [need and t is not None for need, t in zip(needs, inputs)]
-    with _without_autocast(x):
-        return _backend(backend).backward(
-            cell, dy, dh_n, dc_n, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, gates, cells, batch_sizes, reverse,
-            algorithm, needs,
-        )  # fmt: skip
+    needs = [need and t is not None for need, t in zip(needs, inputs[:8])]
+    with _without_autocast(inputs.x):
+        return _backend(backend).backward(CELLS[cell], grads, inputs, saved, algorithm, needs)
 
 
 def _check_backward(
-    cell, dy, dh_n, dc_n, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, gates, cells, batch_sizes, backend,
-    algorithm, needs: Sequence[bool],
-) -> None:  # fmt: skip
-    check_sequence(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, backend, algorithm)
-    shapes = _output_shapes(cell, x, h0, w_hh, save=True)
-    y_shape, h_shape, c_shape, gates_shape, cells_shape = shapes
+    cell: str, grads: Gradients, inputs: Inputs, saved: Saved, backend: str, algorithm: str, needs: Sequence[bool]
+) -> None:
+    check_sequence(cell, inputs, backend, algorithm)
+    x = inputs.x
+    y_shape, h_shape, c_shape, gates_shape, cells_shape = _output_shapes(cell, inputs, True, True)
     for name, t, shape, dtype in (
-        ("y", y, y_shape, x.dtype),
-        ("gates", gates, gates_shape, x.dtype),
-        ("cells", cells, cells_shape, accumulation_dtype(x.dtype)),
-        ("dy", dy, y_shape, x.dtype),
-        ("dh_n", dh_n, h_shape, x.dtype),
-        ("dc_n", dc_n, c_shape, x.dtype),
+        ("y", saved.y, y_shape, x.dtype),
+        ("gates", saved.gates, gates_shape, x.dtype),
+        ("cells", saved.cells, cells_shape, accumulation_dtype(x.dtype)),
+        ("dy", grads.dy, y_shape, x.dtype),
+        ("dh_n", grads.dh_n, h_shape, x.dtype),
+        ("dc_n", grads.dc_n, c_shape, x.dtype),
+        ("dcells", grads.dcells, cells_shape, accumulation_dtype(x.dtype)),
     ):
         if t is None and name.startswith("d"):
             continue
         got = "None" if t is None else f"{list(t.shape)} {t.dtype} on {t.device}"
         if t is None or tuple(t.shape) != shape or (t.dtype, t.device, t.layout) != (dtype, x.device, x.layout):
-            hint = " (was forward run with save=True?)" if t is not None and t.numel() == 0 else ""
+            hint = " (was forward run with keep_gates and keep_cells?)" if t is not None and t.numel() == 0 else ""
             raise RuntimeError(
                 f"fusedrnn::sequence_backward: {name} must be a dense {list(shape)} {dtype} on {x.device}, "
                 f"got {got}{hint}"
@@ -244,37 +223,30 @@ def _check_backward(
         raise RuntimeError(f"fusedrnn::sequence_backward: needs must have 8 entries, got {len(needs)}")
 
 
-def _output_shapes(cell: str, x: Tensor, h0: Tensor, w_hh: Tensor, save: bool) -> tuple[tuple, ...]:
-    spec = CELLS[cell]
-    steps, batch, hidden = tuple(x.shape[:-1]), h0.shape[0], w_hh.shape[0] // len(spec.gates)
+def _output_shapes(cell: str, inputs: Inputs, keep_gates: bool, keep_cells: bool) -> tuple[tuple, ...]:
+    spec, h0 = CELLS[cell], inputs.h0
+    steps, batch, hidden = tuple(inputs.x.shape[:-1]), h0.shape[0], inputs.w_hh.shape[0] // len(spec.gates)
     return (
         (*steps, h0.shape[1]),
         (batch, h0.shape[1]),
         (batch, hidden) if spec.has_cell_state else (0,),
-        (*steps, len(spec.saved) * hidden) if save and spec.saved else (0,),
-        (*steps, hidden) if save and spec.has_cell_state else (0,),
+        (*steps, len(spec.saved) * hidden) if keep_gates and spec.saved else (0,),
+        (*steps, hidden) if keep_cells and spec.has_cell_state else (0,),
     )
 
 
-def _sequence_fake(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse, backend, algorithm, save):
-    check_sequence(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, backend, algorithm)
-    y, h_n, c_n, gates, cells = _output_shapes(cell, x, h0, w_hh, save)
-    new = x.new_empty
-    return new(y), new(h_n), new(c_n), new(gates), new(cells, dtype=accumulation_dtype(x.dtype))
+def _sequence_fake(cell, *arguments):
+    inputs, (backend, algorithm, keep_gates, keep_cells) = Inputs(*arguments[:11]), arguments[11:]
+    check_sequence(cell, inputs, backend, algorithm)
+    y, h_n, c_n, gates, cells = _output_shapes(cell, inputs, keep_gates, keep_cells)
+    new = inputs.x.new_empty
+    return new(y), new(h_n), new(c_n), new(gates), new(cells, dtype=accumulation_dtype(inputs.x.dtype))
 
 
-def _sequence_backward_fake(
-    cell, dy, dh_n, dc_n, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, gates, cells, batch_sizes, reverse,
-    backend, algorithm, needs,
-):  # fmt: skip
-    _check_backward(
-        cell, dy, dh_n, dc_n, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, gates, cells, batch_sizes, backend,
-        algorithm, needs,
-    )  # fmt: skip
-    inputs = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
-    return tuple(
-        x.new_empty(t.shape if need and t is not None else (0,)) for t, need in zip(inputs, needs, strict=True)
-    )
+def _sequence_backward_fake(cell, *arguments):
+    grads, inputs, saved, backend, algorithm, needs = _of_backward(arguments)
+    _check_backward(cell, grads, inputs, saved, backend, algorithm, needs)
+    return tuple(inputs.x.new_empty(t.shape if need and t is not None else (0,)) for t, need in zip(inputs[:8], needs))
 
 
 def _no_raw_autograd(ctx, *grads):
@@ -297,6 +269,33 @@ for _name, _kernel, _fake in (
 
 sequence = torch.ops.fusedrnn.sequence.default
 sequence_backward = torch.ops.fusedrnn.sequence_backward.default
+
+
+def rebuilt_gates(cell: str, inputs: Inputs, y: Tensor, backend: str, algorithm: str) -> Tensor:
+    """The gates that forward did not keep, from its output: one step whose batch is every row of the sequence."""
+    rows, hidden = rows_of(inputs.x).shape[0], inputs.w_hh.shape[0] // len(CELLS[cell].gates)
+    # No gate depends on c.
+    c_prev = inputs.x.new_zeros(rows, hidden) if CELLS[cell].has_cell_state else None
+    if algorithm not in ("auto", "step"):
+        algorithm = "step" if "step" in BACKEND_ALGORITHMS[backend] else "auto"
+    one = inputs._replace(
+        x=rows_of(inputs.x).unsqueeze(0),
+        h0=started_from(inputs, y),
+        c0=c_prev,
+        batch_sizes=None,
+        resets=None,
+        reverse=False,
+    )
+    gates = sequence(cell, *one, backend, algorithm, True, False)[3]
+    return gates.view(*inputs.x.shape[:-1], gates.shape[-1])
+
+
+def gates_in_torch_order(gates: Tensor, cell: str, backend: str) -> Tensor:
+    """Saved gates [..., S*H] of any backend, gate after gate in the order of the cell table."""
+    if backend != "cuda" or gates.numel() == 0:
+        return gates
+    # That backend keeps the S values of a unit side by side.
+    return gates.unflatten(-1, (-1, len(CELLS[cell].saved))).transpose(-1, -2).flatten(-2)
 
 
 def autocast(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:

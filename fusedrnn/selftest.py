@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fusedrnn import planning
+from fusedrnn.backends.common import Inputs
 from fusedrnn.cells import CELLS
 from fusedrnn.functional import recurrence
 from fusedrnn.ops import BACKEND_ALGORITHMS
@@ -72,7 +73,8 @@ def _tensors(cell: str, size: tuple, dtype: torch.dtype, device: str) -> tuple[l
 def _run(cell: str, tensors, sizes, reverse: bool, backend: str, algorithm: str) -> list[Tensor]:
     """Outputs and all gradients."""
     inputs = [None if t is None else t.detach().requires_grad_() for t in tensors]
-    outputs = [t for t in recurrence(CELLS[cell], *inputs, sizes, reverse, backend, algorithm) if t.numel()]
+    outputs = recurrence(CELLS[cell], Inputs(*inputs, sizes, None, reverse), backend, algorithm)[:3]
+    outputs = [t for t in outputs if t.numel()]
     leaves = [t for t in inputs if t is not None]
     grads = torch.autograd.grad(outputs, leaves, [torch.cos(t.detach()) for t in outputs])
     return [t.detach().double().cpu() for t in (*outputs, *grads)]

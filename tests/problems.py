@@ -7,16 +7,19 @@ import torch
 from torch import Tensor
 
 from fusedrnn.backends import reference
-from fusedrnn.cells import CELLS
+from fusedrnn.backends.common import Gradients, Inputs, Saved
+from fusedrnn.cells import CELLS, accumulation_dtype
 from fusedrnn.functional import recurrence
 
 INPUTS = ("x", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
-OUTPUTS = ("y", "h_n", "c_n")
+OUTPUTS = ("y", "h_n", "c_n", "cells")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One direction of one layer. ``lengths`` (sorted) makes it packed; ``proj`` 0 is no projection."""
+    """One direction of one layer. ``lengths`` (sorted) makes it packed; ``proj`` 0 is no projection. With ``states``
+    every c is an output as well (of a cell that has one); ``resets`` draws a mask that is true in a third of places.
+    """
 
     T: int
     B: int
@@ -28,6 +31,8 @@ class Case:
     lengths: tuple[int, ...] | None = None
     strided: bool = False
     scale: float = 1.0
+    states: bool = False
+    resets: bool = False
 
     def __str__(self) -> str:
         text = f"T{self.T}-B{self.B}-I{self.I}-H{self.H}"
@@ -36,6 +41,7 @@ class Case:
         text += "-packed" if self.lengths else ""
         text += "-strided" if self.strided else ""
         text += f"-scale{self.scale:g}" if self.scale != 1 else ""
+        text += "-states" * self.states + "-resets" * self.resets
         return text + ("-reverse" if self.reverse else "")
 
     def batch_sizes(self) -> Tensor | None:
@@ -58,6 +64,11 @@ CASES = [
     Case(T=4, B=3, I=5, H=12, proj=1, lengths=(4, 2, 1), reverse=True),
     Case(T=5, B=3, I=6, H=10, strided=True),
     Case(T=5, B=2, I=4, H=9, scale=30.0),
+    Case(T=6, B=5, I=4, H=20, states=True, resets=True),
+    Case(T=5, B=9, I=3, H=7, resets=True, reverse=True, strided=True),
+    Case(T=7, B=5, I=6, H=12, lengths=(7, 7, 4, 2, 1), states=True, resets=True),
+    Case(T=7, B=3, I=4, H=17, lengths=(7, 5, 2), states=True, resets=True, reverse=True),
+    Case(T=4, B=3, I=5, H=12, proj=7, states=True, resets=True),
 ]
 
 
@@ -89,15 +100,18 @@ def make(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0, cel
         "dy": draw(*rows, out),
         "dh_n": draw(case.B, out),
         "dc_n": draw(case.B, case.H),
+        "dcells": draw(*rows, case.H).to(accumulation_dtype(dtype)) if case.states else None,
+        "resets": torch.rand(rows, generator=generator).lt(1 / 3).to(device) if case.resets else None,
     }
     return {name: t for name, t in made.items() if t is not None}
 
 
 def call(case: Case, tensors: dict[str, Tensor], backend: str, algorithm: str = "auto", cell: str = "lstm"):
-    """y, h_n and, where the cell has one, c_n."""
+    """y, h_n and, where the cell has one, c_n; every c with ``case.states``."""
     args = [tensors.get(name) for name in INPUTS]
-    outputs = recurrence(CELLS[cell], *args, case.batch_sizes(), case.reverse, backend, algorithm)
-    return dict(zip(OUTPUTS[: 2 + CELLS[cell].has_cell_state], outputs))
+    inputs = Inputs(*args, case.batch_sizes(), tensors.get("resets"), case.reverse)
+    outputs = recurrence(CELLS[cell], inputs, backend, algorithm, keep_cells=case.states)
+    return dict(zip(OUTPUTS[: 2 + CELLS[cell].has_cell_state * (1 + case.states)], outputs))
 
 
 def run(
@@ -114,7 +128,7 @@ def run(
     wrt = tuple(name for name in inputs if name in wrt)
     for name in wrt:
         inputs[name].requires_grad_()
-    outputs = call(case, inputs, backend, algorithm, cell)
+    outputs = call(case, inputs | {"resets": given.get("resets")}, backend, algorithm, cell)
     result = {name: t.detach() for name, t in outputs.items()}
     if wrt:
         used = [name for name in outputs if name in through]
@@ -127,7 +141,7 @@ def run(
 
 def widened(given: dict[str, Tensor]) -> dict[str, Tensor]:
     """The very same numbers in float64 on the CPU."""
-    return {name: t.detach().double().cpu() for name, t in given.items()}
+    return {name: t.cpu() if t.dtype == torch.bool else t.detach().double().cpu() for name, t in given.items()}
 
 
 def _to_tf32(t: Tensor, nearest: bool) -> Tensor:
@@ -168,9 +182,13 @@ def at_own_kinks(case: Case, given: dict[str, Tensor], found: dict[str, Tensor])
     wide = widened(given)
     inputs, none = [wide.get(name) for name in INPUTS], torch.empty(0, dtype=torch.float64)
     grads = reference.backward(
-        "rnn_relu", wide["dy"], wide["dh_n"], None, *inputs, found["y"].double().cpu(), none, none,
-        case.batch_sizes(), case.reverse, "auto", [t is not None for t in inputs],
-    )  # fmt: skip
+        CELLS["rnn_relu"],
+        Gradients(wide["dy"], wide["dh_n"], None, None),
+        Inputs(*inputs, case.batch_sizes(), wide.get("resets"), case.reverse),
+        Saved(found["y"].double().cpu(), none, none),
+        "auto",
+        [t is not None for t in inputs],
+    )
     return {"d" + name: g for name, g in zip(INPUTS, grads) if name in given}
 
 

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 import fusedrnn
-from fusedrnn import _build
-from fusedrnn.ops import sequence, sequence_backward
+from fusedrnn import _build, ops
 
 pytestmark = pytest.mark.skipif(not _build.loaded(), reason=f"the C++ extension: {_build.why_not_loaded()}")
 
@@ -40,6 +39,18 @@ SIZES_WIDE = [(2, 101, 3, 20, 0, None)]
 TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-13, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 # Of sigmoid and tanh, in units in the last place.
 ULPS = {torch.float32: (2.5, 2.5), torch.float64: (2.5, 2.5), torch.bfloat16: (0.51, 0.51), torch.float16: (0.51, 0.51)}
+
+
+def sequence(cell, *arguments):
+    *inputs, reverse, backend, algorithm, save = arguments
+    return ops.sequence(cell, *inputs, None, reverse, backend, algorithm, save, save)
+
+
+def sequence_backward(cell, dy, dh_n, dc_n, *arguments):
+    *inputs, y, gates, cells, sizes, reverse, backend, algorithm, needs = arguments
+    return ops.sequence_backward(
+        cell, dy, dh_n, dc_n, None, *inputs, sizes, None, reverse, y, gates, cells, backend, algorithm, needs
+    )
 
 
 def draw(T, B, I, H, P, lengths, dtype, bias=True):
@@ -333,7 +344,7 @@ def test_unknown_instruction_set_raises(name):
     call = (
         "import torch, fusedrnn; from fusedrnn.ops import sequence; z = torch.zeros\n"
         "inputs = (z(1, 1, 1), z(1, 1), z(1, 1), z(4, 1), z(4, 1), None, None, None)\n"
-        "def use(): sequence('lstm', *inputs, None, False, 'cpu', 'auto', False)\n"
+        "def use(): sequence('lstm', *inputs, None, None, False, 'cpu', 'auto', False, False)\n"
         "for call in (use, use, fusedrnn._build.build_info):\n"
         "    try: call()\n"
         "    except RuntimeError as error: print(error)\n"
@@ -354,11 +365,11 @@ torch.set_num_threads(1)
 H = 2048
 x, h, w_ih, w_hh = torch.ones(1, 1, 1), torch.ones(1, H), torch.ones(4 * H, 1), torch.ones(4 * H, H)
 inputs = (x, h, h, w_ih, w_hh, None, None, None)
-forward = lambda: sequence("lstm", *inputs, None, False, "cpu", "auto", True)
+forward = lambda: sequence("lstm", *inputs, None, None, False, "cpu", "auto", True, True)
 y, _, _, gates, cells = forward()
 needs = [False, True] + [False] * 6
 backward = lambda: sequence_backward(
-    "lstm", y, h, h, *inputs, y, gates, cells, None, False, "cpu", "auto", needs)[1]
+    "lstm", y, h, h, None, *inputs, None, None, False, y, gates, cells, "cpu", "auto", needs)[1]
 dh0 = backward()
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 before = resource.getrlimit(resource.RLIMIT_AS)

@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusedrnn import planning
+from fusedrnn import ops, planning
 from fusedrnn.backends import cuda, reference
+from fusedrnn.backends.common import Gradients, Inputs, Saved
 from fusedrnn.backends.cuda_plan import CHIP_LIMITS, Chip, Problem, plan
+from fusedrnn.cells import CELLS
 
+LSTM = CELLS["lstm"]
 ROOT = Path(__file__).resolve().parents[1]
 simulated = pytest.mark.skipif(
     "cuda" not in planning.machine().on_cpu, reason="the simulator runs CUDA kernels where there is an nvcc and no GPU"
@@ -40,9 +43,15 @@ def draw(steps, batch, inputs, hidden, dtype, sizes=None, seed=0):
 def both(given, upstream, algorithm, sizes=None, reverse=False, module=cuda):
     """Outputs and gradients of one call."""
     sizes = None if sizes is None else torch.tensor(sizes)
-    y, h_n, c_n, gates, cells = module.forward("lstm", *given, sizes, reverse, algorithm, True)
-    grads = module.backward("lstm", *upstream, *given, y, gates, cells, sizes, reverse, algorithm, [True] * 7 + [False])
+    inputs = Inputs(*given, sizes, None, reverse)
+    y, h_n, c_n, gates, cells = module.forward(LSTM, inputs, algorithm, True, True)
+    saved = Saved(y, gates, cells)
+    grads = module.backward(LSTM, Gradients(*upstream, None), inputs, saved, algorithm, [True] * 7 + [False])
     return [y, h_n, c_n, cells, *grads[:7]]
+
+
+def forward(given, algorithm, module=cuda):
+    return module.forward(LSTM, Inputs(*given, None, None, False), algorithm, True, True)
 
 
 def assert_agree(got, given, upstream, tolerance, sizes=None, reverse=False):
@@ -99,7 +108,7 @@ def test_nan_of_any_bits_passes_through(dtype, tf32, monkeypatch):
 def test_infinite_weights_do_not_look_like_a_missing_packet():
     given, _upstream = draw(3, 4, 5, 24, torch.float32)
     given[4][0, 0], given[4][0, 1] = float("inf"), float("-inf")
-    y = cuda.forward("lstm", *given, None, False, "persistent", True)[0]
+    y = forward(given, "persistent")[0]
     assert y.shape == (3, 4, 24)
 
 
@@ -107,9 +116,7 @@ def test_error_of_h_is_that_of_rounding():
     """Against a model that does float32 math and rounds only what is stored: hoisted input gates and h."""
     given, _ = draw(4, 16, 768, 768, torch.bfloat16)
     x, h0, c0, w_ih, w_hh, b_ih, b_hh, _ = given
-    exact = reference.forward("lstm", *[None if t is None else t.double() for t in given], None, False, "auto", False)[
-        0
-    ]
+    exact = forward([None if t is None else t.double() for t in given], "auto", reference)[0]
     hoisted = torch.addmm(b_ih, x.view(-1, 768), w_ih.t()).view(4, 16, -1).float()
     h, c, model = h0, c0.float(), []
     for t in range(4):
@@ -118,16 +125,16 @@ def test_error_of_h_is_that_of_rounding():
         h = (o.sigmoid() * c.tanh()).to(h.dtype)
         model.append(h)
     for algorithm in ("persistent", "step"):
-        y = cuda.forward("lstm", *given, None, False, algorithm, False)[0]
+        y = forward(given, algorithm)[0]
         error = (y.double() - exact).abs().max()
         assert error <= 1.3 * (torch.stack(model).double() - exact).abs().max(), algorithm
 
 
 def test_gates_in_torch_order():
     given, _ = draw(2, 3, 4, 10, torch.float64)
-    gates = cuda.forward("lstm", *given, None, False, "step", True)[3]
-    want = reference.forward("lstm", *given, None, False, "auto", True)[3]
-    torch.testing.assert_close(cuda.gates_in_torch_order(gates, cuda.CELLS["lstm"]), want)
+    gates = forward(given, "step")[3]
+    want = forward(given, "auto", reference)[3]
+    torch.testing.assert_close(ops.gates_in_torch_order(gates, "lstm", "cuda"), want)
 
 
 # Planning
@@ -229,10 +236,10 @@ def check_persistent(patch, sentinel=-1):
     given, _ = draw(4, 17, 5, 40, torch.bfloat16)
     given[0][1, 2, 0] = float("nan")
     keep = [b for b in range(17) if b != 2]
-    want = reference.forward("lstm", *[None if t is None else t.double() for t in given], None, False, "auto", True)
+    want = forward([None if t is None else t.double() for t in given], "auto", reference)
     for seed in SEEDS:
         with cuda.simulator_options(seed=seed, torn=seed % 2 == 0):
-            y, h_n, c_n, _gates, _cells = cuda.forward("lstm", *given, None, False, "persistent", True)
+            y, h_n, c_n, _gates, _cells = forward(given, "persistent")
         assert y[1:, 2].isnan().all()
         for a, b in ((y[:, keep], want[0][:, keep]), (h_n[keep], want[1][keep]), (c_n[keep], want[2][keep])):
             torch.testing.assert_close(a.double(), b, atol=1e-2, rtol=1e-2)

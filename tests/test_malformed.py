@@ -79,9 +79,9 @@ def op_call(rng: random.Random) -> None:
     x = torch.randn(7, 4) if packed else torch.randn(3, 3, 4)
     tensors = [x, torch.randn(3, 5), torch.randn(3, 5), torch.randn(20, 4), torch.randn(20, 5), torch.randn(20)]
     tensors += [torch.randn(20), None]
-    good = ["lstm", *tensors, sizes, rng.random() < 0.5, backend, "auto", True]
+    good = ["lstm", *tensors, sizes, None, rng.random() < 0.5, backend, "auto", True, True]
     if rng.random() < 0.5:
-        k = rng.randrange(1, 10)
+        k = rng.randrange(1, 11)
         good[k] = wrong_tensor(rng, good[k])
         if packed and rng.random() < 0.5:
             good[9] = torch.tensor(rng.choice([[3, 3, 1, 1], [2, 3, 2], [7], [], [3, 2, 1], [8, -1], [3, 2, 2, 0]]))
@@ -89,9 +89,9 @@ def op_call(rng: random.Random) -> None:
         return
     y, _, _, gates, cells = ops.sequence(*good)
     needs = [rng.random() < 0.5 for _ in range(rng.choice([8, 8, 8, 7]))]
-    back = ["lstm", torch.randn_like(y), torch.randn(3, 5), torch.randn(3, 5), *good[1:9], y, gates, cells]
-    back += [*good[9:13], needs]
-    k = rng.randrange(1, 16)
+    back = ["lstm", torch.randn_like(y), torch.randn(3, 5), torch.randn(3, 5), torch.randn_like(cells), *good[1:12]]
+    back += [y, gates, cells, *good[12:14], needs]
+    k = rng.choice([*range(1, 15), 16, 17, 18])
     back[k] = wrong_tensor(rng, back[k])
     ops.sequence_backward(*back)
 

@@ -107,7 +107,7 @@ CASES = [Case(T=3, B=2, I=4, H=5), Case(T=3, B=2, I=4, H=5, proj=2, bias=False, 
 def forward_args(case: Case, backend: str, save: bool):
     given = make(case, torch.float32)
     tensors = [given.get(name) for name in INPUTS]
-    return ("lstm", *tensors, case.batch_sizes(), case.reverse, backend, "auto", save), given
+    return ("lstm", *tensors, case.batch_sizes(), None, case.reverse, backend, "auto", save, save), given
 
 
 @pytest.mark.parametrize("save", [True, False])
@@ -126,7 +126,7 @@ def test_opcheck_sequence_backward(backend, algorithm, case, needs):
     need(backend)
     (cell, *rest), given = forward_args(case, backend, True)
     y, _, _, gates, cells = ops.sequence(cell, *rest)
-    args = (cell, given["dy"], None, given["dc_n"], *rest[:8], y, gates, cells, *rest[8:12], needs)
+    args = (cell, given["dy"], None, given["dc_n"], None, *rest[:11], y, gates, cells, *rest[11:13], needs)
     torch.library.opcheck(ops.sequence_backward, args)
 
 

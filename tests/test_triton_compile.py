@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from fusedrnn.backends import triton as backend
+from fusedrnn.backends.common import Gradients, Inputs, Saved
 from fusedrnn.backends.triton import Chip
+from fusedrnn.cells import CELLS
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
@@ -27,15 +29,17 @@ def launches_of(monkeypatch, arch, algorithm, dtype, B, I, H, tf32=False, length
     """The two launches, forward's and backward's, that the backend would make for a sequence of one step."""
     seen = []
     monkeypatch.setattr(backend, "launch", lambda *launch: seen.append(launch))
-    monkeypatch.setattr(backend, "_check_device", lambda x: None)
+    monkeypatch.setattr(backend, "_check", lambda *args: None)
     monkeypatch.setattr(backend, "_chip", lambda device: CHIPS[arch])
     monkeypatch.setattr(backend, "allow_tf32", lambda: tf32)
     x, h0, c0 = (torch.zeros(*shape, dtype=dtype) for shape in ((1, B, I), (B, H), (B, H)))
     w_ih, w_hh, b = (torch.zeros(*shape, dtype=dtype) for shape in ((4 * H, I), (4 * H, H), (4 * H,)))
     inputs = (x, h0, c0, w_ih, w_hh, b, b, None)
-    y, h_n, c_n, gates, cells = backend.forward("lstm", *inputs, None, False, algorithm, True)
+    inputs = Inputs(*inputs, None, None, False)
+    y, h_n, c_n, gates, cells = backend.forward(CELLS["lstm"], inputs, algorithm, True, True)
     needs = [True] * 7 + [False]
-    backend.backward("lstm", y, h_n, c_n, *inputs, y, gates, cells, None, False, algorithm, needs)
+    upstream, saved = Gradients(y, h_n, c_n, None), Saved(y, gates, cells)
+    backend.backward(CELLS["lstm"], upstream, inputs, saved, algorithm, needs)
     assert len(seen) == 2
     return seen
 

@@ -97,7 +97,7 @@ struct Sizes {
 
   Sizes(c10::string_view cell_name, const Tensor& x, const Tensor& h0, const OptionalTensor& c0, const Tensor& w_ih,
         const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh, const OptionalTensor& w_hr,
-        const OptionalTensor& batch_sizes)
+        const OptionalTensor& batch_sizes, const OptionalTensor& resets)
       : cell(find_cell(cell_name)) {
     const int64_t dims = batch_sizes ? 2 : 3;
     TORCH_CHECK(x.dim() == dims, "fusedrnn: x must have ", dims, " dimensions, got ", x.dim());
@@ -128,6 +128,8 @@ struct Sizes {
     } else {
       dense(x);
     }
+    check_tensor("resets", resets, lead, at::kBool);
+    TORCH_CHECK(!resets, "backend 'cpu' has no resets yet");
   }
 
   void dense(const Tensor& x) {
@@ -234,23 +236,25 @@ Tensor gate_columns(const Tensor& dgates, const std::vector<int64_t>& accumulato
 
 Outputs sequence_cpu(c10::string_view cell, const Tensor& x, const Tensor& h0, const OptionalTensor& c0,
                      const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
-                     const OptionalTensor& w_hr, const OptionalTensor& batch_sizes, bool reverse,
-                     c10::string_view backend, c10::string_view algorithm, bool save) {
+                     const OptionalTensor& w_hr, const OptionalTensor& batch_sizes, const OptionalTensor& resets,
+                     bool reverse, c10::string_view backend, c10::string_view algorithm, bool keep_gates,
+                     bool keep_cells) {
   // The tensors have the dtype they shall have; autocast would round the operands of the products here.
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   if (backend != "cpu") {
     static const auto python =
         c10::Dispatcher::singleton().findSchemaOrThrow("fusedrnn::sequence_python", "").typed<decltype(sequence_cpu)>();
-    return python.call(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse, backend, algorithm, save);
+    return python.call(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, resets, reverse,
+                       backend, algorithm, keep_gates, keep_cells);
   }
   check_algorithm(algorithm);
-  const Sizes s(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes);
+  const Sizes s(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, resets);
   const auto options = x.options();
   const auto compute = options.dtype(compute_dtype(x));
   const Tensor y = at::empty(s.shape(s.out), options);
   const Tensor h_n = at::empty({s.batch, s.out}, options);
   const Tensor c_n = s.cell.has_cell_state ? at::empty({s.batch, s.hidden}, options) : at::empty({0}, options);
-  const bool save_gates = save && s.cell.saved > 0, save_cells = save && s.cell.has_cell_state;
+  const bool save_gates = keep_gates && s.cell.saved > 0, save_cells = keep_cells && s.cell.has_cell_state;
   const Tensor gates = save_gates ? at::empty(s.shape(s.cell.saved * s.hidden), options) : at::empty({0}, options);
   const Tensor cells = save_cells ? at::empty(s.shape(s.hidden), compute) : at::empty({0}, compute);
   if (s.rows == 0) return {y, h_n, c_n, gates, cells};
@@ -269,22 +273,22 @@ Outputs sequence_cpu(c10::string_view cell, const Tensor& x, const Tensor& h0, c
 }
 
 Gradients sequence_backward_cpu(c10::string_view cell, const OptionalTensor& dy, const OptionalTensor& dh_n,
-                                const OptionalTensor& dc_n, const Tensor& x, const Tensor& h0, const OptionalTensor& c0,
-                                const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
-                                const OptionalTensor& b_hh, const OptionalTensor& w_hr, const Tensor& y,
-                                const Tensor& gates, const Tensor& cells, const OptionalTensor& batch_sizes,
-                                bool reverse, c10::string_view backend, c10::string_view algorithm,
-                                c10::List<bool> needs) {
+                                const OptionalTensor& dc_n, const OptionalTensor& dcells, const Tensor& x,
+                                const Tensor& h0, const OptionalTensor& c0, const Tensor& w_ih, const Tensor& w_hh,
+                                const OptionalTensor& b_ih, const OptionalTensor& b_hh, const OptionalTensor& w_hr,
+                                const OptionalTensor& batch_sizes, const OptionalTensor& resets, bool reverse,
+                                const Tensor& y, const Tensor& gates, const Tensor& cells, c10::string_view backend,
+                                c10::string_view algorithm, c10::List<bool> needs) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   if (backend != "cpu") {
     static const auto python = c10::Dispatcher::singleton()
                                    .findSchemaOrThrow("fusedrnn::sequence_backward_python", "")
                                    .typed<decltype(sequence_backward_cpu)>();
-    return python.call(cell, dy, dh_n, dc_n, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, gates, cells, batch_sizes,
-                       reverse, backend, algorithm, needs);
+    return python.call(cell, dy, dh_n, dc_n, dcells, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, resets,
+                       reverse, y, gates, cells, backend, algorithm, needs);
   }
   check_algorithm(algorithm);
-  const Sizes s(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes);
+  const Sizes s(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, resets);
   const at::ScalarType dtype = x.scalar_type();
   TORCH_CHECK(needs.size() == 8, "fusedrnn: needs must have 8 entries, got ", needs.size());
   check_tensor("y", y, s.shape(s.out), dtype);
@@ -292,6 +296,7 @@ Gradients sequence_backward_cpu(c10::string_view cell, const OptionalTensor& dy,
   check_tensor("dh_n", dh_n, {s.batch, s.out}, dtype);
   TORCH_CHECK(s.cell.has_cell_state || !dc_n, "fusedrnn: dc_n exists only for cells with a cell state");
   check_tensor("dc_n", dc_n, {s.batch, s.hidden}, dtype);
+  TORCH_CHECK(!dcells, "backend 'cpu' has no gradient of every c yet");
   if (s.cell.saved) check_tensor("gates (saved by forward)", gates, s.shape(s.cell.saved * s.hidden), dtype);
   if (s.cell.has_cell_state) check_tensor("cells (saved by forward)", cells, s.shape(s.hidden), compute_dtype(x));
 

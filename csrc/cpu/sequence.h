@@ -16,15 +16,16 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Ten
 
 Outputs sequence_cpu(c10::string_view cell, const Tensor& x, const Tensor& h0, const OptionalTensor& c0,
                      const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
-                     const OptionalTensor& w_hr, const OptionalTensor& batch_sizes, bool reverse,
-                     c10::string_view backend, c10::string_view algorithm, bool save);
+                     const OptionalTensor& w_hr, const OptionalTensor& batch_sizes, const OptionalTensor& resets,
+                     bool reverse, c10::string_view backend, c10::string_view algorithm, bool keep_gates,
+                     bool keep_cells);
 
 Gradients sequence_backward_cpu(c10::string_view cell, const OptionalTensor& dy, const OptionalTensor& dh_n,
-                                const OptionalTensor& dc_n, const Tensor& x, const Tensor& h0, const OptionalTensor& c0,
-                                const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
-                                const OptionalTensor& b_hh, const OptionalTensor& w_hr, const Tensor& y,
-                                const Tensor& gates, const Tensor& cells, const OptionalTensor& batch_sizes,
-                                bool reverse, c10::string_view backend, c10::string_view algorithm,
-                                c10::List<bool> needs);
+                                const OptionalTensor& dc_n, const OptionalTensor& dcells, const Tensor& x,
+                                const Tensor& h0, const OptionalTensor& c0, const Tensor& w_ih, const Tensor& w_hh,
+                                const OptionalTensor& b_ih, const OptionalTensor& b_hh, const OptionalTensor& w_hr,
+                                const OptionalTensor& batch_sizes, const OptionalTensor& resets, bool reverse,
+                                const Tensor& y, const Tensor& gates, const Tensor& cells, c10::string_view backend,
+                                c10::string_view algorithm, c10::List<bool> needs);
 
 }  // namespace fusedrnn

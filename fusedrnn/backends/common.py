@@ -5,11 +5,45 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusedrnn.cells import Cell
+
+
+class Inputs(NamedTuple):
+    """What an op computes from, in the order of its schema; see fusedrnn.ops."""
+
+    x: Tensor  # [T, B, I] or [N, I]
+    h0: Tensor  # [B, P]
+    c0: Tensor | None  # [B, H]
+    w_ih: Tensor  # [G*H, I]
+    w_hh: Tensor  # [G*H, P]
+    b_ih: Tensor | None  # [G*H]
+    b_hh: Tensor | None  # [G*H]
+    w_hr: Tensor | None  # [P, H]
+    batch_sizes: Tensor | None  # int64 [T], on the CPU
+    resets: Tensor | None  # bool [T, B] or [N]
+    reverse: bool
+
+
+class Gradients(NamedTuple):
+    """The gradients of the outputs, None where one is zero."""
+
+    dy: Tensor | None  # [T, B, P] or [N, P]
+    dh_n: Tensor | None  # [B, P]
+    dc_n: Tensor | None  # [B, H]
+    dcells: Tensor | None  # [T, B, H] or [N, H], in the accumulation dtype
+
+
+class Saved(NamedTuple):
+    """What forward kept for backward."""
+
+    y: Tensor  # [T, B, P] or [N, P]
+    gates: Tensor  # [T, B, S*H] or [N, S*H]
+    cells: Tensor  # [T, B, H] or [N, H], in the accumulation dtype
 
 
 def simulator_folder() -> Path | None:
@@ -58,33 +92,48 @@ def rows_of(t: Tensor) -> Tensor:
     return t.reshape(-1, t.shape[-1])
 
 
-def previous(state0: Tensor, states: Tensor, batch_sizes: Tensor | None, reverse: bool) -> Tensor:
-    """For every row of ``states`` [N, K] the state its step started from: another row of it, or ``state0``."""
+def neighbours(batch_sizes: Tensor, rows: int, offset: int) -> tuple[Tensor, Tensor, Tensor]:
+    """For every row of packed data the row of the same sequence ``offset`` (1 or -1) steps on, whether there is one,
+    and the row's place in its step's batch; on the CPU.
+    """
+    steps = batch_sizes.shape[0]
+    first = batch_sizes.cumsum(0) - batch_sizes
+    step = torch.repeat_interleave(torch.arange(steps), batch_sizes, output_size=rows)
+    place = torch.arange(rows) - first[step]
+    other = step + offset
+    inside = (other >= 0) & (other < steps)
+    other = other.clamp(0, steps - 1)
+    return first[other] + place, inside & (place < batch_sizes[other]), place
+
+
+def previous(
+    state0: Tensor, states: Tensor, batch_sizes: Tensor | None, reverse: bool, resets: Tensor | None = None
+) -> Tensor:
+    """For every row of ``states`` [N, K] what its step started from: another row of it, one of ``state0``, or zeros."""
     batch = state0.shape[0]
+    state0 = state0.to(states.dtype)
     if batch_sizes is None:
         inner = (states[batch:], state0) if reverse else (state0, states[: states.shape[0] - batch])
-        return torch.cat([t.to(states.dtype) for t in inner])
-    rows = step_rows(states, batch_sizes)
-    pieces = []
-    for t, (_, size) in enumerate(rows):
-        before = t + 1 if reverse else t - 1
-        offset, have = rows[before] if 0 <= before < len(rows) else (0, 0)
-        have = min(have, size)
-        pieces += [states[offset : offset + have], state0[have:size].to(states.dtype)]
-    return torch.cat(pieces)
+        found = torch.cat(inner)
+    else:
+        rows = states.shape[0]
+        row, inside, place = neighbours(batch_sizes, rows, 1 if reverse else -1)
+        found = torch.cat([states, state0])[torch.where(inside, row, rows + place).to(states.device)]
+    return found if resets is None else found.masked_fill(resets.reshape(-1, 1), 0)
+
+
+def started_from(inputs: Inputs, y: Tensor) -> Tensor:
+    """The h that every row's step started from, [N, P]."""
+    return previous(inputs.h0, rows_of(y), inputs.batch_sizes, inputs.reverse, inputs.resets)
 
 
 def weight_gradients(
     cell: Cell,
-    dgates: Tensor,  # [N, A*H]
-    x: Tensor,  # [T, B, I] or [N, I]
-    h0: Tensor,  # [B, P]
-    w_ih: Tensor,  # [G*H, I]
+    inputs: Inputs,
     y: Tensor,  # [T, B, P] or [N, P]
+    dgates: Tensor,  # [N, A*H]
     h: Tensor | None,  # [N, H] before projection; only with w_hr
     dy_total: Tensor | None,  # [N, P] gradient of y with the recurrent part; only with w_hr
-    batch_sizes: Tensor | None,
-    reverse: bool,
     needs: Sequence[bool],
     dh0: Tensor,
     dc0: Tensor,
@@ -95,6 +144,7 @@ def weight_gradients(
     """
     hidden = dgates.shape[-1] // len(cell.accumulators)
     dgates = rows_of(dgates)
+    x = inputs.x
 
     def gate_columns(acc: tuple[int, ...]) -> Tensor:
         first, last = acc[0], acc[-1]
@@ -108,11 +158,11 @@ def weight_gradients(
     dgates_x = gate_columns(cell.x_acc)
     dgates_h = dgates_x if cell.h_acc == cell.x_acc else gate_columns(cell.h_acc)
     return (
-        wanted(0, lambda: (dgates_x @ w_ih).view(x.shape)),
+        wanted(0, lambda: (dgates_x @ inputs.w_ih).view(x.shape)),
         wanted(1, lambda: dh0),
         wanted(2, lambda: dc0),
         wanted(3, lambda: dgates_x.t() @ rows_of(x)),
-        wanted(4, lambda: dgates_h.t() @ previous(h0, rows_of(y), batch_sizes, reverse)),
+        wanted(4, lambda: dgates_h.t() @ started_from(inputs, y)),
         wanted(5, lambda: dgates_x.sum(0)),
         wanted(6, lambda: dgates_h.sum(0)),
         wanted(7, lambda: rows_of(dy_total).t() @ h),

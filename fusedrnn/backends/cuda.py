@@ -4,7 +4,7 @@ The launchers take raw pointers and a stream; outputs and scratch memory are mad
 allocates nothing and waits for nothing. The same library is built twice: for CUDA by setup.py, and for the simulator
 of tests/ptxsim, where it takes CPU tensors (FUSEDRNN_SIMULATE=1 in a checkout, or the path of tests/ptxsim).
 
-Saved gates have a layout of their own: [rows, H, S], the S values of a unit side by side; see ``gates_in_torch_order``.
+Saved gates have a layout of their own: [rows, H, S], the S values of a unit side by side; see ops.gates_in_torch_order.
 """
 
 import contextlib
@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fusedrnn.backends.common import rows_of, simulator, simulator_folder, weight_gradients
+from fusedrnn.backends.common import Gradients, Inputs, Saved, rows_of, simulator, simulator_folder, weight_gradients
 from fusedrnn.backends.cuda_plan import CHIP_LIMITS, Chip, Plan, Problem, plan
-from fusedrnn.cells import CELLS, Cell, accumulation_dtype
+from fusedrnn.cells import Cell, accumulation_dtype
 
 _CELL_IDS = {"lstm": 0, "gru": 1, "rnn_tanh": 2, "rnn_relu": 3}
 _FLOAT64, _FLOAT32, _TF32, _BFLOAT16, _FLOAT16 = range(5)
@@ -184,13 +184,9 @@ def _offsets(batch_sizes: Tensor | None) -> Tensor | None:
     return torch.nn.functional.pad(batch_sizes.cumsum(0), (1, 0))
 
 
-def gates_in_torch_order(gates: Tensor, cell: Cell) -> Tensor:
-    """Saved gates [..., S * H] of this backend, [unit, gate], as [gate, unit]."""
-    count = len(cell.saved)
-    return gates.unflatten(-1, (-1, count)).transpose(-1, -2).flatten(-2)
-
-
-def _check(cell: str, algorithm: str) -> None:
+def _check(cell: str, algorithm: str, resets: Tensor | None, dcells: Tensor | None = None) -> None:
+    if resets is not None or dcells is not None:
+        raise RuntimeError("backend 'cuda' has no resets and no gradient of every c yet")
     if cell not in _CELL_IDS:
         raise RuntimeError(f"backend 'cuda' has kernels for {', '.join(_CELL_IDS)}, got {cell!r}")
     if algorithm not in ("auto", "step", "persistent"):
@@ -226,32 +222,32 @@ def _plan_of(cell: Cell, x: Tensor, h0: Tensor, hidden: int, w_hr: Tensor | None
 
 
 def forward(
-    cell: str, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse, algorithm, save
+    cell: Cell, inputs: Inputs, algorithm: str, keep_gates: bool, keep_cells: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See the op ``fusedrnn::sequence``."""
-    _check(cell, algorithm)
-    spec = CELLS[cell]
+    _check(cell.name, algorithm, inputs.resets)
+    x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, _, reverse = inputs
     batch, out = h0.shape
-    hidden = w_hh.shape[0] // len(spec.gates)
+    hidden = w_hh.shape[0] // len(cell.gates)
     x_rows = rows_of(x)
-    rows, inputs = x_rows.shape
+    rows = x_rows.shape[0]
     steps = x.shape[0] if batch_sizes is None else batch_sizes.shape[0]
     acc_dtype = accumulation_dtype(x.dtype)
     lead = x.shape[:-1]
 
-    gates = x.new_empty((rows, hidden * len(spec.saved)) if save and spec.saved else (0,))
-    cells = x.new_empty((rows, hidden) if save and spec.has_cell_state else (0,), dtype=acc_dtype)
+    gates = x.new_empty((rows, hidden * len(cell.saved)) if keep_gates and cell.saved else (0,))
+    cells = x.new_empty((rows, hidden) if keep_cells and cell.has_cell_state else (0,), dtype=acc_dtype)
     h_n = torch.empty_like(h0, memory_format=torch.contiguous_format)
-    c_n = x.new_empty((batch, hidden) if spec.has_cell_state else (0,))
+    c_n = x.new_empty((batch, hidden) if cell.has_cell_state else (0,))
     if batch == 0:
         y = x.new_empty(rows, out)
     else:
-        chosen = _plan_of(spec, x, h0, hidden, w_hr, algorithm, False)
+        chosen = _plan_of(cell, x, h0, hidden, w_hr, algorithm, False)
         kernels = _kernels(x.device)
         offsets = _offsets(batch_sizes)
         params = _Forward(
-            cell=_CELL_IDS[cell], dtype=_dtype_id(x.dtype), reverse=reverse, steps=steps, batch=batch,
-            input=inputs, hidden=hidden, out=out, slice_rows=chosen.slice_rows, groups=chosen.groups,
+            cell=_CELL_IDS[cell.name], dtype=_dtype_id(x.dtype), reverse=reverse, steps=steps, batch=batch,
+            input=x_rows.shape[1], hidden=hidden, out=out, slice_rows=chosen.slice_rows, groups=chosen.groups,
             poll_limit=_POLL_LIMIT if kernels.simulator is None else _POLL_LIMIT_SIMULATED,
         )  # fmt: skip
         outputs = {"h_n": h_n, "c_n": c_n, "gates": gates, "cells": cells}
@@ -275,7 +271,7 @@ def forward(
                 "x": x_rows.contiguous(), "h0": h0.contiguous(), **state0, "w_ih": w_ih.contiguous(),
                 "w_hh": w_hh.contiguous(), "b_ih": None if b_ih is None else b_ih.contiguous(), "b_hh": bias,
                 "w_hr": None if w_hr is None else w_hr.contiguous(), "y": y, **outputs, "offsets_host": offsets,
-                "state": None if save else x.new_empty(batch, hidden, dtype=acc_dtype),
+                "state": None if keep_cells else x.new_empty(batch, hidden, dtype=acc_dtype),
                 "unprojected": None if w_hr is None else x.new_empty(batch, hidden),
             }  # fmt: skip
             kernels.launch("step_forward", params, tensors)
@@ -312,46 +308,30 @@ def _started(t: Tensor, batch: int, batch_sizes: Tensor | None, reverse: bool) -
 
 
 def backward(
-    cell: str,
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    w_hr: Tensor | None,
-    y: Tensor,
-    gates: Tensor,
-    cells: Tensor,
-    batch_sizes: Tensor | None,
-    reverse: bool,
-    algorithm: str,
-    needs: Sequence[bool],
+    cell: Cell, grads: Gradients, inputs: Inputs, saved: Saved, algorithm: str, needs: Sequence[bool]
 ) -> tuple[Tensor, ...]:
     """See the op ``fusedrnn::sequence_backward``."""
-    _check(cell, algorithm)
-    spec = CELLS[cell]
+    _check(cell.name, algorithm, inputs.resets, grads.dcells)
+    x, h0, c0, _, w_hh, _, _, w_hr, batch_sizes, _, reverse = inputs
+    y, gates, cells = saved
+    dy, dh_n, dc_n, _ = grads
     batch, out = h0.shape
-    hidden = w_hh.shape[0] // len(spec.gates)
-    count = len(spec.accumulators)
+    hidden = w_hh.shape[0] // len(cell.gates)
+    count = len(cell.accumulators)
     y_rows = rows_of(y).contiguous()
     rows = y_rows.shape[0]
     steps = x.shape[0] if batch_sizes is None else batch_sizes.shape[0]
     acc_dtype = accumulation_dtype(x.dtype)
-    dc0 = x.new_empty((batch, hidden) if spec.has_cell_state else (0,))
-    dh_direct = x.new_empty(batch, hidden, dtype=acc_dtype) if spec.has_direct else None
+    dc0 = x.new_empty((batch, hidden) if cell.has_cell_state else (0,))
+    dh_direct = x.new_empty(batch, hidden, dtype=acc_dtype) if cell.has_direct else None
     dgates = x.new_empty(rows, count * hidden)
     dy_total = None if w_hr is None else x.new_empty(rows, out)
     if batch > 0:
-        chosen = _plan_of(spec, x, h0, hidden, w_hr, algorithm, True)
+        chosen = _plan_of(cell, x, h0, hidden, w_hr, algorithm, True)
         kernels = _kernels(x.device)
         offsets = _offsets(batch_sizes)
         params = _Backward(
-            cell=_CELL_IDS[cell], dtype=_dtype_id(x.dtype), reverse=reverse, steps=steps, batch=batch,
+            cell=_CELL_IDS[cell.name], dtype=_dtype_id(x.dtype), reverse=reverse, steps=steps, batch=batch,
             hidden=hidden, out=out, slice_rows=chosen.slice_rows, groups=chosen.groups,
             poll_limit=_POLL_LIMIT if kernels.simulator is None else _POLL_LIMIT_SIMULATED,
         )  # fmt: skip
@@ -367,7 +347,7 @@ def backward(
             pitch = _round_up(hidden, _per_packet(x.dtype))
             box = _mailbox(x, rows, count * pitch)
             tensors |= {
-                "w_hh_t": _padded(_transposed(spec, w_hh, hidden, pitch), count * pitch), "dgates": box,
+                "w_hh_t": _padded(_transposed(cell, w_hh, hidden, pitch), count * pitch), "dgates": box,
                 "offsets_device": None if offsets is None else offsets.to(x.device, non_blocking=True),
                 "fault": torch.zeros(4, dtype=torch.int32, device=x.device),
             }  # fmt: skip
@@ -375,7 +355,7 @@ def backward(
             dgates = box if pitch == hidden else box.view(rows, count, pitch)[:, :, :hidden].reshape(rows, -1)
         else:
             tensors |= {
-                "w_hh_t": _transposed(spec, w_hh, hidden, hidden), "dgates": dgates, "dy_total": dy_total,
+                "w_hh_t": _transposed(cell, w_hh, hidden, hidden), "dgates": dgates, "dy_total": dy_total,
                 "w_hr_t": None if w_hr is None else w_hr.t().contiguous(), "offsets_host": offsets,
                 "state": x.new_empty(batch, hidden, dtype=acc_dtype),
             }  # fmt: skip
@@ -384,14 +364,14 @@ def backward(
     dh0 = x.new_empty(0)
     if need_h0:
         start = _started(dgates, batch, batch_sizes, reverse)
-        dh0 = start @ _transposed(spec, w_hh, hidden, hidden).t()
+        dh0 = start @ _transposed(cell, w_hh, hidden, hidden).t()
         if dh_direct is not None:
             dh0 = (dh0 + dh_direct).to(x.dtype)
     h = None
     if w_hr is not None and needs[7]:
-        saved_o = gates.reshape(rows, hidden, len(spec.saved))[..., -1].to(acc_dtype)  # only the LSTM projects
+        saved_o = gates.reshape(rows, hidden, len(cell.saved))[..., -1].to(acc_dtype)  # only the LSTM projects
         h = (saved_o * rows_of(cells).tanh()).to(x.dtype)
-    return weight_gradients(spec, dgates, x, h0, w_ih, y, h, dy_total, batch_sizes, reverse, needs, dh0, dc0)
+    return weight_gradients(cell, inputs, y, dgates, h, dy_total, needs, dh0, dc0)
 
 
 @contextlib.contextmanager

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fusedrnn.backends.common import previous, rows_of, step_rows, weight_gradients
-from fusedrnn.cells import CELLS, accumulation_dtype
+from fusedrnn.backends.common import Gradients, Inputs, Saved, previous, rows_of, step_rows, weight_gradients
+from fusedrnn.cells import Cell, accumulation_dtype
 
 
 def _fit(state: Tensor, start: Tensor, ended: list[Tensor], rows: int) -> Tensor:
@@ -37,32 +37,20 @@ def input_gates(x: Tensor, w_ih: Tensor, b_ih: Tensor | None) -> Tensor:
     return gates if b_ih is None else gates + b_ih
 
 
-def recurrence(
-    cell_name: str,
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    w_hr: Tensor | None,
-    batch_sizes: Tensor | None,
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
+def recurrence(cell: Cell, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
     """One direction of one layer, differentiable to any order.
 
     Returns y, h_n, c_n, saved gates [N, S*H] and cells [N, H] (the last two in rows, None without a c).
     """
-    cell = CELLS[cell_name]
+    x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, resets, reverse = inputs
     dtype, acc_dtype = x.dtype, accumulation_dtype(x.dtype)
     up = [None if t is None else t.to(acc_dtype) for t in (c0, w_ih, w_hh, b_ih, b_hh, w_hr)]
     c_start, w_ih, w_hh, b_ih, b_hh, w_hr = up
     hidden = w_hh.shape[0] // len(cell.gates)
-    inputs = rows_of(x).to(acc_dtype)
-    gates_x = input_gates(inputs, w_ih, b_ih)
+    gates_x = input_gates(rows_of(x).to(acc_dtype), w_ih, b_ih)
 
     rows = step_rows(x, batch_sizes)
+    cut = None if resets is None else resets.reshape(-1, 1)
     order = range(len(rows) - 1, -1, -1) if reverse else range(len(rows))
     first = rows[order[0]][1]
     h, c = h0[:first], None if c_start is None else c_start[:first]
@@ -75,6 +63,9 @@ def recurrence(
         offset, size = rows[t]
         h = _fit(h, h0, h_ended, size)
         c = None if c is None else _fit(c, c_start, c_ended, size)
+        if cut is not None:
+            h = h.masked_fill(cut[offset : offset + size], 0)
+            c = None if c is None else c.masked_fill(cut[offset : offset + size], 0)
         gx = gates_x[offset : offset + size].split(hidden, 1)
         gh = product(h.to(acc_dtype), w_hh.t())
         gh = (gh if b_hh is None else gh + b_hh).split(hidden, 1)
@@ -96,12 +87,13 @@ def recurrence(
 
 
 def forward(
-    cell: str, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse, algorithm, save
+    cell: Cell, inputs: Inputs, algorithm: str, keep_gates: bool, keep_cells: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See the op ``fusedrnn::sequence``."""
-    y, h_n, c_n, gates, cells = recurrence(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse)
-    spec, steps = CELLS[cell], x.shape[:-1]
-    keep_gates, keep_cells = save and bool(spec.saved), save and spec.has_cell_state
+    y, h_n, c_n, gates, cells = recurrence(cell, inputs)
+    x = inputs.x
+    steps = x.shape[:-1]
+    keep_gates, keep_cells = keep_gates and bool(cell.saved), keep_cells and cell.has_cell_state
     # The op's outputs may not alias each other or its inputs.
     return (
         y,
@@ -113,40 +105,24 @@ def forward(
 
 
 def backward(
-    cell: str,
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    w_hr: Tensor | None,
-    y: Tensor,
-    gates: Tensor,
-    cells: Tensor,
-    batch_sizes: Tensor | None,
-    reverse: bool,
-    algorithm: str,
-    needs: Sequence[bool],
+    cell: Cell, grads: Gradients, inputs: Inputs, saved: Saved, algorithm: str, needs: Sequence[bool]
 ) -> tuple[Tensor, ...]:
     """See the op ``fusedrnn::sequence_backward``."""
-    spec = CELLS[cell]
+    x, h0, c0, _, w_hh, _, _, w_hr, batch_sizes, resets, reverse = inputs
+    dy, dh_n, dc_n, dcells = grads
     dtype, acc_dtype = x.dtype, accumulation_dtype(x.dtype)
-    hidden = w_hh.shape[0] // len(spec.gates)
+    hidden = w_hh.shape[0] // len(cell.gates)
     rows = step_rows(x, batch_sizes)
-    y_rows = rows_of(y)
-    saved = [s.to(acc_dtype) for s in rows_of(gates).split(hidden, 1)] if spec.saved else []
-    h_prev = previous(h0, y_rows, batch_sizes, reverse).to(acc_dtype)
+    y_rows = rows_of(saved.y)
+    gates = [s.to(acc_dtype) for s in rows_of(saved.gates).split(hidden, 1)] if cell.saved else []
+    h_prev = previous(h0, y_rows, batch_sizes, reverse, resets).to(acc_dtype)
+    cut = None if resets is None else resets.reshape(-1, 1)
     c = c_prev = h = None
-    if spec.has_cell_state:
-        c = rows_of(cells)
-        c_prev = previous(c0, c, batch_sizes, reverse)
+    if cell.has_cell_state:
+        c = rows_of(saved.cells)
+        c_prev = previous(c0, c, batch_sizes, reverse, resets)
     if w_hr is not None:
-        h = saved[-1] * c.tanh()  # only the LSTM has a projection
+        h = gates[-1] * c.tanh()  # only the LSTM has a projection
     else:
         h = y_rows.to(acc_dtype)
 
@@ -155,7 +131,8 @@ def backward(
 
     dy_rows = zeros_or(None if dy is None else rows_of(dy), y_rows)
     dh_start = zeros_or(dh_n, h0)
-    dc_start = zeros_or(dc_n, c0) if spec.has_cell_state else None
+    dc_start = zeros_or(dc_n, c0) if cell.has_cell_state else None
+    dc_rows = None if dcells is None else rows_of(dcells)
     w_hh_acc = w_hh.to(acc_dtype)
     w_hr_acc = None if w_hr is None else w_hr.to(acc_dtype)
 
@@ -171,32 +148,33 @@ def backward(
         at = slice(offset, offset + size)
         dh = _fit(dh, dh_start, dh_ended, size) + dy_rows[at]
         dc = None if dc is None else _fit(dc, dc_start, dc_ended, size)
+        if dc_rows is not None:
+            dc = dc + dc_rows[at]
         dy_total[t] = dh
         if w_hr_acc is not None:
             dh = product(dh, w_hr_acc)
-        dacc, dh, dc = spec.backward(
+        dacc, dh, dc = cell.backward(
             dh,
             dc,
-            [s[at] for s in saved],
+            [s[at] for s in gates],
             h[at],
             h_prev[at],
             None if c_prev is None else c_prev[at],
             None if c is None else c[at],
         )
         dgates[t] = torch.cat(dacc, 1).to(dtype)
-        through = product(torch.cat([dacc[a] for a in spec.h_acc], 1).to(dtype).to(acc_dtype), w_hh_acc)
+        through = product(torch.cat([dacc[a] for a in cell.h_acc], 1).to(dtype).to(acc_dtype), w_hh_acc)
         dh = through if w_hr_acc is not None else dh + through
+        if cut is not None:
+            dh = dh.masked_fill(cut[at], 0)
+            dc = None if dc is None else dc.masked_fill(cut[at], 0)
     return weight_gradients(
-        spec,
+        cell,
+        inputs,
+        saved.y,
         torch.cat(dgates),
-        x,
-        h0,
-        w_ih,
-        y,
         None if w_hr is None else h.to(dtype),
         None if w_hr is None else torch.cat(dy_total).to(dtype),
-        batch_sizes,
-        reverse,
         needs,
         _join(dh, dh_ended).to(dtype),
         dh.new_empty(0) if dc is None else _join(dc, dc_ended).to(dtype),

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fusedrnn.backends.common import rows_of, simulator, step_rows, weight_gradients
-from fusedrnn.cells import CELLS, Cell, accumulation_dtype
+from fusedrnn.backends.common import Gradients, Inputs, Saved, rows_of, simulator, step_rows, weight_gradients
+from fusedrnn.cells import Cell, accumulation_dtype
 
 ALGORITHMS = ("step", "sequence")
 
@@ -239,7 +239,9 @@ def launch(kernel, grid: tuple[int, int], args: dict, constants: dict, num_warps
     kernel[grid](**args, **constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
 
 
-def _check_device(x: Tensor) -> None:
+def _check(x: Tensor, resets: Tensor | None, dcells: Tensor | None = None) -> None:
+    if resets is not None or dcells is not None:
+        raise RuntimeError("backend 'triton' has no resets and no gradient of every c yet")
     reason = why_unavailable()
     if reason:
         raise RuntimeError(f"backend 'triton' cannot run: {reason}")
@@ -324,45 +326,43 @@ def _both_biases(b_ih: Tensor | None, b_hh: Tensor | None) -> tuple[Tensor | Non
 
 
 def forward(
-    cell: str, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse, algorithm, save
+    cell: Cell, inputs: Inputs, algorithm: str, keep_gates: bool, keep_cells: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See the op ``fusedrnn::sequence``."""
-    _check_device(x)
-    spec = CELLS[cell]
-    batch, hidden = h0.shape[0], w_hh.shape[0] // len(spec.gates)
-    how = _plan_of(spec, x, h0, w_hh, w_hr, algorithm, backward=False)
+    _check(inputs.x, inputs.resets)
+    x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, *_ = inputs
+    batch, hidden = h0.shape[0], w_hh.shape[0] // len(cell.gates)
+    how = _plan_of(cell, x, h0, w_hh, w_hr, algorithm, backward=False)
     steps = x.shape[:-1]
     acc_dtype = accumulation_dtype(x.dtype)
     empty, empty_acc = x.new_empty(0), x.new_empty(0, dtype=acc_dtype)
     y = x.new_empty(*steps, h0.shape[1])
     h_n = torch.empty_like(h0, memory_format=torch.contiguous_format)
-    c_n = torch.empty_like(c0, memory_format=torch.contiguous_format) if spec.has_cell_state else empty
-    gates = x.new_empty(*steps, len(spec.saved) * hidden) if save and spec.saved else empty
-    cells = x.new_empty(*steps, hidden, dtype=acc_dtype) if save and spec.has_cell_state else empty_acc
+    c_n = torch.empty_like(c0, memory_format=torch.contiguous_format) if cell.has_cell_state else empty
+    gates = x.new_empty(*steps, len(cell.saved) * hidden) if keep_gates and cell.saved else empty
+    cells = x.new_empty(*steps, hidden, dtype=acc_dtype) if keep_cells and cell.has_cell_state else empty_acc
     if batch:
         run = _step_forward if how.algorithm == "step" else _sequence_forward
-        inputs = [_dense(t) for t in (x, h0, c0, w_ih, w_hh)]
-        biases = _both_biases(b_ih, b_hh)
+        b_ih, b_hh = _both_biases(b_ih, b_hh)
+        given = Inputs(*map(_dense, (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)), *inputs[8:])
         with _guard(x):
-            run(cell, how, *inputs, *biases, _dense(w_hr), batch_sizes, reverse, y, h_n, c_n, gates, cells)
+            run(cell, how, given, y, h_n, c_n, gates, cells)
     return y, h_n, c_n, gates, cells
 
 
-def _step_forward(
-    cell, how, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse, y, h_n, c_n, gates, cells
-) -> None:
+def _step_forward(cell: Cell, how: Plan, inputs: Inputs, y, h_n, c_n, gates, cells) -> None:
     from fusedrnn.kernels.cells import KERNELS
     from fusedrnn.kernels.step import step_forward_kernel
 
-    spec = CELLS[cell]
+    x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, _, reverse = inputs
     # tl.split halves a block: a step sums for a power of 2 of accumulators, the last ones perhaps of nothing.
-    accumulators = _power_of_2(len(spec.accumulators), 1, 4)
-    I, (batch, P), H = x.shape[-1], h0.shape, w_hh.shape[0] // len(spec.gates)
-    x_gate, h_gate = (_gate_of(accumulators, acc) for acc in (spec.x_acc, spec.h_acc))
+    accumulators = _power_of_2(len(cell.accumulators), 1, 4)
+    I, (batch, P), H = x.shape[-1], h0.shape, w_hh.shape[0] // len(cell.gates)
+    x_gate, h_gate = (_gate_of(accumulators, acc) for acc in (cell.x_acc, cell.h_acc))
     rows = step_rows(x, batch_sizes)
     y_rows = y.view(-1, P)
     saved = cells.numel() > 0
-    if spec.has_cell_state and not saved:
+    if cell.has_cell_state and not saved:
         cells = x.new_empty(2 * batch, H, dtype=accumulation_dtype(x.dtype))
     projected = w_hr is not None
     h = x.new_empty(batch, H) if projected else y
@@ -378,15 +378,15 @@ def _step_forward(
         "y": y,
         "h": h,
         "h_n": None if projected else h_n,
-        "c_n": c_n if spec.has_cell_state else None,
+        "c_n": c_n if cell.has_cell_state else None,
         "gates": gates if gates.numel() else None,
-        "cells": cells if spec.has_cell_state else None,
+        "cells": cells if cell.has_cell_state else None,
         "I": I,
         "H": H,
         "P": P,
     }
     constants = {
-        "FORWARD": KERNELS[cell].forward,
+        "FORWARD": KERNELS[cell.name].forward,
         "X_GATE": x_gate,
         "H_GATE": h_gate,
         "BU": how.BU,
@@ -408,18 +408,16 @@ def _step_forward(
         h_n.copy_(y_rows[:batch] if reverse else y_rows[_last_rows(rows, x.device)])
 
 
-def _sequence_forward(
-    cell, how, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse, y, h_n, c_n, gates, cells
-) -> None:
+def _sequence_forward(cell: Cell, how: Plan, inputs: Inputs, y, h_n, c_n, gates, cells) -> None:
     from fusedrnn.kernels.cells import KERNELS
     from fusedrnn.kernels.sequence import sequence_forward_kernel
 
-    spec = CELLS[cell]
-    accumulators = len(spec.accumulators)
+    x, h0, c0, w_ih, w_hh, b_ih, b_hh, _, batch_sizes, _, reverse = inputs
+    accumulators = len(cell.accumulators)
     rows = step_rows(x, batch_sizes)
     sizes, offsets = _device_steps(rows, batch_sizes, x.device)
     b_x = b_ih
-    if b_ih is not None and spec.x_acc == spec.h_acc:
+    if b_ih is not None and cell.x_acc == cell.h_acc:
         b_x, b_hh = b_ih + b_hh, None
     x = rows_of(x)
     gates_x = x @ w_ih.t() if b_x is None else torch.addmm(b_x, x, w_ih.t())
@@ -431,7 +429,7 @@ def _sequence_forward(
         "b_hh": b_hh,
         "y": y,
         "h_n": h_n,
-        "c_n": c_n if spec.has_cell_state else None,
+        "c_n": c_n if cell.has_cell_state else None,
         "gates": gates if gates.numel() else None,
         "cells": cells if cells.numel() else None,
         "sizes": sizes,
@@ -441,10 +439,10 @@ def _sequence_forward(
         "H": w_hh.shape[1],
     }
     constants = {
-        "FORWARD": KERNELS[cell].forward,
-        "X_GATE": _gate_of(accumulators, spec.x_acc),
-        "H_GATE": _gate_of(accumulators, spec.h_acc),
-        "G": len(spec.gates),
+        "FORWARD": KERNELS[cell.name].forward,
+        "X_GATE": _gate_of(accumulators, cell.x_acc),
+        "H_GATE": _gate_of(accumulators, cell.h_acc),
+        "G": len(cell.gates),
         "REVERSE": reverse,
         "BU": how.BU,
         "BB": how.BB,
@@ -454,76 +452,54 @@ def _sequence_forward(
 
 
 def backward(
-    cell: str,
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    w_hr: Tensor | None,
-    y: Tensor,
-    gates: Tensor,
-    cells: Tensor,
-    batch_sizes: Tensor | None,
-    reverse: bool,
-    algorithm: str,
-    needs: Sequence[bool],
+    cell: Cell, grads: Gradients, inputs: Inputs, saved: Saved, algorithm: str, needs: Sequence[bool]
 ) -> tuple[Tensor, ...]:
     """See the op ``fusedrnn::sequence_backward``."""
-    _check_device(x)
-    spec = CELLS[cell]
-    batch, hidden = h0.shape[0], w_hh.shape[0] // len(spec.gates)
-    how = _plan_of(spec, x, h0, w_hh, w_hr, algorithm, backward=True)
+    _check(inputs.x, inputs.resets, grads.dcells)
+    x, h0, c0, _, w_hh, _, _, w_hr, batch_sizes, _, reverse = inputs
+    batch, hidden = h0.shape[0], w_hh.shape[0] // len(cell.gates)
+    how = _plan_of(cell, x, h0, w_hh, w_hr, algorithm, backward=True)
     rows = step_rows(x, batch_sizes)
     n_rows = rows[-1][0] + rows[-1][1]
-    dgates = x.new_empty(n_rows, len(spec.accumulators) * hidden)
+    dgates = x.new_empty(n_rows, len(cell.accumulators) * hidden)
     dh0, dc0 = torch.empty_like(h0, memory_format=torch.contiguous_format), x.new_empty(0)
-    if spec.has_cell_state:
+    if cell.has_cell_state:
         dc0 = torch.empty_like(c0, memory_format=torch.contiguous_format)
     dy_total = h = None
-    dy, dh_n, dc_n, h0, c0, w_hh, w_hr, y, gates, cells = map(
-        _dense, (dy, dh_n, dc_n, h0, c0, w_hh, w_hr, y, gates, cells)
-    )
+    given = inputs._replace(h0=_dense(h0), c0=_dense(c0), w_hh=_dense(w_hh), w_hr=_dense(w_hr))
+    grads, kept = Gradients(*map(_dense, grads)), Saved(*map(_dense, saved))
     if w_hr is not None:
         # Grows into the whole gradient of y: from outside, from h_n, and from the next step.
-        dy_total = x.new_zeros(n_rows, h0.shape[1]) if dy is None else dy.reshape(n_rows, h0.shape[1]).clone()
-        if dh_n is not None and batch:
-            dy_total[slice(0, batch) if reverse else _last_rows(rows, x.device)] += dh_n
-        h = (rows_of(gates)[:, -hidden:] * rows_of(cells).tanh()).to(x.dtype) if needs[7] else None
+        shape = (n_rows, h0.shape[1])
+        dy_total = x.new_zeros(shape) if grads.dy is None else grads.dy.reshape(shape).clone()
+        if grads.dh_n is not None and batch:
+            dy_total[slice(0, batch) if reverse else _last_rows(rows, x.device)] += grads.dh_n
+        h = (rows_of(kept.gates)[:, -hidden:] * rows_of(kept.cells).tanh()).to(x.dtype) if needs[7] else None
     if batch:
         run = _step_backward if how.algorithm == "step" else _sequence_backward
         with _guard(x):
-            run(
-                cell, how, dy, dh_n, dc_n, h0, c0, w_hh, w_hr, y, gates, cells, batch_sizes, reverse, rows, dgates,
-                dh0, dc0, dy_total, needs,
-            )  # fmt: skip
-    return weight_gradients(
-        spec, dgates, x, h0, w_ih, y, h, dy_total, batch_sizes, reverse, needs, dh0, dc0
-    )  # fmt: skip
+            run(cell, how, grads, given, kept, rows, dgates, dh0, dc0, dy_total, needs)
+    return weight_gradients(cell, inputs, saved.y, dgates, h, dy_total, needs, dh0, dc0)
 
 
 def _step_backward(
-    cell, how, dy, dh_n, dc_n, h0, c0, w_hh, w_hr, y, gates, cells, batch_sizes, reverse, rows, dgates, dh0, dc0,
-    dy_total, needs,
-) -> None:  # fmt: skip
+    cell: Cell, how: Plan, grads: Gradients, inputs: Inputs, saved: Saved, rows, dgates, dh0, dc0, dy_total, needs
+) -> None:
     from fusedrnn.kernels.cells import KERNELS
     from fusedrnn.kernels.step import step_backward_kernel
 
-    spec = CELLS[cell]
-    kernels = KERNELS[cell]
-    (batch, P), H = h0.shape, w_hh.shape[0] // len(spec.gates)
+    dy, dh_n, dc_n, _ = grads
+    _, h0, c0, _, w_hh, _, _, w_hr, _, _, reverse = inputs
+    y, gates, cells = saved
+    kernels = KERNELS[cell.name]
+    (batch, P), H = h0.shape, w_hh.shape[0] // len(cell.gates)
     acc_dtype = accumulation_dtype(y.dtype)
     projected = w_hr is not None
     if projected:
         d, w_t, K, runs = dy_total, w_hr.t().contiguous(), P, ((0, 0, 1),)
         dy = dh_n = None
     else:
-        d, w_t, K, runs = dgates, w_hh.t().contiguous(), H, _runs(spec.h_acc)
+        d, w_t, K, runs = dgates, w_hh.t().contiguous(), H, _runs(cell.h_acc)
     args = {
         "d": d,
         "w_t": w_t,
@@ -533,12 +509,12 @@ def _step_backward(
         "h0": h0,
         "c0": c0,
         "y": y,
-        "gates": gates if spec.saved else None,
-        "cells": cells if spec.has_cell_state else None,
+        "gates": gates if cell.saved else None,
+        "cells": cells if cell.has_cell_state else None,
         "dgates": dgates,
-        "dc": y.new_empty(2, batch, H, dtype=acc_dtype) if spec.has_cell_state else None,
+        "dc": y.new_empty(2, batch, H, dtype=acc_dtype) if cell.has_cell_state else None,
         "dh": y.new_empty(2, batch, H, dtype=acc_dtype) if kernels.has_direct else None,
-        "dc0": dc0 if spec.has_cell_state else None,
+        "dc0": dc0 if cell.has_cell_state else None,
         "dh0": dh0 if kernels.has_direct else None,
         "H": H,
         "LW": w_t.shape[1],
@@ -548,8 +524,8 @@ def _step_backward(
     constants = {
         "BACKWARD": kernels.backward,
         "RUNS": runs,
-        "A": len(spec.accumulators),
-        "S": len(spec.saved),
+        "A": len(cell.accumulators),
+        "S": len(cell.saved),
         "USE_H": kernels.backward_uses_h,
         "BU": how.BU,
         "BB": how.BB,
@@ -568,20 +544,21 @@ def _step_backward(
         launch(step_backward_kernel, grid, args, constants, how.num_warps, how.num_stages)
     if needs[1]:
         first = dgates[_last_rows(rows, dgates.device) if reverse else slice(0, batch)]
-        columns = [first[:, acc * H : (acc + count) * H] for acc, _, count in _runs(spec.h_acc)]
+        columns = [first[:, acc * H : (acc + count) * H] for acc, _, count in _runs(cell.h_acc)]
         through = torch.cat(columns, 1) @ w_hh
         dh0.copy_(through + dh0 if kernels.has_direct else through)
 
 
 def _sequence_backward(
-    cell, how, dy, dh_n, dc_n, h0, c0, w_hh, w_hr, y, gates, cells, batch_sizes, reverse, rows, dgates, dh0, dc0,
-    dy_total, needs,
-) -> None:  # fmt: skip
+    cell: Cell, how: Plan, grads: Gradients, inputs: Inputs, saved: Saved, rows, dgates, dh0, dc0, dy_total, needs
+) -> None:
     from fusedrnn.kernels.cells import KERNELS
     from fusedrnn.kernels.sequence import sequence_backward_kernel
 
-    spec = CELLS[cell]
-    kernels = KERNELS[cell]
+    dy, dh_n, dc_n, _ = grads
+    _, h0, c0, _, w_hh, _, _, _, batch_sizes, _, reverse = inputs
+    y, gates, cells = saved
+    kernels = KERNELS[cell.name]
     sizes, offsets = _device_steps(rows, batch_sizes, y.device)
     args = {
         "w_hh": w_hh,
@@ -591,11 +568,11 @@ def _sequence_backward(
         "h0": h0,
         "c0": c0,
         "y": y,
-        "gates": gates if spec.saved else None,
-        "cells": cells if spec.has_cell_state else None,
+        "gates": gates if cell.saved else None,
+        "cells": cells if cell.has_cell_state else None,
         "dgates": dgates,
         "dh0": dh0,
-        "dc0": dc0 if spec.has_cell_state else None,
+        "dc0": dc0 if cell.has_cell_state else None,
         "sizes": sizes,
         "offsets": offsets,
         "T": len(rows),
@@ -604,8 +581,8 @@ def _sequence_backward(
     }
     constants = {
         "BACKWARD": kernels.backward,
-        "H_GATE": _gate_of(len(spec.accumulators), spec.h_acc),
-        "S": len(spec.saved),
+        "H_GATE": _gate_of(len(cell.accumulators), cell.h_acc),
+        "S": len(cell.saved),
         "USE_H": kernels.backward_uses_h,
         "HAS_DIRECT": kernels.has_direct,
         "REVERSE": reverse,
