@@ -9,6 +9,7 @@ chance: now and then even one more torch.nn.LSTM would exceed the largest of the
 
     python examples/char_lm.py
     python examples/char_lm.py --text poems.txt --steps 300
+    python examples/char_lm.py --cell GRU --checkpoint gru.pt
 """
 
 from __future__ import annotations
@@ -82,15 +83,15 @@ def library_source() -> str:
 
 
 class CharLM(nn.Module):
-    def __init__(self, lstm: type[nn.Module], characters: int, hidden: int, layers: int) -> None:
+    def __init__(self, layer: type[nn.Module], characters: int, hidden: int, layers: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(characters, hidden)
-        self.lstm = lstm(hidden, hidden, layers)
+        self.rnn = layer(hidden, hidden, layers)
         self.head = nn.Linear(hidden, characters)
 
-    def forward(self, tokens: Tensor, state: tuple[Tensor, Tensor] | None = None):
+    def forward(self, tokens: Tensor, state: tuple[Tensor, Tensor] | Tensor | None = None):
         """tokens: (length, batch) -> scores: (length, batch, characters), state"""
-        y, state = self.lstm(self.embedding(tokens), state)
+        y, state = self.rnn(self.embedding(tokens), state)
         return self.head(y), state
 
 
@@ -126,9 +127,9 @@ class Run:
         return largest, 1 + differences.index(largest)
 
 
-def draw_weight(lstm: nn.Module, generator: torch.Generator) -> str:
+def draw_weight(rnn: nn.Module, generator: torch.Generator) -> str:
     """A weight, such as weight_hh_l0[17]: every single number is as likely as any other."""
-    names, weights = zip(*lstm.named_parameters())
+    names, weights = zip(*rnn.named_parameters())
     position = int(torch.randint(sum(w.numel() for w in weights), (), generator=generator))
     for name, weight in zip(names, weights):
         if position < weight.numel():
@@ -137,9 +138,9 @@ def draw_weight(lstm: nn.Module, generator: torch.Generator) -> str:
     raise AssertionError("the position lies behind the last weight")
 
 
-def move_by_one_ulp(lstm: nn.Module, weight: str) -> None:
+def move_by_one_ulp(rnn: nn.Module, weight: str) -> None:
     name, _, position = weight.removesuffix("]").partition("[")
-    flat = lstm.get_parameter(name).data.view(-1)
+    flat = rnn.get_parameter(name).data.view(-1)
     flat[int(position)] = torch.nextafter(flat[int(position)], torch.tensor(torch.inf, device=flat.device))
 
 
@@ -150,23 +151,23 @@ def neighbours(runs: list[Run]) -> list[tuple[Run, Run, str]]:
 
 
 def train(args: argparse.Namespace, corpus: Corpus, device: torch.device) -> tuple[Run, Run, list[Run]]:
-    def new_run(name: str, lstm: type[nn.Module], moved: frozenset[str] = frozenset()) -> Run:
+    def new_run(package: str, moved: frozenset[str] = frozenset()) -> Run:
         torch.manual_seed(args.seed)
-        model = CharLM(lstm, len(corpus.characters), args.hidden, args.layers)
+        layer = getattr(nn if package == "torch.nn" else fusedrnn, args.cell)
+        model = CharLM(layer, len(corpus.characters), args.hidden, args.layers)
         for weight in moved:
-            move_by_one_ulp(model.lstm, weight)
+            move_by_one_ulp(model.rnn, weight)
         model.to(device)
-        return Run(name, model, torch.optim.Adam(model.parameters(), lr=args.lr), moved)
+        return Run(f"{package}.{args.cell}", model, torch.optim.Adam(model.parameters(), lr=args.lr), moved)
 
     # Two generators, so that the batches do not depend on how many weights are moved.
     batches, moves = (torch.Generator().manual_seed(args.seed + i) for i in range(2))
-    plain = new_run("torch.nn.LSTM", nn.LSTM)
-    fused = new_run("fusedrnn.LSTM", fusedrnn.LSTM)
+    plain, fused = new_run("torch.nn"), new_run("fusedrnn")
     weights: set[str] = set()
     while len(weights) < args.ulp_weights:
-        weights.add(draw_weight(plain.model.lstm, moves))
+        weights.add(draw_weight(plain.model.rnn, moves))
     starts = [frozenset(some) for n in range(1, len(weights) + 1) for some in combinations(sorted(weights), n)]
-    moved = [new_run("torch.nn.LSTM", nn.LSTM, start) for start in starts]
+    moved = [new_run("torch.nn", start) for start in starts]
     given = plain.model.state_dict()
     for name, weight in fused.model.state_dict().items():
         if not torch.equal(weight, given[name]):
@@ -183,6 +184,12 @@ def train(args: argparse.Namespace, corpus: Corpus, device: torch.device) -> tup
             progress.set_postfix(torch=f"{plain.losses[-1]:.3f}", fusedrnn=f"{fused.losses[-1]:.3f}", refresh=False)
             progress.update()
     return plain, fused, moved
+
+
+def save(path: Path, args: argparse.Namespace, corpus: Corpus, model: CharLM) -> None:
+    """What `python -m fusedrnn gates` reads; torch.load takes it with weights_only."""
+    config = {"cell": args.cell, "hidden": args.hidden, "layers": args.layers, "characters": corpus.characters}
+    torch.save(config | {"state_dict": model.state_dict()}, path)
 
 
 @torch.no_grad()
@@ -242,8 +249,8 @@ def report(args: argparse.Namespace, plain: Run, fused: Run, moved: list[Run]) -
     print(f"fusedrnn trains {ratio:.2f}x as fast as torch.nn (median of {args.steps} steps, taken in turns)\n")
 
     print("Largest difference of two loss curves:")
-    print(f"  fusedrnn.LSTM from torch.nn.LSTM             {between:.3e}  (step {between_step})")
-    print(f"  torch.nn.LSTM from itself, one ulp moved     {itself:.3e}  (step {itself_step}; {weight})")
+    print(f"  {f'{fused.name} from {plain.name}':<45}{between:.3e}  (step {between_step})")
+    print(f"  {f'{plain.name} from itself, one ulp moved':<45}{itself:.3e}  (step {itself_step}; {weight})")
     print(f"    the same over all {len(by_ulp)} pairs of runs: {smallest:.3e} to {itself:.3e}, median {middle:.3e}")
     print(
         f"fusedrnn differs from torch.nn {'no more than' if agrees else 'MORE than'} torch.nn differs from itself "
@@ -279,8 +286,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--text", type=Path, metavar="FILE", help="any UTF-8 text (default: the standard library's own source)")
     add("--steps", type=positive, default=200, help="training steps of every run (default: %(default)s)")
+    add("--cell", choices=("LSTM", "GRU", "RNN"), default="LSTM", help="the layer (default: %(default)s)")
     add("--hidden", type=positive, default=256, help="hidden size and size of the embedding (default: %(default)s)")
-    add("--layers", type=positive, default=1, help="LSTM layers (default: %(default)s)")
+    add("--layers", type=positive, default=1, help="layers on each other (default: %(default)s)")
     add("--batch", type=positive, default=16, help="windows of text in a batch (default: %(default)s)")
     add("--length", type=positive, default=128, help="characters in a window (default: %(default)s)")
     add("--lr", type=float, default=4e-3, help="Adam's learning rate (default: %(default)s)")
@@ -290,6 +298,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--vocabulary", type=positive, default=2048, help="most characters told apart (default: %(default)s)")
     add("--generate", type=positive, default=300, help="characters to generate (default: %(default)s)")
     add("--out", type=Path, default=Path("demo-out"), metavar="DIR", help="for the results (default: %(default)s)")
+    add("--checkpoint", type=Path, metavar="FILE", help="for the model trained with fusedrnn (default: not saved)")
     add("--device", help="torch device (default: the GPU if there is one, else the CPU)")
     args = parser.parse_args(argv)
     if args.vocabulary < 2:
@@ -302,6 +311,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         corpus = Corpus.read(args.text, args.vocabulary)
         args.out.mkdir(parents=True, exist_ok=True)
+        if args.checkpoint:
+            args.checkpoint.open("ab").close()  # a path that cannot be written is better known before the training
     except UnicodeDecodeError as error:
         print(f"error: {args.text} is not UTF-8 text: {error}", file=sys.stderr)
         return 2
@@ -326,8 +337,9 @@ def main(argv: list[str] | None = None) -> int:
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
 
-    print(f"text    {corpus.name}: {len(corpus.tokens):,} characters, {len(corpus.characters)} different ones")
-    print(f"model   embedding {args.hidden} -> {args.layers} x LSTM {args.hidden} -> linear {len(corpus.characters)}")
+    kinds = len(corpus.characters)
+    print(f"text    {corpus.name}: {len(corpus.tokens):,} characters, {kinds} different ones")
+    print(f"model   embedding {args.hidden} -> {args.layers} x {args.cell} {args.hidden} -> linear {kinds}")
     print(f"runs    {args.steps} steps of {args.batch} x {args.length} characters on {device}", end="")
     print(f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else "", flush=True)
 
@@ -336,6 +348,8 @@ def main(argv: list[str] | None = None) -> int:
     text = generate(fused.model, corpus, args.generate, args.seed)
     print(f"\nWhat the model trained with fusedrnn writes:\n{text}\n")
 
+    if args.checkpoint:
+        save(args.checkpoint, args, corpus, fused.model)
     picture, numbers = args.out / "char_lm.png", args.out / "char_lm.json"
     plot(picture, plain, fused, moved)
     results["text"] = text
