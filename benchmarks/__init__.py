@@ -1,0 +1,1 @@
+"""The benchmark suite, installed as ``fusedrnn.benchmarks``: ``python -m fusedrnn bench``."""

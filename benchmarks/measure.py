@@ -1,0 +1,263 @@
+"""How it is measured: a correctness gate, rounds in which everybody takes turns, and the peak of memory.
+
+On a CPU a sample is wall-clock time; on a GPU it is the time between two CUDA events around the replay of a CUDA
+graph, so that it holds what the device does and not what Python does.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .problems import Problem
+from .providers import PROVIDERS, Given, Runnable, draw, loop_call
+
+# A right answer is at most twice as far from float64 as plain torch operations in the same dtype are, plus some units
+# of roundoff (32 in float32, where sums over all steps run in another order; 8 else); a wrong one is off by thousands.
+FACTOR = 2.0
+LEAST_ALLOWED = {
+    "float64": 1e-12,
+    "float32": 32 * 2.0**-24,
+    "tf32": 8 * 2.0**-10,
+    "bfloat16": 2.0**-5,
+    "float16": 2.0**-8,
+}
+# The float64 answer of a longer problem would take minutes on a CPU: it is checked over fewer steps.
+MOST_CHECKED_FLOPS = 10e9
+SHORTEST_SAMPLE = 300e-6
+CHILD_SETTINGS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+
+
+@dataclass(frozen=True)
+class Check:
+    """The largest error of a provider (by the largest entry of the tensor) and what is allowed."""
+
+    error: float
+    allowed: float
+    steps: int
+
+    @property
+    def right(self) -> bool:
+        return self.error <= self.allowed
+
+
+class Gate:
+    """The float64 answers of one problem in one mode, and how far off plain operations in its dtype are."""
+
+    def __init__(self, problem: Problem, mode: str, device: torch.device):
+        steps = max(1, int(problem.T * min(1.0, MOST_CHECKED_FLOPS / problem.flops(mode))))
+        self.mode, self.problem = mode, replace(problem, T=steps)
+        self.given = draw(self.problem, device)
+        wide = Given(self.problem, *(_double(v) for v in (self.given.state, self.given.x, self.given.dy)))
+        self.exact = _answer(loop_call(wide, mode))
+        self.errors = self._errors(_answer(loop_call(self.given, mode)))
+        tf32 = device.type == "cuda" and problem.dtype == "float32" and torch.backends.cudnn.allow_tf32
+        self.least = LEAST_ALLOWED["tf32" if tf32 else problem.dtype]
+
+    def _errors(self, got: list[Tensor | None]) -> list[float | None]:
+        """None for a tensor that cannot be compared."""
+        if len(got) != len(self.exact):
+            raise ValueError(f"{len(self.exact)} tensors are compared, got {len(got)}")
+        errors = []
+        for a, b in zip(got, self.exact):
+            if a is not None and a.shape != b.shape:
+                raise ValueError(f"a tensor must be {list(b.shape)}, got {list(a.shape)}")
+            error = None if a is None else ((a - b).abs().max() / b.abs().max().clamp_min(1e-30)).item()
+            errors.append(float("inf") if error is not None and not a.isfinite().all() else error)
+        return errors
+
+    def check(self, runnable: Runnable) -> Check:
+        """The tensor that comes nearest to its limit, or passes it furthest."""
+        errors = self._errors(_answer(runnable.run))
+        pairs = [(e, FACTOR * base + self.least) for e, base in zip(errors, self.errors) if e is not None]
+        error, allowed = max(pairs, key=lambda pair: pair[0] / pair[1])
+        return Check(error, allowed, self.problem.T)
+
+
+def _double(value):
+    return {k: w.double() for k, w in value.items()} if isinstance(value, dict) else value.double()
+
+
+def _answer(run: Callable[[], list]) -> list[Tensor | None]:
+    return [None if t is None else torch.as_tensor(t).detach().double().cpu() for t in run()]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Seconds of one call, a number a round; ``how`` they were taken."""
+
+    seconds: list[float]
+    how: str
+
+    def quantile(self, q: float) -> float:
+        ordered = sorted(self.seconds)
+        at = q * (len(ordered) - 1)
+        low = int(at)
+        return ordered[low] + (ordered[min(low + 1, len(ordered) - 1)] - ordered[low]) * (at - low)
+
+
+def _wall_clock(run: Callable) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _on_events(run: Callable) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e-3
+
+
+def captured(run: Callable) -> tuple[Callable, str]:
+    """(the replay of a CUDA graph of a call, how it is timed); the call itself where it cannot be captured."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            kept = run()
+    except RuntimeError as error:
+        torch.cuda.synchronize()
+        return run, f"CUDA events, not captured: {str(error).splitlines()[0]}"
+
+    def replay():
+        graph.replay()
+        return kept
+
+    return replay, "CUDA graph"
+
+
+def interleaved(runs: dict[str, Callable], rounds: int, budget: float, device: torch.device) -> dict[str, Samples]:
+    """Times every call once a round, in an order that turns from round to round.
+
+    Calls shorter than 0.3 ms are repeated within a sample. At least 3 rounds, at most ``rounds``, and no more than
+    fit in ``budget`` seconds.
+    """
+    cuda = device.type == "cuda"
+    timer, how = (_on_events, {}) if cuda else (_wall_clock, dict.fromkeys(runs, "wall clock"))
+    if cuda:
+        calls = {}
+        for name, run in runs.items():
+            calls[name], how[name] = captured(run)
+        runs = calls
+    first = {name: min(timer(run) for _ in range(2)) for name, run in runs.items()}
+    repeats = {name: max(1, int(SHORTEST_SAMPLE / max(t, 1e-7)) + (t < SHORTEST_SAMPLE)) for name, t in first.items()}
+    cost = sum(first[name] * repeats[name] for name in runs)
+    rounds = max(3, min(rounds, int(budget / max(cost, 1e-6))))
+    names, seconds = list(runs), {name: [] for name in runs}
+
+    def repeated(run: Callable, count: int) -> Callable:
+        return run if count == 1 else lambda: [run() for _ in range(count)]
+
+    calls = {name: repeated(run, repeats[name]) for name, run in runs.items()}
+    for k in range(rounds + 1):
+        turn = k % len(names)
+        for name in names[turn:] + names[:turn]:
+            sample = timer(calls[name]) / repeats[name]
+            if k:
+                seconds[name].append(sample)
+    return {name: Samples(seconds[name], how[name]) for name in names}
+
+
+def speedup(baseline: Samples, other: Samples) -> float:
+    """The median over rounds of the baseline's time by the other's in the same round."""
+    return statistics.median(a / b for a, b in zip(baseline.seconds, other.seconds))
+
+
+def peak_on_gpu(run: Callable, device: torch.device) -> int:
+    """Bytes that torch's allocator held at most during a call, above what it held before."""
+    run()
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def why_no_resident_peak() -> str | None:
+    """Why the peak of resident memory cannot be read here; None where it can."""
+    if not Path("/proc/self/clear_refs").exists():
+        return "the peak of resident memory is read from Linux's /proc, which is not here"
+    return None
+
+
+def peak_in_child(problem: Problem, provider: str, threads: int) -> int:
+    """Bytes by which the resident memory of a process of its own grows at most during a training step.
+
+    The process has run the step once before, and its allocator gives memory back at once, so the peak holds what the
+    step itself needs, in whatever library.
+    """
+    about = json.dumps({"problem": asdict(problem), "provider": provider, "threads": threads})
+    done = subprocess.run(
+        [sys.executable, "-m", "fusedrnn.benchmarks.measure", about],
+        capture_output=True,
+        text=True,
+        env=os.environ | CHILD_SETTINGS,
+    )
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"the process ended with {done.returncode}"]
+        raise RuntimeError(lines[-1])
+    return json.loads(done.stdout.splitlines()[-1])["peak_bytes"]
+
+
+def _resident(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
+
+
+def _child(about: dict) -> int:
+    torch.set_num_threads(about["threads"])
+    problem = Problem(**about["problem"] | {"modes": tuple(about["problem"]["modes"])})
+    run = PROVIDERS[about["provider"]].make(draw(problem, torch.device("cpu")), "memory").run
+    run()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _resident("VmRSS")
+    run()
+    return max(0, _resident("VmHWM") - before)
+
+
+@contextlib.contextmanager
+def settings(threads: int, tf32: bool):
+    """Threads of torch, and whether float32 products may be tf32, for everybody; restored afterwards."""
+    before = torch.get_num_threads(), torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.set_num_threads(threads)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before[1:]
+
+
+def cpu_peaks(dtype: torch.dtype) -> tuple[float, float]:
+    """(operations a second of a large matrix product in ``dtype``, bytes a second of a large copy), both measured."""
+    a, b = (torch.rand(1536, 1536).to(dtype) for _ in range(2))
+    product = min(_wall_clock(lambda: nn.functional.linear(a, b)) for _ in range(5))
+    source = torch.zeros(64 << 20)
+    target = torch.empty_like(source)
+    copy = min(_wall_clock(lambda: target.copy_(source)) for _ in range(5))
+    return 2 * 1536**3 / product, 2 * source.numel() * 4 / copy
+
+
+if __name__ == "__main__":
+    print(json.dumps({"peak_bytes": _child(json.loads(sys.argv[1]))}))

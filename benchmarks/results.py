@@ -1,0 +1,231 @@
+"""Measurements on disk: a CSV row each, written so that a killed run loses none and doubles none."""
+
+import csv
+import fcntl
+import io
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+
+import fusedrnn
+
+from .problems import Problem
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where and with what a row was measured. Rows of two environments never share a table."""
+
+    device: str
+    torch: str
+    cuda: str
+    cudnn: str
+    driver: str
+    fusedrnn: str
+    commit: str
+    threads: int
+    tf32: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement. Times in seconds of one call, ``speedup`` over torch.nn within the same rounds, memory in bytes.
+
+    ``status`` is ok, wrong (the correctness gate refused it, nothing was timed), failed or unavailable (the provider
+    does not take this problem); ``why`` says more.
+    ``peak_*`` are the machine's, for the roofline: operations and bytes a second, and where they come from.
+    """
+
+    device: str
+    torch: str
+    cuda: str
+    cudnn: str
+    driver: str
+    fusedrnn: str
+    commit: str
+    threads: int
+    tf32: bool
+    suite: str
+    cell: str
+    T: int
+    B: int
+    I: int
+    H: int
+    L: int
+    D: int
+    dtype: str
+    mode: str
+    provider: str
+    version: str
+    branch: str
+    status: str
+    median: float | None = None
+    least: float | None = None
+    quartile1: float | None = None
+    quartile3: float | None = None
+    rounds: int | None = None
+    how: str = ""
+    speedup: float | None = None
+    peak_bytes: int | None = None
+    error: float | None = None
+    allowed: float | None = None
+    checked_steps: int | None = None
+    why: str = ""
+    time: str = ""
+    clocks: str = ""
+    load: str = ""
+    peak_flops: float | None = None
+    peak_bandwidth: float | None = None
+    peaks_from: str = ""
+
+    @property
+    def key(self) -> tuple:
+        """What makes a measurement the same measurement."""
+        return tuple(getattr(self, name) for name in KEY)
+
+    @property
+    def environment(self) -> Environment:
+        return Environment(*(getattr(self, f.name) for f in fields(Environment)))
+
+    @property
+    def problem(self) -> Problem:
+        return Problem(self.suite, self.cell, self.T, self.B, self.I, self.H, self.L, self.D, self.dtype)
+
+
+COLUMNS = [f.name for f in fields(Row)]
+_MEASURED = ("suite", "cell", "T", "B", "I", "H", "L", "D", "dtype", "mode", "provider", "version")
+KEY = (*(f.name for f in fields(Environment)), *_MEASURED)
+_TYPES = {f.name: f.type for f in fields(Row)}
+
+
+def _parse(column: str, text: str):
+    kind = _TYPES[column]
+    if kind is bool:
+        return text == "True"
+    if kind is str:
+        return text
+    if text == "":
+        return None
+    return (int if "int" in str(kind) else float)(text)
+
+
+class Results:
+    """A folder's results.csv, open for one run at a time.
+
+    Raises:
+        RuntimeError: another run is writing there, or the file has other columns.
+    """
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "results.csv"
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self._file)
+            raise RuntimeError(f"another run is writing to {self.path}") from error
+        try:
+            self.rows = self._repair()
+        except Exception:
+            self.close()
+            raise
+        self.keys = {row.key for row in self.rows}
+
+    def __enter__(self) -> "Results":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def close(self) -> None:
+        os.close(self._file)
+
+    def _repair(self) -> list[Row]:
+        """All whole rows; what a killed run left of a line is cut off."""
+        text = self.path.read_bytes()
+        whole = text[: text.rfind(b"\n") + 1]
+        if len(whole) < len(text):
+            os.ftruncate(self._file, len(whole))
+        if not whole:
+            self._write([COLUMNS])
+            return []
+        header, *lines = csv.reader(io.StringIO(whole.decode(), newline=""))
+        if header != COLUMNS:
+            raise RuntimeError(f"{self.path} has other columns: it was written by another version, take another folder")
+        return [Row(**{c: _parse(c, text) for c, text in zip(COLUMNS, line, strict=True)}) for line in lines]
+
+    def _write(self, lines: list[list]) -> None:
+        text = io.StringIO(newline="")
+        csv.writer(text, lineterminator="\n").writerows(lines)
+        data = text.getvalue().encode()
+        while data:
+            data = data[os.write(self._file, data) :]
+        os.fsync(self._file)
+
+    def append(self, rows: list[Row]) -> None:
+        """Writes rows that are not there yet, and waits until they are on the disk."""
+        new = [row for row in {row.key: row for row in rows}.values() if row.key not in self.keys]
+        self._write([["" if v is None else _one_line(v) for v in (getattr(r, c) for c in COLUMNS)] for r in new])
+        self.rows += new
+        self.keys |= {row.key for row in new}
+
+
+def _one_line(value):
+    return " ".join(value.split()) if isinstance(value, str) else value
+
+
+def _output(*command: str, folder: Path | None = None) -> str:
+    """What a command prints; nothing where it is missing or fails."""
+    if shutil.which(command[0]) is None:
+        return ""
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """The checkout's commit, with "-dirty" where tracked files differ; "installed" outside a checkout."""
+    root = Path(fusedrnn.__file__).resolve().parents[1]
+    found = (root / ".git").exists() and _output("git", "describe", "--always", "--dirty", "--abbrev=12", folder=root)
+    return found or "installed"
+
+
+def environment(device: torch.device, threads: int, tf32: bool) -> Environment:
+    on_gpu = device.type == "cuda"
+    capability = fusedrnn.build_info()["cpu_capability"] or "no extension"
+    cpu = f"{cpu_model()}, {os.cpu_count()} CPUs, {capability}"
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines() if on_gpu else []
+    return Environment(
+        torch.cuda.get_device_name(device) if on_gpu else cpu,
+        torch.__version__,
+        str((torch.version.cuda or torch.version.hip or "") if on_gpu else ""),
+        str(torch.backends.cudnn.version() or "") if on_gpu else "",
+        driver[0] if driver else "",
+        fusedrnn.__version__,
+        commit(),
+        threads,
+        tf32,
+    )
+
+
+def clocks(device: torch.device) -> str:
+    """The clocks right now, in MHz: of the GPU's processors and memory, or of the first CPU."""
+    if device.type == "cuda":
+        fields = "clocks.sm,clocks.mem,clocks.max.sm"
+        lines = _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits").splitlines()
+        return f"sm, memory, largest sm: {lines[device.index or 0]}" if lines else ""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("cpu MHz")), "")

@@ -1,0 +1,216 @@
+"""The suite's one runner: ``python -m fusedrnn bench``."""
+
+import argparse
+import importlib.util
+import itertools
+import json
+import os
+import sys
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from . import measure, problems, providers
+from .problems import Problem
+from .results import Results, Row, clocks, environment
+
+QUICK_SECONDS, SECONDS = 3.0, 20.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    split = lambda text: [part for part in text.split(",") if part]
+    parser.add_argument("--suite", choices=problems.SUITES, default="deepbench")
+    parser.add_argument("--quick", action="store_true", help="the part that two cores measure in minutes")
+    parser.add_argument("--peers", type=split, metavar="A,B", help="who runs beside torch.nn; all that can by default")
+    parser.add_argument("--modes", type=split, metavar="A,B", help=f"of {', '.join(problems.MODES)}; the suite's own")
+    parser.add_argument("--dtype", choices=problems.DTYPES, default="float32")
+    parser.add_argument("--device", help="cpu or cuda[:n]; a GPU where there is one")
+    parser.add_argument("--rounds", type=int, default=31, help="at most so many turns of everybody")
+    parser.add_argument("--seconds", type=float, help=f"for the rounds of a problem ({QUICK_SECONDS:g} or {SECONDS:g})")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--tf32", action="store_true", help="float32 products may be tf32, for everybody (GPU)")
+    parser.add_argument("--out", type=Path, default=Path("bench-out"), help="a folder; a second start there resumes")
+    parser.add_argument("--list", action="store_true", help="print problems and providers, measure nothing")
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+
+
+def peaks(device: torch.device, dtype: str, tf32: bool) -> tuple[float | None, float | None, str]:
+    """Peak operations and bytes a second, and where they come from: measured on a CPU, published for a known GPU."""
+    if device.type == "cpu":
+        return *measure.cpu_peaks(getattr(torch, dtype)), "measured: a matrix product of 1536, a copy of 256 MiB"
+    from fusedrnn.explain import PEAKS
+
+    name = torch.cuda.get_device_name(device)
+    found = next((chip for chip in PEAKS.values() if any(part in name for part in chip.devices)), None)
+    if found is None:
+        return None, None, "no published peak is known for this GPU"
+    rate = {"float64": found.float64, "float32": found.tf32 if tf32 else found.float32}.get(dtype, found.half)
+    return rate * 1e12, found.bandwidth * 1e12, "published by the vendor, not measured"
+
+
+class Suite:
+    """One run: what is still to be measured, and the rows that come of it."""
+
+    def __init__(self, arguments: argparse.Namespace, results: Results, device: torch.device, found: list):
+        self.arguments, self.results, self.device, self.providers = arguments, results, device, found
+        self.environment = environment(device, arguments.threads, arguments.tf32)
+        self.seconds = arguments.seconds or (QUICK_SECONDS if arguments.quick else SECONDS)
+        self.peaks = None
+
+    def todo(self, chosen: list[Problem]) -> list[tuple[Problem, str]]:
+        """(problem, mode) with something left to measure."""
+        jobs = []
+        for problem, mode in itertools.product(chosen, problems.MODES):
+            if mode in (self.arguments.modes or problem.modes):
+                jobs.append((problem.one_step() if mode == "latency" else problem, mode))
+        return [job for job in dict.fromkeys(jobs) if self.missing(*job)]
+
+    def row(self, problem: Problem, mode: str, provider, **values) -> Row:
+        about = {name: getattr(problem, name) for name in ("suite", "cell", "T", "B", "I", "H", "L", "D", "dtype")}
+        about |= {"mode": mode, "provider": provider.name, "version": provider.version(), "branch": ""}
+        return Row(**asdict(self.environment) | about | values)
+
+    def missing(self, problem: Problem, mode: str) -> list:
+        """Providers without a row."""
+        keys = self.results.keys
+        return [p for p in self.providers if self.row(problem, mode, p, status="").key not in keys]
+
+    def measure(self, problem: Problem, mode: str) -> list[Row]:
+        """Checks and times everybody who has no row yet, beside the baseline; the rows are on disk when it returns."""
+        if self.peaks is None:
+            self.peaks = peaks(self.device, self.arguments.dtype, self.arguments.tf32)
+        missing = self.missing(problem, mode)
+        if mode == "memory":
+            rows = [self.peak(problem, provider) for provider in missing]
+        else:
+            rows = self.timed(problem, mode, missing)
+        self.results.append(rows)
+        return rows
+
+    def stamp(self) -> dict:
+        load = f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else ""
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        flops, bandwidth, source = self.peaks
+        return {"time": now, "clocks": clocks(self.device), "load": load, "peak_flops": flops,
+                "peak_bandwidth": bandwidth, "peaks_from": source}  # fmt: skip
+
+    def checked(self, gate, given, problem, mode, provider) -> tuple[Row, object]:
+        """(a row without times, the call to time): a provider that fails or gives wrong answers has no call."""
+        row = lambda status, **values: self.row(problem, mode, provider, status=status, **values, **self.stamp())
+        try:
+            runnable = provider.make(gate.given, mode)
+            check = gate.check(runnable)
+            values = {"branch": runnable.branch, "error": check.error, "allowed": check.allowed,
+                      "checked_steps": check.steps}  # fmt: skip
+            if not check.right:
+                return row("wrong", why=f"off by {check.error:.2e}, allowed {check.allowed:.2e}", **values), None
+            if gate.problem != problem:
+                runnable = provider.make(given, mode)
+            return row("ok", **values | {"branch": runnable.branch}), runnable.run
+        except providers.UnavailableError as error:
+            return row("unavailable", why=str(error)), None
+        except Exception as error:  # whatever a peer raises is its row
+            return row("failed", why=f"{type(error).__name__}: {str(error)[:300]}"), None
+
+    def timed(self, problem: Problem, mode: str, missing: list) -> list[Row]:
+        gate, given = measure.Gate(problem, mode, self.device), providers.draw(problem, self.device)
+        baseline = self.providers[0]
+        rows, calls = {}, {}
+        # On a resumed run the baseline is timed again, so that everybody has a ratio within the same rounds.
+        for provider in [baseline, *(p for p in missing if p is not baseline)]:
+            rows[provider.name], call = self.checked(gate, given, problem, mode, provider)
+            if call is not None:
+                calls[provider.name] = call
+        samples = measure.interleaved(calls, self.arguments.rounds, self.seconds, self.device)
+        for name, s in samples.items():
+            ratio = measure.speedup(samples[baseline.name], s) if baseline.name in samples else None
+            times = {"median": s.quantile(0.5), "least": min(s.seconds), "quartile1": s.quantile(0.25),
+                     "quartile3": s.quantile(0.75), "rounds": len(s.seconds), "how": s.how,
+                     "speedup": ratio}  # fmt: skip
+            rows[name] = Row(**asdict(rows[name]) | times)
+        return [rows[p.name] for p in missing]
+
+    def peak(self, problem: Problem, provider) -> Row:
+        row = lambda status, **values: self.row(problem, "memory", provider, status=status, **values, **self.stamp())
+        try:
+            runnable = provider.make(providers.draw(problem, self.device), "memory")
+            if self.device.type == "cuda":
+                peak, how = measure.peak_on_gpu(runnable.run, self.device), "torch.cuda.max_memory_allocated"
+            else:
+                peak = measure.peak_in_child(problem, provider.name, self.arguments.threads)
+                how = "growth of resident memory, in a process of its own"
+            return row("ok", peak_bytes=peak, how=how, branch=runnable.branch)
+        except providers.UnavailableError as error:
+            return row("unavailable", why=str(error))
+        except Exception as error:  # whatever a peer raises is its row
+            return row("failed", why=f"{type(error).__name__}: {str(error)[:300]}")
+
+
+def line(row: Row) -> str:
+    """A row for the console."""
+    text = f"{row.problem.name:<32}{row.mode:<9}{row.provider:<20}"
+    if row.status != "ok":
+        return f"{text}{row.status.upper()}: {row.why}"
+    if row.mode == "memory":
+        return f"{text}{row.peak_bytes / 2**20:10.1f} MiB"
+    ratio = "" if row.speedup is None else f"{row.speedup:8.2f}x"
+    return f"{text}{row.median * 1e3:10.3f} ms{ratio}  {row.branch}"
+
+
+def needed() -> None:
+    """Raises ImportError, with the extra that installs it, where the progress bar or the plots have no package."""
+    missing = [name for name in ("matplotlib", "tqdm") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"bench needs {' and '.join(missing)}: pip install 'fusedrnn[bench]'")
+
+
+def overview(arguments, chosen: list[Problem], found: list, left_out: dict[str, str]) -> None:
+    if arguments.json:
+        about = {"problems": [asdict(p) for p in chosen], "measured": [p.name for p in found], "left_out": left_out}
+        print(json.dumps(about, indent=1))
+        return
+    for problem in chosen:
+        print(f"{problem.name:<32}{', '.join(arguments.modes or problem.modes)}")
+    print()
+    for provider in found:
+        print(f"{provider.name:<28}measured")
+    for name, why in left_out.items():
+        print(f"{name:<28}left out: {why}")
+
+
+def bench(arguments: argparse.Namespace) -> int:
+    """Measures fusedrnn against torch.nn and others; writes results.csv, plots and report.html, and resumes them."""
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    wrong = [mode for mode in arguments.modes or [] if mode not in problems.MODES]
+    if wrong:
+        raise ValueError(f"modes must be of {', '.join(problems.MODES)}, got {', '.join(wrong)}")
+    if arguments.rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {arguments.rounds}")
+    found, left_out = providers.choose(arguments.peers, device, arguments.quick)
+    chosen = problems.suite(arguments.suite, arguments.quick, arguments.dtype)
+    if arguments.list:
+        overview(arguments, chosen, found, left_out)
+        return 0
+    needed()
+    from tqdm import tqdm
+
+    from .report import write_report
+
+    with Results(arguments.out) as results, measure.settings(arguments.threads, arguments.tf32):
+        suite = Suite(arguments, results, device, found)
+        jobs = suite.todo(chosen)
+        with tqdm(jobs, unit="problem", disable=None, file=sys.stderr) as progress:
+            for problem, mode in progress:
+                progress.set_description(f"{problem.name} {mode}")
+                for row in suite.measure(problem, mode):
+                    if not arguments.json:
+                        tqdm.write(line(row), file=sys.stdout)
+        pages = write_report(results.rows, left_out, arguments.out)
+        rows = [row for row in results.rows if row.environment == suite.environment]
+    if arguments.json:
+        print(json.dumps([asdict(row) for row in rows], indent=1))
+    else:
+        print(f"{len(rows)} rows of this machine and version in {arguments.out / 'results.csv'}; {pages}")
+    return 1 if any(row.status in ("wrong", "failed") and row.provider.startswith("fusedrnn") for row in rows) else 0
