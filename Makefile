@@ -41,7 +41,7 @@ test-all: $(INSTALLED)
 	$(PY) -m pytest -q -rs $(ARGS)
 
 bench: $(INSTALLED)
-	$(PY) benchmarks/cpu_subset.py $(ARGS)
+	$(PY) -m fusedrnn bench --suite deepbench --quick $(ARGS)
 
 gpu-cost: $(INSTALLED)
 	$(PY) benchmarks/gpu_cost.py $(ARGS)

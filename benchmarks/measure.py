@@ -252,10 +252,10 @@ def settings(threads: int, tf32: bool):
 def cpu_peaks(dtype: torch.dtype) -> tuple[float, float]:
     """(operations a second of a large matrix product in ``dtype``, bytes a second of a large copy), both measured."""
     a, b = (torch.rand(1536, 1536).to(dtype) for _ in range(2))
-    product = min(_wall_clock(lambda: nn.functional.linear(a, b)) for _ in range(5))
+    product = min(_wall_clock(lambda: nn.functional.linear(a, b)) for _ in range(10))
     source = torch.zeros(64 << 20)
     target = torch.empty_like(source)
-    copy = min(_wall_clock(lambda: target.copy_(source)) for _ in range(5))
+    copy = min(_wall_clock(lambda: target.copy_(source)) for _ in range(10))
     return 2 * 1536**3 / product, 2 * source.numel() * 4 / copy
 
 

@@ -300,14 +300,14 @@ def roofline(rows: list[Row]):
         axes.scatter(x, y, s=26, alpha=0.8, color=look["color"], marker=look["marker"])
     known = [row for row in rows if row.peak_flops and row.peak_bandwidth]
     if known:
-        top = statistics.median(row.peak_flops for row in known) / 1e9
-        slope = statistics.median(row.peak_bandwidth for row in known) / 1e9
+        top = max(row.peak_flops for row in known) / 1e9
+        slope = max(row.peak_bandwidth for row in known) / 1e9
         xs = [intensity(row) for row in rows]
         span = [min(*xs, top / slope) / 2, max(*xs, top / slope) * 2]
         curve = [span[0] * (span[1] / span[0]) ** (k / 100) for k in range(101)]
         axes.plot(curve, [min(top, slope * x) for x in curve], color="#555", linewidth=1.5)
         words = f"{top:,.0f} GFLOP/s, {slope:,.1f} GB/s\n{known[0].peaks_from}"
-        axes.annotate(words, (span[1], top), (0, 5), textcoords="offset points", ha="right", va="bottom", fontsize=9)
+        axes.text(0.02, 0.97, words, transform=axes.transAxes, va="top", fontsize=9)
         axes.set_ylim(top=top * 4)
     else:
         axes.set_title(f"no roof: {rows[0].peaks_from}", fontsize=10)

@@ -182,18 +182,23 @@ def overview(arguments, chosen: list[Problem], found: list, left_out: dict[str, 
 
 def bench(arguments: argparse.Namespace) -> int:
     """Measures fusedrnn against torch.nn and others; writes results.csv, plots and report.html, and resumes them."""
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    wrong = [mode for mode in arguments.modes or [] if mode not in problems.MODES]
-    if wrong:
-        raise ValueError(f"modes must be of {', '.join(problems.MODES)}, got {', '.join(wrong)}")
-    if arguments.rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {arguments.rounds}")
-    found, left_out = providers.choose(arguments.peers, device, arguments.quick)
-    chosen = problems.suite(arguments.suite, arguments.quick, arguments.dtype)
+    try:
+        device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        wrong = [mode for mode in arguments.modes or [] if mode not in problems.MODES]
+        if wrong:
+            raise ValueError(f"modes must be of {', '.join(problems.MODES)}, got {', '.join(wrong)}")
+        if min(arguments.rounds, arguments.threads) < 1:
+            raise ValueError(f"rounds and threads must be at least 1, got {arguments.rounds} and {arguments.threads}")
+        found, left_out = providers.choose(arguments.peers, device, arguments.quick)
+        chosen = problems.suite(arguments.suite, arguments.quick, arguments.dtype)
+        if not arguments.list:
+            needed()
+    except (ImportError, RuntimeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     if arguments.list:
         overview(arguments, chosen, found, left_out)
         return 0
-    needed()
     from tqdm import tqdm
 
     from .report import write_report

@@ -99,6 +99,14 @@ def run_selftest(arguments: argparse.Namespace) -> int:
     return 1 if bad else 0
 
 
+def _add_bench(commands) -> None:
+    from fusedrnn.benchmarks import runner
+
+    command = commands.add_parser("bench", help=runner.bench.__doc__, description=runner.bench.__doc__)
+    runner.add_arguments(command)
+    command.set_defaults(run=runner.bench)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fusedrnn", description="Recurrent layers with fused kernels.")
     commands = parser.add_subparsers(required=True, metavar="command")
@@ -108,6 +116,7 @@ def main(argv: list[str] | None = None) -> int:
         command.set_defaults(run=run)
         if run is run_explain:
             _add_explain(command)
+    _add_bench(commands)
     arguments = parser.parse_args(argv)
     return arguments.run(arguments)
 
