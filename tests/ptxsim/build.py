@@ -1,5 +1,6 @@
 """Compiles the simulator (g++ >= 12), and whole CUDA sources into libraries whose launches run in it (nvcc)."""
 
+import fcntl
 import functools
 import hashlib
 import os
@@ -257,6 +258,12 @@ def build_simulated_library(cu_sources, include_dirs=(), flags=(), arch="80"):
     ]
 
     def compile_one(i):
+        # Another process that compiles the same just now is waited for.
+        with open(kernels / f"{i}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            return compile_alone(i)
+
+    def compile_alone(i):
         obj, report = (kernels / f"{i}-{cu_sources[i].stem}.{end}" for end in ("o", "txt"))
         if not obj.exists() or not report.exists():
             temporary = obj.with_suffix(f".{os.getpid()}.o")
