@@ -38,12 +38,13 @@ figure{margin:1.5rem 0}figure img{max-width:100%;height:auto}figcaption{color:#4
 
 def write_report(rows: list[Row], left_out: dict[str, str], folder: Path) -> str:
     """Writes report.html and the plots of every machine and version in ``rows``; tells what was written in words."""
-    groups = defaultdict(list)
+    groups = {}
     for row in rows:
-        groups[row.environment, row.suite, row.dtype].append(row)
+        group = row.environment, row.suite, row.dtype
+        # What was measured last comes first: it is what one wants to see.
+        groups = {group: [*groups.pop(group, []), row], **groups}
     sections, count = [], 0
-    # The newest first: what was just measured is what one wants to see.
-    for number, (group, found) in enumerate(sorted(groups.items(), key=lambda g: g[1][-1].time, reverse=True), 1):
+    for number, (group, found) in enumerate(groups.items(), 1):
         plots = draw_plots(found, folder, f"{number}-{group[1]}-{group[2]}")
         count += len(plots)
         sections.append(section(*group, found, plots))

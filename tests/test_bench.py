@@ -1,0 +1,423 @@
+"""The benchmark suite: what it measures, that it refuses wrong answers, that a killed run loses and doubles nothing."""
+
+import csv
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusedrnn.__main__ import main
+from fusedrnn.benchmarks import measure, problems, providers, results, runner
+from fusedrnn.benchmarks import report as report_module
+from fusedrnn.benchmarks.problems import Problem
+from fusedrnn.benchmarks.results import COLUMNS, Environment, Results, Row
+
+CPU = torch.device("cpu")
+TINY = [
+    Problem("sweep", "lstm", 6, 2, 8, 8, modes=("forward", "train", "latency")),
+    Problem("sweep", "gru", 3, 2, 8, 8, modes=("forward",)),
+]
+# Runs the suite over TINY with a pause after every problem, so that it can be killed in the middle.
+CHILD = """
+import sys, time
+from fusedrnn.__main__ import main
+from fusedrnn.benchmarks import measure, problems, results, runner
+from fusedrnn.benchmarks.problems import Problem
+problems.suite = lambda *a: [Problem("sweep", "lstm", t, 2, 8, 8, modes=("forward",)) for t in range(1, 7)]
+results.commit = lambda: "test"
+measure.cpu_peaks = lambda dtype: (1e11, 1e10)
+append = runner.Results.append
+runner.Results.append = lambda self, rows: (append(self, rows), time.sleep(0.2))
+sys.exit(main(["bench", "--suite", "sweep", "--peers", "fusedrnn", "--rounds", "3", "--out", sys.argv[1]]))
+"""
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(problems, "suite", lambda *arguments: TINY)
+    monkeypatch.setattr(results, "commit", lambda: "test")
+    monkeypatch.setattr(measure, "cpu_peaks", lambda dtype: (1e11, 1e10))
+    monkeypatch.setattr(report_module, "draw_plots", lambda *arguments: {})
+
+
+def bench(folder: Path, *arguments: str) -> int:
+    return main(["bench", "--suite", "sweep", "--peers", "fusedrnn", "--rounds", "3", "--out", str(folder), *arguments])
+
+
+def rows_of(folder: Path) -> list[dict]:
+    with (folder / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def names(rows: list[dict]) -> Counter:
+    return Counter(tuple(row[c] for c in results.KEY) for row in rows)
+
+
+def a_row(**values) -> Row:
+    """A measurement that nobody made, for what only reads rows."""
+    environment = Environment("a processor", "2.14.1", "", "", "", "0.1.0", "abc", 2, False)
+    about = {"suite": "sweep", "cell": "lstm", "T": 64, "B": 16, "I": 256, "H": 256, "L": 1, "D": 1, "dtype": "float32",
+             "mode": "forward", "provider": "torch.nn", "version": "2.14.1", "branch": "oneDNN", "status": "ok",
+             "median": 1e-3, "least": 9e-4, "quartile1": 9.5e-4, "quartile3": 1.1e-3, "rounds": 9, "how": "wall clock",
+             "speedup": 1.0, "time": "2026-01-01T00:00:00+00:00", "load": "0.10", "peak_flops": 1e11,
+             "peak_bandwidth": 1e10, "peaks_from": "measured"}  # fmt: skip
+    return Row(**dataclasses.asdict(environment) | about | values)
+
+
+def some_rows() -> list[Row]:
+    found = []
+    for provider, speed in (("torch.nn", 1.0), ("fusedrnn", 1.5), ("onnxruntime", 1.2)):
+        for cell in ("lstm", "gru"):
+            for size in ({}, {"H": 512, "I": 512}, {"B": 1}, {"B": 64}, {"T": 128}, {"T": 16}):
+                for mode in ("forward", "train", "memory"):
+                    row = a_row(provider=provider, cell=cell, mode=mode, **size)
+                    took = row.problem.flops("forward") / 5e10 / speed
+                    if mode == "memory":
+                        values = {
+                            "median": None,
+                            "speedup": None,
+                            "peak_bytes": int(row.problem.bytes("train") / speed),
+                        }
+                    else:
+                        values = {"median": took, "quartile1": took * 0.95, "quartile3": took * 1.1, "speedup": speed}
+                    found.append(dataclasses.replace(row, **values))
+    return [*found, a_row(provider="planted", status="wrong", why="off by 1 <b>&</b>", median=None, speedup=None)]
+
+
+def test_suites_hold_every_problem_once():
+    sizes = {suite: len(problems.suite(suite)) for suite in problems.SUITES}
+    assert sizes == {"deepbench": 124, "flashrnn": 8, "fastrnns": 4, "sweep": 52}
+    for suite in problems.SUITES:
+        for quick in (False, True):
+            found = problems.suite(suite, quick, "bfloat16")
+            assert len(set(found)) == len(found) > 0
+            assert {p.dtype for p in found} == {"bfloat16"}
+            assert set(found) <= set(problems.suite(suite, False, "bfloat16"))
+    cells = Counter(p.cell for p in problems.suite("deepbench"))
+    assert cells == {"gru": 73, "lstm": 37, "rnn_relu": 14}
+    assert len(problems.suite("deepbench", quick=True)) == len(problems.DEEPBENCH_QUICK)
+    with pytest.raises(ValueError, match=r"suite must be one of deepbench.*got 'none'"):
+        problems.suite("none")
+
+
+def test_flops_and_bytes_count_every_layer_and_direction():
+    problem = Problem("sweep", "lstm", 3, 2, 5, 7, L=2, D=2)
+    layer = torch.nn.LSTM(5, 7, 2, bidirectional=True)
+    weights = sum(w.numel() for w in layer.parameters() if w.dim() == 2)
+    assert problem.flops("forward") == 2 * weights * 3 * 2
+    assert problem.flops("train") == 3 * problem.flops("forward")
+    assert problem.bytes("forward") == 4 * (weights + 3 * 2 * (5 + 14))
+
+
+A100, H100, A10, V100, T4 = ((8, 0), 108), ((9, 0), 132), ((8, 6), 72), ((7, 0), 80), ((7, 5), 40)
+
+
+@pytest.mark.parametrize(
+    "cell, dtype, B, H, chip, forward, backward",
+    [
+        ("lstm", "float16", 16, 768, H100, "persist_static", "persist_static"),
+        ("lstm", "float16", 17, 768, H100, "standard", "standard"),
+        ("lstm", "float16", 136, 768, H100, "standard", "standard"),
+        ("lstm", "float16", 16, 760, H100, "standard", "standard"),
+        ("lstm", "float16", 16, 1152, H100, "standard", "standard"),
+        ("gru", "float16", 16, 768, A100, "standard", "standard"),
+        ("lstm", "float16", 16, 768, A10, "standard", "standard"),
+        ("lstm", "float16", 16, 768, T4, "standard", "standard"),
+        ("gru", "float16", 16, 768, V100, "persist_static", "persist_static"),
+        ("gru", "float16", 80, 768, V100, "standard", "standard"),
+        ("rnn_relu", "float16", 96, 1024, A100, "standard", "standard"),
+        ("rnn_relu", "float16", 64, 1024, A100, "persist_static", "persist_static"),
+        ("lstm", "float32", 16, 192, H100, "persist_static_small_h", "standard"),
+        ("lstm", "bfloat16", 16, 128, H100, "persist_static_small_h", "persist_static_small_h"),
+        ("lstm", "bfloat16", 16, 193, H100, "standard", "standard"),
+        ("rnn_tanh", "float32", 16, 384, H100, "persist_static_small_h", "standard"),
+        ("lstm", "float64", 16, 64, H100, "standard", "standard"),
+    ],
+)
+def test_cudnn_branch_is_what_torch_would_ask_for(cell, dtype, B, H, chip, forward, backward):
+    problem = Problem("sweep", cell, 64, B, H, H, dtype=dtype)
+    assert providers.cudnn_branch(problem, *chip) == f"cuDNN {forward}"
+    assert providers.cudnn_branch(problem, *chip, backward=True) == f"cuDNN {backward}"
+    if dtype == "bfloat16":
+        assert providers.cudnn_branch(problem, *chip, version=91200) == "ATen loop"
+
+
+@pytest.mark.parametrize("mode", ["forward", "train"])
+def test_torch_branch_is_what_torch_runs(mode):
+    """The oneDNN layer shows in a profile exactly where it is named."""
+    for cell in ("lstm", "gru"):
+        for dtype in ("float32", "float64"):
+            given = providers.draw(Problem("sweep", cell, 3, 2, 8, 8, dtype=dtype), CPU)
+            runnable = providers.PROVIDERS["torch.nn"].make(given, mode)
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                runnable.run()
+            found = any("mkldnn_rnn" in event.name for event in profile.events())
+            assert (runnable.branch == "oneDNN") == found == (cell == "lstm" and dtype == "float32")
+
+
+@pytest.mark.parametrize("cell", problems.GATES)
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+def test_gate_passes_what_is_right(cell, dtype):
+    for mode, depth in (("forward", {}), ("train", {"L": 2, "D": 2}), ("latency", {"T": 1})):
+        problem = dataclasses.replace(Problem("sweep", cell, 7, 3, 12, 16, dtype=dtype), **depth)
+        gate, given = measure.Gate(problem, mode, CPU), providers.draw(problem, CPU)
+        for name in ("torch.nn", "fusedrnn", "torch.loop"):
+            check = gate.check(providers.PROVIDERS[name].make(given, mode))
+            assert check.right, (name, mode, check)
+            assert check.steps == problem.T
+
+
+@pytest.mark.parametrize("dtype, part", [("float32", 1e-4), ("bfloat16", 0.1), ("float16", 0.02)])
+def test_gate_refuses_what_is_wrong(dtype, part):
+    problem = Problem("sweep", "lstm", 7, 3, 12, 16, dtype=dtype)
+    gate = measure.Gate(problem, "train", CPU)
+    right = providers.PROVIDERS["torch.nn"].make(providers.draw(problem, CPU), "train").run()
+    assert gate.check(providers.Runnable(lambda: right, "")).right
+    for k in range(len(right)):
+        for planted in (right[k] * (1 + part), torch.zeros_like(right[k]), right[k].flip(0), right[k] * float("nan")):
+            wrong = [*right[:k], planted, *right[k + 1 :]]
+            assert not gate.check(providers.Runnable(lambda wrong=wrong: wrong, "")).right
+    with pytest.raises(ValueError, match="6 tensors are compared, got 5"):
+        gate.check(providers.Runnable(lambda: right[1:], ""))
+    with pytest.raises(ValueError, match=r"a tensor must be \[7, 3, 16\], got \[7, 3, 8\]"):
+        gate.check(providers.Runnable(lambda: [right[0][..., :8], *right[1:]], ""))
+
+
+def test_a_long_problem_is_checked_over_fewer_steps(monkeypatch):
+    problem = Problem("sweep", "lstm", 1000, 2, 16, 16)
+    monkeypatch.setattr(measure, "MOST_CHECKED_FLOPS", problem.flops("train") / 100)
+    assert measure.Gate(problem, "train", CPU).problem.T == 10
+    assert measure.Gate(problem, "forward", CPU).problem.T == 30
+
+
+def test_rounds_take_turns(monkeypatch):
+    calls = []
+    monkeypatch.setattr(measure, "_wall_clock", lambda run: run() or 0.002)
+    runs = {name: lambda name=name: calls.append(name) for name in "abc"}
+    samples = measure.interleaved(runs, 4, budget=10.0, device=CPU)
+    assert {name: s.seconds for name, s in samples.items()} == dict.fromkeys("abc", [0.002] * 4)
+    rounds = ["".join(calls[k : k + 3]) for k in range(6, len(calls), 3)]
+    assert rounds == ["abc", "bca", "cab", "abc", "bca"]
+    assert len(measure.interleaved({"a": lambda: None}, 100, budget=0.05, device=CPU)["a"].seconds) == 25
+    slow = measure.Samples([2.0, 4.0, 9.0], "")
+    assert measure.speedup(slow, measure.Samples([1.0, 1.0, 1.0], "")) == 4.0
+    assert [slow.quantile(q) for q in (0, 0.25, 0.5, 1)] == [2.0, 3.0, 4.0, 9.0]
+
+
+def test_a_run_writes_rows_once(tiny, tmp_path, capsys, monkeypatch):
+    assert bench(tmp_path) == 0
+    rows = rows_of(tmp_path)
+    jobs = {("lstm", "6", "forward"), ("lstm", "6", "train"), ("lstm", "1", "latency"), ("gru", "3", "forward")}
+    assert {(r["cell"], r["T"], r["mode"]) for r in rows} == jobs
+    assert {r["provider"] for r in rows} == {"torch.nn", "fusedrnn"}
+    assert len(rows) == 8
+    for row in rows:
+        assert row["status"] == "ok"
+        assert float(row["least"]) <= float(row["quartile1"]) <= float(row["median"]) <= float(row["quartile3"])
+        assert float(row["error"]) <= float(row["allowed"])
+        assert float(row["speedup"]) == 1.0 or row["provider"] == "fusedrnn"
+        assert row["torch"] == torch.__version__
+        assert row["threads"] == str(torch.get_num_threads())
+    assert "8 rows of this machine and version" in capsys.readouterr().out
+
+    before = (tmp_path / "results.csv").read_bytes()
+    assert bench(tmp_path, "--json") == 0
+    assert (tmp_path / "results.csv").read_bytes() == before
+    assert len(json.loads(capsys.readouterr().out)) == 8
+
+    monkeypatch.setattr(results, "commit", lambda: "later")
+    assert bench(tmp_path) == 0
+    assert Counter(r["commit"] for r in rows_of(tmp_path)) == {"test": 8, "later": 8}
+    assert max(names(rows_of(tmp_path)).values()) == 1
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<h2>") == 2
+    assert page.index("later") < page.index(">test<")
+
+
+def test_a_wrong_or_failing_provider_is_not_timed(tiny, tmp_path, monkeypatch):
+    honest = providers.PROVIDERS["fusedrnn"].make
+
+    def wrong(given, mode):
+        run = honest(given, mode).run
+        return providers.Runnable(lambda: [t * 1.01 for t in run()], "planted")
+
+    def failing(given, mode):
+        raise ZeroDivisionError("planted\nin two lines")
+
+    def inference(given, mode):
+        if mode == "train":
+            raise providers.UnavailableError("planted for inference only")
+        return honest(given, mode)
+
+    for name, make in (("wrong", wrong), ("failing", failing), ("inference", inference)):
+        provider = providers.Provider(name, "torch", lambda on: None, make)
+        monkeypatch.setitem(providers.PROVIDERS, name, provider)
+    assert bench(tmp_path, "--peers", "fusedrnn,wrong,failing,inference") == 0
+    rows = {(r["provider"], r["mode"]): r for r in rows_of(tmp_path) if r["cell"] == "lstm"}
+    assert {rows["wrong", mode]["status"] for mode in ("forward", "train", "latency")} == {"wrong"}
+    assert rows["failing", "train"]["why"] == "ZeroDivisionError: planted in two lines"
+    assert rows["inference", "train"]["status"] == "unavailable"
+    assert rows["inference", "forward"]["status"] == rows["fusedrnn", "train"]["status"] == "ok"
+    for row in rows.values():
+        assert bool(row["median"]) == bool(row["speedup"]) == (row["status"] == "ok")
+    page = (tmp_path / "report.html").read_text()
+    assert "planted for inference only" in page
+    assert "ZeroDivisionError" in page
+    count = len(rows_of(tmp_path))
+    assert bench(tmp_path, "--peers", "fusedrnn,wrong,failing,inference") == 0
+    assert len(rows_of(tmp_path)) == count
+
+    # A wrong answer of our own is an exit status.
+    monkeypatch.setitem(
+        providers.PROVIDERS, "fusedrnn", dataclasses.replace(providers.PROVIDERS["fusedrnn"], make=wrong)
+    )
+    assert bench(tmp_path / "ours") == 1
+
+
+def lines_of(folder: Path) -> list[str]:
+    path = folder / "results.csv"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_a_killed_run_loses_and_doubles_nothing(tmp_path):
+    command = [sys.executable, "-c", CHILD, str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    deadline = time.monotonic() + 300
+    while len(lines_of(tmp_path)) < 5 and run.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    run.send_signal(signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL
+    kept = lines_of(tmp_path)
+    assert 5 <= len(kept) < 13
+    assert not (tmp_path / "report.html").exists()
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert lines_of(tmp_path)[: len(kept)] == kept
+    rows = rows_of(tmp_path)
+    assert len(rows) == 12
+    assert set(names(rows).values()) == {1}
+    assert Counter((row["T"], row["provider"]) for row in rows) == {
+        (str(t), provider): 1 for t in range(1, 7) for provider in ("torch.nn", "fusedrnn")
+    }
+    assert (tmp_path / "report.html").exists()
+
+
+def test_a_torn_line_is_repaired(tmp_path):
+    whole = [a_row(T=t) for t in range(1, 4)]
+    with Results(tmp_path) as written:
+        written.append(whole)
+    path = tmp_path / "results.csv"
+    text = path.read_bytes()
+    last = text.rstrip(b"\n").rfind(b"\n") + 1
+    for cut in (*range(last, len(text), 37), len(text) - 1):
+        path.write_bytes(text[:cut])
+        with Results(tmp_path) as torn:
+            assert torn.rows == whole[:2]
+            torn.append(whole)
+        assert path.read_bytes() == text
+    for cut in (0, 10):
+        path.write_bytes(text[:cut])
+        with Results(tmp_path) as empty:
+            empty.append(whole)
+        assert path.read_bytes() == text
+
+
+def test_a_results_file_is_for_one_run_and_one_version(tmp_path):
+    row = a_row(why='a "quoted", text')
+    with Results(tmp_path) as first:
+        first.append([row, row])
+        first.append([row])
+        with pytest.raises(RuntimeError, match="another run is writing"):
+            Results(tmp_path)
+    with Results(tmp_path) as again:
+        assert again.rows == [row]
+    path = tmp_path / "results.csv"
+    path.write_text(",".join(COLUMNS[1:]) + "\n")
+    with pytest.raises(RuntimeError, match="has other columns"):
+        Results(tmp_path)
+
+
+def test_memory_is_that_of_a_training_step():
+    why = measure.why_no_resident_peak()
+    if why:
+        pytest.skip(why)
+    problem = Problem("sweep", "lstm", 256, 32, 128, 128)
+    peak = measure.peak_in_child(problem, "fusedrnn", 1)
+    gates = 256 * 32 * 4 * 128 * 4
+    assert gates < peak < 6 * gates
+    with pytest.raises(RuntimeError, match="KeyError: 'nobody'"):
+        measure.peak_in_child(problem, "nobody", 1)
+
+
+def test_list_and_bad_arguments(capsys, monkeypatch):
+    assert main(["bench", "--list", "--quick", "--json", "--device", "cpu"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["measured"][:2] == ["torch.nn", "fusedrnn"]
+    assert found["left_out"]["haste"] in ("not installed: haste_pytorch", "it runs on cuda only, measured is cpu")
+    assert "simulator" in found["left_out"]["fusedrnn:triton:step"]
+    for arguments, message in (
+        (["--peers", "nobody"], "peers must be of torch.nn, fusedrnn.*got nobody"),
+        (["--peers", "fusedrnn:triton:step"], "was asked for but cannot run: on the CPU it runs in a simulator"),
+        (["--modes", "sideways"], "modes must be of forward, train, latency, memory, got sideways"),
+        (["--rounds", "0"], "must be at least 1, got 0"),
+    ):
+        assert main(["bench", "--device", "cpu", *arguments]) == 2
+        assert re.search(message, capsys.readouterr().err)
+    monkeypatch.setattr(runner.importlib.util, "find_spec", lambda name: None)
+    assert main(["bench", "--device", "cpu", "--peers", "fusedrnn"]) == 2
+    assert "bench needs matplotlib and tqdm: pip install 'fusedrnn[bench]'" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    report_module.write_report(some_rows(), {"haste": "not installed: haste_pytorch"}, folder)
+    return folder
+
+
+def test_report_holds_every_plot_and_number(report):
+    page = (report / "report.html").read_text()
+    plots = sorted(path.name for path in report.glob("*.png"))
+    assert plots == [f"1-sweep-float32-{name}.png" for name in ("B", "H", "T", "memory", "roofline")]
+    assert all((report / name).read_bytes().startswith(b"\x89PNG") for name in plots)
+    assert page.count('src="data:image/png;base64,') == page.count("<img ") == len(plots)
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert page.count('alt="') == len(plots)
+    assert "off by 1 &lt;b&gt;&amp;&lt;/b&gt;" in page
+    assert "not installed: haste_pytorch" in page
+    assert "<td>1.50</td><td>1.50</td><td>1.50</td>" in page
+
+
+CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: the page is not opened in a browser")
+def test_report_opens_in_a_browser(report, tmp_path):
+    """A copy of the page with a script that counts what was drawn and listens for errors."""
+    probe = """<script>window.onerror=e=>document.body.dataset.failed=e;
+    window.onload=()=>{document.body.dataset.drawn=[...document.images].filter(i=>i.complete&&i.naturalWidth>300).length;
+    document.body.dataset.wide=document.documentElement.scrollWidth>innerWidth}</script></head>"""
+    page = tmp_path / "report.html"
+    page.write_text((report / "report.html").read_text().replace("</head>", probe))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+             "--disable-background-networking", "--disable-component-update", "--enable-logging=stderr",
+             f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1000,1400", "--dump-dom"]  # fmt: skip
+    done = subprocess.run([CHROMIUM, *flags, page.as_uri()], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert 'data-drawn="5"' in done.stdout
+    assert 'data-wide="false"' in done.stdout
+    assert "data-failed" not in done.stdout
+    assert "CONSOLE" not in done.stderr, done.stderr
