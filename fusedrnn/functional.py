@@ -113,7 +113,8 @@ def layers(
             f"got an incorrect number of RNN parameters: expected {per * num_layers * directions} tensors for "
             f"{num_layers} layers and {directions} directions, got {len(weights)}"
         )
-    input, h0, c0, *weights = ops.autocast(input.device.type, input, h0, c0, *weights)
+    carried = _carried_dtype(h0 if c0 is None else c0)
+    input, h0, c0, *weights = _distinct(ops.autocast(input.device.type, input, h0, c0, *weights))
     _check_same(input, h0, "hidden")
     if c0 is not None:
         _check_same(input, c0, "cell state")
@@ -172,8 +173,15 @@ def layers(
     if return_all_states:
         states = (torch.stack(all_h), *((torch.stack(all_c).to(x.dtype),) if cell.has_cell_state else ()))
         states = states if time_first else tuple(s.transpose(1, 2) for s in states)
-    y = x if time_first else x.transpose(0, 1)
-    return y, torch.stack(h_n), torch.stack(c_n) if cell.has_cell_state else None, states
+    y, h, c = x if time_first else x.transpose(0, 1), torch.stack(h_n), torch.stack(c_n) if c0 is not None else None
+    # torch.nn's LSTM is oneDNN's, in 16 bits throughout, unless packed or with a projection; an RNN adds nothing to h.
+    if carried is not None and (cell.name == "gru" or (c0 is not None and (batch_sizes is not None or projection))):
+        c = None if c is None else c.to(carried)
+        if not projection:
+            y, h = y.to(carried), h.to(carried)
+        if states is not None:
+            states = tuple(s.to(t.dtype) for s, t in zip(states, (h, c)))
+    return y, h, c, states
 
 
 def _masks(
@@ -218,7 +226,8 @@ def one_step(
     algorithm: str | None,
 ) -> tuple[Tensor, Tensor | None]:
     """A sequence of one step: input [B, I], h0 and c0 [B, H]; returns h and c. On a GPU it is one launch."""
-    input, h0, c0, *weights = ops.autocast(input.device.type, input, h0, c0, w_ih, w_hh, b_ih, b_hh)
+    carried = _carried_dtype(h0 if c0 is None else c0)
+    input, h0, c0, *weights = _distinct(ops.autocast(input.device.type, input, h0, c0, w_ih, w_hh, b_ih, b_hh))
     for what, t in (("hidden", h0), ("cell state", c0), *(("parameter", w) for w in weights)):
         if t is not None:
             _check_same(input, t, what)
@@ -240,6 +249,8 @@ def one_step(
         algorithm = "step"
     given = Inputs(input.unsqueeze(0), h0, c0, *weights, None, None, None, False)
     _, h, c, _ = recurrence(cell, given, chosen.backend, algorithm)
+    if carried is not None and cell.name in ("lstm", "gru"):
+        h, c = h.to(carried), c.to(carried)
     return h, c if cell.has_cell_state else None
 
 
@@ -374,6 +385,23 @@ def _check_same(input: Tensor, other: Tensor, what: str) -> None:
             f"Input and {what} tensors are not at the same device, found input tensor at {input.device} and "
             f"{what} tensor at {other.device}"
         )
+
+
+def _carried_dtype(state: Tensor) -> torch.dtype | None:
+    """Under autocast on a CPU torch.nn adds the state to 16-bit products step by step: the dtype of that sum."""
+    if state.device.type != "cpu" or state.dtype == torch.float64 or not torch.is_autocast_enabled("cpu"):
+        return None
+    return torch.promote_types(state.dtype, torch.get_autocast_dtype("cpu"))
+
+
+def _distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The tensors, but one that comes twice (h and c, tied weights) is a view the second time: Dynamo refuses that."""
+    if not torch.compiler.is_compiling():
+        return list(tensors)
+    found: list[Tensor | None] = []
+    for t in tensors:
+        found.append(t.view_as(t) if t is not None and any(t is other for other in found) else t)
+    return found
 
 
 def _torch_layers(

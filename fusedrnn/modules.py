@@ -40,8 +40,9 @@ class _Recurrent(nn.RNNBase):
         if input.is_nested or input.layout != torch.strided:
             kind = "a nested tensor" if input.is_nested else f"layout {input.layout}"
             raise RuntimeError(f"input must be a dense tensor or a PackedSequence, got {kind}")
-        weight = self.weight_ih_l0
-        if input.dtype != weight.dtype and not torch._C._is_any_autocast_enabled():
+        # None where a parametrization computes it: once a call is enough, and functional.layers compares dtypes too.
+        weight = self._parameters.get("weight_ih_l0")
+        if weight is not None and input.dtype != weight.dtype and not torch._C._is_any_autocast_enabled():
             raise ValueError(
                 f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
                 f"Convert input: input.to({weight.dtype}), or convert model: model.to({input.dtype})"
@@ -336,6 +337,10 @@ class _Cell(nn.RNNCellBase):
             if state.dim() != 2 or state.size(1) != self.hidden_size:
                 got = state.size(1) if state.dim() > 1 else f"{state.dim()}D"
                 raise RuntimeError(f"hidden{k} has inconsistent hidden_size: got {got}, expected {self.hidden_size}")
+        if self.hidden_size == 0:
+            # torch.nn's cells take it. Empty sums keep everything in the graph.
+            nothing = sum(t.sum() for t in (input, *self._weights()) if t is not None)
+            return [(s if batched else s.squeeze(0)) + nothing for s in states]
         h0, c0 = states if cell.has_cell_state else (*states, None)
         results = functional.one_step(cell, input, h0, c0, *self._weights(), self.backend, self.algorithm)
         return [s if batched else s.squeeze(0) for s in results if s is not None]
