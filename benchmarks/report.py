@@ -100,7 +100,8 @@ def summary(rows: list[Row]) -> str:
             ratios = [r.speedup for r in rows if r.provider == provider and r.mode == mode and r.speedup is not None]
             if ratios and provider != BASELINE:
                 numbers = (f"{statistics.geometric_mean(ratios):.2f}", f"{min(ratios):.2f}", f"{max(ratios):.2f}")
-                lines.append(_line(provider, *(f"<td>{c}</td>" for c in (MODE_NAMES[mode], len(ratios), *numbers))))
+                cells = [f"<td>{number}</td>" for number in (len(ratios), *numbers)]
+                lines.append(_line(provider, _words(MODE_NAMES[mode]), *cells))
     if not lines:
         return ""
     heads = ("provider", "mode", "problems", "geometric mean", "least", "greatest")
