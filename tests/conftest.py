@@ -1,6 +1,7 @@
 """Fixtures that every test shares."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,21 @@ def poisoned():
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def checkout(tmp_path_factory) -> Path:
+    """A copy of the project without what was built in it, to build and to change."""
+    root, copy = Path(__file__).resolve().parents[1], tmp_path_factory.mktemp("checkout")
+    built = shutil.ignore_patterns("*.so", "*.egg-info", "__pycache__", "_facts.json", "_build")
+    for name in ("benchmarks", "csrc", "docs", "examples", "fusedrnn", "kernels", "tests"):
+        shutil.copytree(root / name, copy / name, ignore=built)
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", ".clang-format"):
+        shutil.copy(root / name, copy)
+    for path in root.glob("*.md"):
+        shutil.copy(path, copy)
+    shutil.copy(root / "LICENSE", copy)
+    return copy
 
 
 def pytest_collection_modifyitems(items):

@@ -1,0 +1,98 @@
+"""What is installed, shipped and documented. `make dist` and the workflow build the wheels with compiled code."""
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import fusedrnn
+from fusedrnn import _build
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def python(*arguments: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:
+    environment = os.environ | environment
+    return subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_public_names_are_documented():
+    page = (ROOT / "docs" / "api.md").read_text()
+    for name in fusedrnn.__all__:
+        assert re.search(rf"^\.\. auto\w+:: (fusedrnn\.)?{name}\b", page, re.MULTILINE), f"{name} is not in docs/api.md"
+        assert getattr(fusedrnn, name).__doc__, f"{name} has no docstring"
+
+
+@pytest.mark.slow
+def test_the_version_says_what_was_compiled(checkout):
+    assert f'"torch{_build.TORCH_RANGE}"' in (checkout / "setup.py").read_text()
+    release = torch.__version__.split("+")[0]
+    for environment, version in (
+        ({"FUSEDRNN_BUILD": "0"}, fusedrnn.__version__),
+        ({"FUSEDRNN_BUILD": "1", "FUSEDRNN_CUDA": "0"}, f"{fusedrnn.__version__}+cpu.torch{release}"),
+    ):
+        done = python("setup.py", "--version", folder=checkout, **environment)
+        assert done.stdout.split()[-1] == version, done.stderr
+
+
+def test_setup_without_torch_says_what_to_do(checkout, tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch today')\n")
+    done = python("setup.py", "bdist_wheel", folder=checkout, PYTHONPATH=str(tmp_path), FUSEDRNN_BUILD="1")
+    assert done.returncode == 1
+    assert "torch is not here (no torch today)" in done.stderr
+    assert "pip install --no-build-isolation ." in done.stderr
+
+
+@pytest.mark.slow
+def test_sdist_and_pure_wheel(checkout, tmp_path):
+    """The sdist holds all of the project; the wheel that it gives with nothing compiled installs and computes."""
+    hook = "from setuptools import build_meta; build_meta.build_{}({!r})"
+    done = python("-c", hook.format("sdist", str(tmp_path)), folder=checkout)
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(tmp_path / f"fusedrnn-{fusedrnn.__version__}.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    unpacked = tmp_path / f"fusedrnn-{fusedrnn.__version__}"
+    missing = {p.relative_to(checkout) for p in checkout.rglob("*") if p.is_file() and "egg-info" not in str(p)}
+    missing -= {p.relative_to(unpacked) for p in unpacked.rglob("*")}
+    assert not missing
+
+    done = python("-c", hook.format("wheel", str(tmp_path)), folder=unpacked, FUSEDRNN_BUILD="0")
+    assert done.returncode == 0, done.stderr
+    wheel = tmp_path / f"fusedrnn-{fusedrnn.__version__}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        found = {name for name in archive.namelist() if ".dist-info/" not in name}
+        archive.extractall(tmp_path / "installed")
+    folders = {"fusedrnn": "fusedrnn", "kernels": "fusedrnn/kernels", "benchmarks": "fusedrnn/benchmarks"}
+    wanted = {"fusedrnn/_facts.json"}
+    for source, target in folders.items():
+        files = [p for p in (checkout / source).rglob("*") if p.suffix in (".py", ".csv", ".typed")]
+        wanted |= {f"{target}/{p.relative_to(checkout / source)}" for p in files}
+    assert found == wanted
+
+    code = """if True:
+        import torch, fusedrnn
+        ours, theirs = fusedrnn.LSTM(3, 4), torch.nn.LSTM(3, 4)
+        theirs.load_state_dict(ours.state_dict())
+        x = torch.randn(5, 2, 3)
+        torch.testing.assert_close(ours(x)[0], theirs(x)[0])
+        print(fusedrnn.__file__, fusedrnn.build_info()["extension_why"])
+    """
+    done = python("-c", code, folder=tmp_path, PYTHONPATH=str(tmp_path / "installed"), FUSEDRNN_SIMULATE="0")
+    assert done.stdout.startswith(str(tmp_path / "installed")), done.stderr
+    assert "FUSEDRNN_BUILD=0" in done.stdout
+
+
+@pytest.mark.slow
+def test_documentation_builds_without_a_warning(tmp_path):
+    pytest.importorskip("sphinx", reason="no sphinx (extra 'docs'): the documentation is not built")
+    done = python("-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "docs", str(tmp_path), folder=ROOT)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "api.html").read_text()
+    for name in fusedrnn.__all__:
+        assert f'id="fusedrnn.{name}"' in page or f'id="module-fusedrnn.{name}"' in page, name
