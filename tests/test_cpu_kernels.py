@@ -26,12 +26,24 @@ SIZES = [
     (6, 7, 5, 40, 0, (6, 6, 5, 3, 2, 1, 1)),
     (6, 7, 5, 70, 9, (6, 6, 5, 3, 2, 1, 1)),
     (40, 16, 8, 96, 0, None),
+    # One step: the kernel multiplies x by w_ih as well.
+    (1, 5, 19, 40, 0, None),
+    (1, 5, 19, 70, 9, None),
+    # More than 64 rows: the weights are repacked; with many steps of one row in backward only.
+    (6, 1, 3, 37, 0, None),
+    (17, 4, 5, 33, 7, None),
+    (22, 3, 5, 20, 40, None),
+    (12, 7, 5, 40, 0, (12, 12, 10, 6, 2, 1, 1)),
+    (12, 7, 5, 70, 9, (12, 12, 10, 6, 2, 1, 1)),
 ]
 # Few rows and many units: threads share the units, with a barrier after every step.
 SIZES_BY_UNITS = [
     (3, 2, 4, 330, 0, None),
     (3, 3, 4, 300, 140, None),
     (4, 3, 4, 200, 0, (4, 2, 1)),
+    (33, 2, 4, 330, 0, None),
+    (22, 3, 4, 300, 140, None),
+    (22, 3, 4, 200, 0, (22, 9, 1)),
 ]
 # More rows than one group of sums holds.
 SIZES_WIDE = [(2, 101, 3, 20, 0, None)]
@@ -363,7 +375,8 @@ from fusedrnn.ops import sequence, sequence_backward
 
 torch.set_num_threads(1)
 H = 2048
-x, h, w_ih, w_hh = torch.ones(1, 1, 1), torch.ones(1, H), torch.ones(4 * H, 1), torch.ones(4 * H, H)
+# More steps than a kernel takes without repacking the weights.
+x, h, w_ih, w_hh = torch.ones(65, 1, 1), torch.ones(1, H), torch.ones(4 * H, 1), torch.ones(4 * H, H)
 inputs = (x, h, h, w_ih, w_hh, None, None, None)
 forward = lambda: sequence("lstm", *inputs, None, None, False, "cpu", "auto", True, True)
 y, _, _, gates, cells = forward()

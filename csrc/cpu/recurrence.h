@@ -25,7 +25,10 @@ struct Shape {
 
 struct Forward {
   Shape shape;
-  const void* gates_x;  // E [N, G*H]: x W_ih^T without bias
+  const void* gates_x;  // E [N, G*H]: x W_ih^T without bias; null: computed here, from x and w_ih
+  const void* x;        // E [N, I], or null
+  const void* w_ih;     // E [G*H, I], or null
+  int64_t input;        // I
   const void* h0;       // E [B, P]
   const void* c0;       // E [B, H], or null
   const void* w_hh;     // E [G*H, P]

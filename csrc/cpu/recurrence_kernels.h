@@ -5,6 +5,8 @@
 //   by rows   W_hh fits each core's own cache: a thread runs its rows of the batch through all steps, no barrier;
 //   by units  each thread keeps its panels in its own cache and all rows; a barrier after each step.
 // Either way a thread only ever touches its own part of the carried c and dc.
+// Where too few steps follow to pay for the repacking, the weights are read where they lie: dot products along their
+// rows in forward, sums of their rows in backward.
 #pragma once
 
 #include <omp.h>
@@ -27,7 +29,8 @@ struct Compute<double> {
   using Type = double;
 };
 
-FUSEDRNN_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+FUSEDRNN_INLINE constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+FUSEDRNN_INLINE constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 FUSEDRNN_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Throws where memory runs out, so it has to be built outside of the parallel region: nothing in there may throw.
@@ -88,9 +91,9 @@ constexpr int max_rows() {
 #endif
 }
 
-template <int kRows, int kVectors, typename C>
+template <int kRows, int kVectors, typename C, typename E>
 FUSEDRNN_INLINE void multiply_depth(Vec<C> (&acc)[kRows][kVectors], const C* const (&x)[kRows], int64_t k,
-                                    const C* panel) {
+                                    const E* panel) {
   Vec<C> weight[kVectors];
   FUSEDRNN_UNROLL
   for (int v = 0; v < kVectors; ++v) weight[v] = load(panel + v * Vec<C>::kWidth);
@@ -101,11 +104,12 @@ FUSEDRNN_INLINE void multiply_depth(Vec<C> (&acc)[kRows][kVectors], const C* con
   }
 }
 
-// sums[r][v] += sum over k < depth of rows[r][skip + k] * panel[k][v]. With few rows several sums run side by side,
-// because one alone would wait for its own previous addition.
-template <int kRows, int kVectors, typename C>
-FUSEDRNN_COLD void multiply(Vec<C>* sums, const C* const* rows, int64_t skip, const C* panel, int64_t depth) {
-  constexpr int kWidth = Vec<C>::kWidth;
+// sums[r][v] += sum over k < depth of rows[r][skip + k] * panel[k][v]; depths are kStep elements apart, or `step` where
+// that is 0. With few rows several sums run side by side, because one alone would wait for its own previous addition.
+template <int kRows, int kVectors, int kStep, typename C, typename E>
+FUSEDRNN_COLD void multiply(Vec<C>* sums, const C* const* rows, int64_t skip, const E* panel, int64_t step,
+                            int64_t depth) {
+  if constexpr (kStep > 0) step = kStep;
   constexpr int kWays = kRows * kVectors >= 8 ? 1 : (kRows * kVectors >= 4 ? 2 : 4);
   // Local, so that they live in registers.
   Vec<C> acc[kWays][kRows][kVectors];
@@ -121,11 +125,11 @@ FUSEDRNN_COLD void multiply(Vec<C>* sums, const C* const* rows, int64_t skip, co
     }
   }
   int64_t k = 0;
-  for (; k + kWays <= depth; k += kWays, panel += kWays * kVectors * kWidth) {
+  for (; k + kWays <= depth; k += kWays, panel += kWays * step) {
     FUSEDRNN_UNROLL
-    for (int w = 0; w < kWays; ++w) multiply_depth(acc[w], x, k + w, panel + w * kVectors * kWidth);
+    for (int w = 0; w < kWays; ++w) multiply_depth(acc[w], x, k + w, panel + w * step);
   }
-  for (; k < depth; ++k, panel += kVectors * kWidth) multiply_depth(acc[0], x, k, panel);
+  for (; k < depth; ++k, panel += step) multiply_depth(acc[0], x, k, panel);
   FUSEDRNN_UNROLL
   for (int r = 0; r < kRows; ++r) {
     FUSEDRNN_UNROLL
@@ -137,38 +141,116 @@ FUSEDRNN_COLD void multiply(Vec<C>* sums, const C* const* rows, int64_t skip, co
   }
 }
 
-template <int kRows, int kVectors, typename C>
-FUSEDRNN_INLINE void multiply_rows(int64_t count, Vec<C>* sums, const C* const* rows, int64_t skip, const C* panel,
-                                   int64_t depth) {
+template <int kRows, int kVectors, int kStep, typename C, typename E>
+FUSEDRNN_INLINE void multiply_rows(int64_t count, Vec<C>* sums, const C* const* rows, int64_t skip, const E* panel,
+                                   int64_t step, int64_t depth) {
   if constexpr (kRows > 1) {
-    if (count < kRows) return multiply_rows<kRows - 1, kVectors>(count, sums, rows, skip, panel, depth);
+    if (count < kRows) return multiply_rows<kRows - 1, kVectors, kStep>(count, sums, rows, skip, panel, step, depth);
   }
-  multiply<kRows, kVectors>(sums, rows, skip, panel, depth);
+  multiply<kRows, kVectors, kStep>(sums, rows, skip, panel, step, depth);
 }
 
 // At most so many rows of sums wait in the first-level cache, beside a piece of the panel.
 constexpr int64_t kGroup = 48;
 constexpr int64_t kPieceBytes = 24 * 1024;
 
+// As multiply, for any number of rows.
+template <int kVectors, int kStep, typename C, typename E>
+void accumulate(Vec<C>* sums, const C* const* rows, int64_t count, int64_t skip, const E* panel, int64_t step,
+                int64_t depth) {
+  constexpr int64_t kMost = max_rows<kVectors>();
+  if (count == 0) return;
+  const int64_t tile = divide_up(count, divide_up(count, kMost));
+  for (int64_t r = 0; r < count; r += tile) {
+    multiply_rows<kMost, kVectors, kStep>(min(tile, count - r), sums + r * kVectors, rows + r, skip, panel, step,
+                                          depth);
+  }
+}
+
 // sums[count][kVectors] = rows times one panel. The depth comes in kSegments of `depth`, segment i of a row begins
 // at skip[i]. A piece of the panel is fetched once for all rows.
 template <int kVectors, int kSegments, typename C>
 void product(Vec<C>* sums, const C* const* rows, int64_t count, const C* panel, int64_t depth,
              const int64_t (&skip)[kSegments]) {
-  constexpr int64_t kMost = max_rows<kVectors>();
+  constexpr int kStep = kVectors * Vec<C>::kWidth;
   constexpr int64_t kPiece = kPieceBytes / (kVectors * FUSEDRNN_VECTOR_BYTES);
-  if (count == 0) return;
   for (int64_t i = 0; i < count * kVectors; ++i) sums[i] = Vec<C>(C(0));
-  const int64_t piece = count <= kMost ? depth : kPiece;
-  const int64_t tile = divide_up(count, divide_up(count, kMost));
+  const int64_t piece = count <= max_rows<kVectors>() ? depth : kPiece;
   for (int i = 0; i < kSegments; ++i) {
     for (int64_t k = 0; k < depth; k += piece) {
-      const C* from = panel + (i * depth + k) * kVectors * Vec<C>::kWidth;
-      for (int64_t r = 0; r < count; r += tile) {
-        multiply_rows<kMost, kVectors>(min(tile, count - r), sums + r * kVectors, rows + r, skip[i] + k, from,
-                                       min(piece, depth - k));
-      }
+      accumulate<kVectors, kStep>(sums, rows, count, skip[i] + k, panel + (i * depth + k) * kStep, kStep,
+                                  min(piece, depth - k));
     }
+  }
+}
+
+// partial[r][j], for kUnits of j from `unit` on: a vector whose lanes add up to rows[r] times row j of weight.
+template <int kRows, int kUnits, typename C, typename E, typename R>
+FUSEDRNN_COLD void dot(Vec<C> (*partial)[Vec<C>::kWidth], int unit, const R* const* rows, const E* const* weight,
+                       int64_t depth) {
+  constexpr int kWidth = Vec<C>::kWidth;
+  Vec<C> acc[kRows][kUnits];
+  const E* w[kUnits];
+  const R* x[kRows];
+  FUSEDRNN_UNROLL
+  for (int j = 0; j < kUnits; ++j) w[j] = weight[unit + j];
+  FUSEDRNN_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    x[r] = rows[r];
+    FUSEDRNN_UNROLL
+    for (int j = 0; j < kUnits; ++j) acc[r][j] = Vec<C>(C(0));
+  }
+  int64_t k = 0;
+  for (; k + kWidth <= depth; k += kWidth) {
+    Vec<C> h[kRows];
+    FUSEDRNN_UNROLL
+    for (int r = 0; r < kRows; ++r) h[r] = load(x[r] + k);
+    FUSEDRNN_UNROLL
+    for (int j = 0; j < kUnits; ++j) {
+      const Vec<C> one = load(w[j] + k);
+      FUSEDRNN_UNROLL
+      for (int r = 0; r < kRows; ++r) acc[r][j].v += one.v * h[r].v;
+    }
+  }
+  if (k < depth) {
+    for (int j = 0; j < kUnits; ++j) {
+      const Vec<C> one = load<C>(w[j] + k, depth - k);
+      for (int r = 0; r < kRows; ++r) acc[r][j].v += one.v * load<C>(x[r] + k, depth - k).v;
+    }
+  }
+  FUSEDRNN_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    FUSEDRNN_UNROLL
+    for (int j = 0; j < kUnits; ++j) partial[r][unit + j] = acc[r][j];
+  }
+}
+
+// How many rows a row of a weight is read for at once; kDotUnits of its rows run side by side.
+constexpr int kDotRows = 4;
+template <int kRows>
+constexpr int kDotUnits = FUSEDRNN_VECTOR_BYTES == 64 ? (kRows == 1 ? 8 : 16 / kRows) : (kRows > 2 ? 2 : 4);
+
+template <int kRows, typename C, typename E, typename R>
+FUSEDRNN_INLINE void dot_rows(int64_t count, Vec<C>* sums, int64_t stride, const R* const* rows, const E* const* weight,
+                              int64_t depth) {
+  constexpr int kWidth = Vec<C>::kWidth, kUnits = min(kDotUnits < kRows == 3 ? 4 : kRows >, kWidth);
+  if constexpr (kRows > 1) {
+    if (count < kRows) return dot_rows<kRows - 1>(count, sums, stride, rows, weight, depth);
+  }
+  Vec<C> partial[kRows][kWidth];
+  for (int unit = 0; unit < kWidth; unit += kUnits) dot<kRows, kUnits>(partial, unit, rows, weight, depth);
+  for (int r = 0; r < kRows; ++r) sums[r * stride] = sums[r * stride] + fold<1, kWidth>(partial[r]);
+}
+
+// sums[i * stride] lane j += rows[i] times row j of weight [units][depth]; lanes from `units` on mean nothing.
+template <typename C, typename E, typename R>
+void dots(Vec<C>* sums, int64_t stride, const R* const* rows, int64_t count, const E* weight, int64_t units,
+          int64_t depth) {
+  constexpr int kWidth = Vec<C>::kWidth;
+  const E* of_unit[kWidth];
+  for (int64_t j = 0; j < kWidth; ++j) of_unit[j] = weight + min(j, units - 1) * depth;
+  for (int64_t i = 0; i < count; i += kDotRows) {
+    dot_rows<kDotRows>(count - i, sums + i * stride, stride, rows + i, of_unit, depth);
   }
 }
 
@@ -207,6 +289,12 @@ void convert(C* to, const E* from, int64_t count) {
   }
 }
 
+// Up to so many rows, steps times batch, reading the weights directly beats repacking them.
+constexpr int64_t kFewRows = 64;
+FUSEDRNN_INLINE bool is_short(const Shape& s) { return s.steps * s.batch <= kFewRows; }
+// So many rows of a weight are read for all columns before the next ones.
+constexpr int64_t kRowsAtOnce = 64;
+
 // What forward and backward share: sizes, the order of steps, and who does what.
 template <typename Cell, typename E>
 struct Skeleton {
@@ -223,18 +311,20 @@ struct Skeleton {
   const int64_t steps, batch, hidden, out;
   const int64_t padded;  // H rounded up to whole vectors: the row length of carried state
   const bool projected;
+  const bool direct;  // the recurrent weights are read where they lie
   bool by_rows;
 
-  Skeleton(const Shape& s, bool projected)
+  Skeleton(const Shape& s, bool projected, bool direct)
       : shape(s),
         steps(s.steps),
         batch(s.batch),
         hidden(s.hidden),
         out(s.out),
         padded(divide_up(s.hidden, kPlain * kWidth) * kPlain * kWidth),
-        projected(projected) {
+        projected(projected),
+        direct(direct) {
     const int64_t weight_bytes = kG * padded * out * static_cast<int64_t>(sizeof(C));
-    by_rows = s.threads > 1 && s.batch >= 16 * s.threads && weight_bytes <= s.cache_bytes / 4 * 3;
+    by_rows = !direct && s.threads > 1 && s.batch >= 16 * s.threads && weight_bytes <= s.cache_bytes / 4 * 3;
   }
 
   int64_t offset(int64_t t) const { return shape.offsets[t]; }
@@ -303,11 +393,11 @@ struct ForwardRun : Skeleton<Cell, E> {
   Barrier barrier;
 
   explicit ForwardRun(const Forward& problem)
-      : Base(problem.shape, problem.w_hr != nullptr),
+      : Base(problem.shape, problem.w_hr != nullptr, is_short(problem.shape)),
         p(problem),
         unit_blocks(divide_up(hidden, kWidth)),
         out_blocks(projected ? divide_up(out, kPlain * kWidth) : 0),
-        panels(unit_blocks * out * kG * kWidth),
+        panels(this->direct ? 0 : unit_blocks * out * kG * kWidth),
         out_panels(out_blocks * hidden * kPlain * kWidth),
         bias(kA * padded),
         c(batch * padded),
@@ -354,7 +444,7 @@ struct ForwardRun : Skeleton<Cell, E> {
     for (int64_t block = units.begin; block < units.end; ++block) {
       const int64_t u = block * kWidth;
       C* panel = panels + block * out * kG * kWidth;
-      for (int g = 0; g < kG; ++g) {
+      for (int g = 0; g < kG && !this->direct; ++g) {
         pack_rows(panel + g * kWidth, kG * kWidth, static_cast<const E*>(p.w_hh) + (g * hidden + u) * out, out,
                   hidden - u, out);
       }
@@ -400,27 +490,47 @@ struct ForwardRun : Skeleton<Cell, E> {
     }
   }
 
+  // All gates of a block of units: `rows` times a weight [G*H, depth] that is read where it lies.
+  template <typename R>
+  void all_gates(V* sums, const R* const* rows, int64_t count, const void* weight, int64_t block, int64_t depth) const {
+    const int64_t u = block * kWidth;
+    for (int64_t i = 0; i < count * kG; ++i) sums[i] = V(C(0));
+    for (int g = 0; g < kG; ++g) {
+      const E* of_gate = static_cast<const E*>(weight) + (g * hidden + u) * depth;
+      dots(sums + g, kG, rows, count, of_gate, hidden - u, depth);
+    }
+  }
+
   // One step of `count` rows: for a block of units the matmul of all gates, then the cell.
   void advance(int64_t t, int64_t s, typename Base::Range units, int64_t first, int64_t stride, int64_t count) {
     const C* before[kGroup];
-    for (int64_t i = 0; i < count; ++i) before[i] = h_before(t, s, first + i * stride);
+    const E* x[kGroup];
+    for (int64_t i = 0; i < count; ++i) {
+      before[i] = h_before(t, s, first + i * stride);
+      x[i] = static_cast<const E*>(p.x) + (this->offset(t) + first + i * stride) * p.input;
+    }
     this->sweep(units, s, [&](int64_t block) {
       // The cell reads a line here and a line there, which no prefetcher foresees.
-      for (int64_t i = 0; i < count; ++i) {
+      for (int64_t i = 0; i < count && p.gates_x; ++i) {
         const int64_t row = this->offset(t) + first + i * stride;
         for (int g = 0; g < kG; ++g) {
           __builtin_prefetch(static_cast<const E*>(p.gates_x) + (row * kG + g) * hidden + block * kWidth);
         }
       }
-      V sums[kGroup * kG];
-      product<kG, 1>(sums, before, count, panels + block * out * kG * kWidth, out, {0});
+      V sums[kGroup * kG], sums_x[kGroup * kG];
+      if (!p.gates_x) all_gates(sums_x, x, count, p.w_ih, block, p.input);
+      if (this->direct) {
+        all_gates(sums, before, count, p.w_hh, block, out);
+      } else {
+        product<kG>(sums, before, count, panels + block * out * kG * kWidth, out, {0});
+      }
       for (int64_t i = 0; i < count; ++i) {
-        apply_cell(t, s, first + i * stride, block * kWidth, before[i], sums + i * kG);
+        apply_cell(t, s, first + i * stride, block * kWidth, before[i], sums_x + i * kG, sums + i * kG);
       }
     });
   }
 
-  void apply_cell(int64_t t, int64_t s, int64_t b, int64_t u, const C* before, const V* sums) {
+  void apply_cell(int64_t t, int64_t s, int64_t b, int64_t u, const C* before, const V* sums_x, const V* sums) {
     const int64_t row = this->offset(t) + b, count = hidden - u;
     V acc[kA], saved[kS > 0 ? kS : 1], h_new, c_new;
     FUSEDRNN_UNROLL
@@ -428,7 +538,7 @@ struct ForwardRun : Skeleton<Cell, E> {
     FUSEDRNN_UNROLL
     for (int g = 0; g < kG; ++g) {
       const E* gate_x = static_cast<const E*>(p.gates_x) + (row * kG + g) * hidden + u;
-      acc[Cell::x_acc(g)] = acc[Cell::x_acc(g)] + load<C>(gate_x, count);
+      acc[Cell::x_acc(g)] = acc[Cell::x_acc(g)] + (p.gates_x ? load<C>(gate_x, count) : sums_x[g]);
     }
     FUSEDRNN_UNROLL
     for (int g = 0; g < kG; ++g) acc[Cell::h_acc(g)] = acc[Cell::h_acc(g)] + sums[g];
@@ -456,7 +566,7 @@ struct ForwardRun : Skeleton<Cell, E> {
     for (int64_t i = 0; i < count; ++i) rows[i] = h + (first + i * stride) * padded;
     this->sweep(outs, s, [&](int64_t block) {
       V sums[kGroup * kPlain];
-      product<kPlain, 1>(sums, rows, count, out_panels + block * hidden * kPlain * kWidth, hidden, {0});
+      product<kPlain>(sums, rows, count, out_panels + block * hidden * kPlain * kWidth, hidden, {0});
       for (int64_t i = 0; i < count; ++i) {
         for (int v = 0; v < kPlain; ++v) {
           const int64_t u = (block * kPlain + v) * kWidth, b = first + i * stride;
@@ -481,20 +591,25 @@ struct BackwardRun : Skeleton<Cell, E> {
   using V = typename Base::V;
   const Backward& p;
   const int64_t unit_blocks, out_blocks;
-  Buffer<C> panels;     // [out block][G*H][kPlain][W] of W_hh
-  Buffer<C> hr_panels;  // [unit block][P][kPlain][W] of W_hr
-  Buffer<C> dc;         // [B][padded]
-  Buffer<C> dy;         // [B][P]: with w_hr only, the step's dy with what the recurrence brings back
-  Buffer<C> dh_direct;  // [B][padded]: with kDirectH only
-  Buffer<C> exchange;   // [2][B][A*H]: dgates of the last two steps, where E is narrower than C
+  const int64_t first_packed;  // blocks below it are read where they lie: whole ones, if any is read at all
+  Buffer<C> panels;            // [out block - first_packed][G*H][kPlain][W] of W_hh
+  Buffer<V> recurred;          // [out block][kGroup][kPlain]: dgates W_hh of a step, where W_hh is read directly
+  Buffer<C> hr_panels;         // [unit block][P][kPlain][W] of W_hr
+  Buffer<C> dc;                // [B][padded]
+  Buffer<C> dy;                // [B][P]: with w_hr only, the step's dy with what the recurrence brings back
+  Buffer<C> dh_direct;         // [B][padded]: with kDirectH only
+  Buffer<C> exchange;          // [2][B][A*H]: dgates of the last two steps, where E is narrower than C
   Barrier barrier;
 
   explicit BackwardRun(const Backward& problem)
-      : Base(problem.shape, problem.w_hr != nullptr),
+      : Base(problem.shape, problem.w_hr != nullptr,
+             is_short(problem.shape) && problem.shape.steps <= 4 * problem.shape.batch),
         p(problem),
         unit_blocks(divide_up(hidden, kPlain * kWidth)),
         out_blocks(divide_up(out, kPlain * kWidth)),
-        panels(out_blocks * kG * hidden * kPlain * kWidth),
+        first_packed(steps == 1 && !problem.dh0 ? out_blocks : (this->direct ? out / (kPlain * kWidth) : 0)),
+        panels((out_blocks - first_packed) * kG * hidden * kPlain * kWidth),
+        recurred(this->direct ? out_blocks * kGroup * kPlain : 0),
         hr_panels(projected ? unit_blocks * out * kPlain * kWidth : 0),
         dc(batch * padded),
         dy(projected ? batch * out : 0),
@@ -532,10 +647,9 @@ struct BackwardRun : Skeleton<Cell, E> {
 
   void prepare(int thread, int threads) {
     const auto outs = Base::share_of(out_blocks, thread, threads);
-    for (int64_t block = outs.begin; block < outs.end; ++block) {
+    for (int64_t block = max(outs.begin, first_packed); block < outs.end; ++block) {
       const int64_t u = block * kPlain * kWidth;
-      pack_columns<kPlain>(panels + block * kG * hidden * kPlain * kWidth, static_cast<const E*>(p.w_hh) + u, out,
-                           out - u, kG * hidden);
+      pack_columns<kPlain>(panel_of(block), static_cast<const E*>(p.w_hh) + u, out, out - u, kG * hidden);
     }
     const auto units = Base::share_of(unit_blocks, thread, threads);
     for (int64_t block = units.begin; block < units.end; ++block) {
@@ -556,10 +670,35 @@ struct BackwardRun : Skeleton<Cell, E> {
 
   // dgates W_hh of rows whose dgates begin at rows[i].
   void recur(V* sums, const C* const* rows, int64_t count, int64_t block) const {
-    int64_t skip[kG];
-    for (int g = 0; g < kG; ++g) skip[g] = Cell::h_acc(g) * hidden;
-    product<kPlain, kG>(sums, rows, count, panels + block * kG * hidden * kPlain * kWidth, hidden, skip);
+    if (this->direct) {
+      for (int64_t i = 0; i < count * kPlain; ++i) sums[i] = recurred[block * kGroup * kPlain + i];
+    } else {
+      int64_t skip[kG];
+      for (int g = 0; g < kG; ++g) skip[g] = Cell::h_acc(g) * hidden;
+      product<kPlain>(sums, rows, count, panel_of(block), hidden, skip);
+    }
   }
+  // The same for all of `outs`, into recurred. A few rows of W_hh are read for all columns before the next ones, so
+  // their pages stay at hand.
+  void recur_direct(const C* const* rows, int64_t count, typename Base::Range outs) const {
+    for (int64_t i = outs.begin * kGroup * kPlain; i < outs.end * kGroup * kPlain; ++i) recurred[i] = V(C(0));
+    for (int g = 0; g < kG; ++g) {
+      for (int64_t k = 0; k < hidden; k += kRowsAtOnce) {
+        const int64_t depth = min(kRowsAtOnce, hidden - k), row = g * hidden + k, skip = Cell::h_acc(g) * hidden + k;
+        for (int64_t block = outs.begin; block < outs.end; ++block) {
+          V* sums = recurred + block * kGroup * kPlain;
+          if (block < first_packed) {
+            const E* from = static_cast<const E*>(p.w_hh) + row * out + block * kPlain * kWidth;
+            accumulate<kPlain, 0>(sums, rows, count, skip, from, out, depth);
+          } else {
+            constexpr int kStep = kPlain * kWidth;
+            accumulate<kPlain, kStep>(sums, rows, count, skip, panel_of(block) + row * kStep, kStep, depth);
+          }
+        }
+      }
+    }
+  }
+  C* panel_of(int64_t block) const { return panels + (block - first_packed) * kG * hidden * kPlain * kWidth; }
 
   FUSEDRNN_INLINE const C* dgates_of(int64_t row, int64_t slot, int64_t b) const {
     if constexpr (kWide) {
@@ -578,6 +717,7 @@ struct BackwardRun : Skeleton<Cell, E> {
       const int64_t b = first + i * stride;
       rows[i] = dgates_of(this->offset(this->after(t)) + b, (s - 1) & 1, b);
     }
+    if (this->direct) recur_direct(rows, with, outs);
     this->sweep(outs, s, [&](int64_t block) {
       for (int64_t i = 0; i < count; ++i) foresee(t, first + i * stride, block * kPlain * kWidth);
       V sums[kGroup * kPlain];
@@ -622,7 +762,7 @@ struct BackwardRun : Skeleton<Cell, E> {
     for (int64_t i = 0; i < count; ++i) rows[i] = dy + (first + i * stride) * out;
     this->sweep(units, s, [&](int64_t block) {
       V sums[kGroup * kPlain];
-      product<kPlain, 1>(sums, rows, count, hr_panels + block * out * kPlain * kWidth, out, {0});
+      product<kPlain>(sums, rows, count, hr_panels + block * out * kPlain * kWidth, out, {0});
       for (int64_t i = 0; i < count; ++i) {
         for (int v = 0; v < kPlain; ++v) {
           const int64_t u = (block * kPlain + v) * kWidth;
@@ -700,6 +840,7 @@ struct BackwardRun : Skeleton<Cell, E> {
       const int64_t b = first + i * stride;
       rows[i] = dgates_of(kWide ? this->edge_row(b, true) : 0, 0, b);
     }
+    if (this->direct) recur_direct(rows, count, outs);
     this->sweep(outs, steps, [&](int64_t block) {
       V sums[kGroup * kPlain];
       recur(sums, rows, count, block);

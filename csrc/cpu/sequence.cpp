@@ -261,14 +261,18 @@ Outputs sequence_cpu(c10::string_view cell, const Tensor& x, const Tensor& h0, c
 
   // Where as many gates are saved as come in, the cell replaces the one by the other in place.
   const bool in_place = save_gates && s.cell.saved == s.cell.gates;
-  Tensor gates_x = in_place ? gates.view({s.rows, -1}) : at::empty({s.rows, s.cell.gates * s.hidden}, options);
-  at::mm_out(gates_x, rows_of(x), w_ih.t());
+  // In a step of few rows the kernel multiplies x by W_ih as well: a GEMM of its own would take longer.
+  const bool one_kernel = s.steps == 1 && s.batch <= 64;
+  Tensor gates_x =
+      in_place ? gates.view({s.rows, -1}) : at::empty({one_kernel ? 0 : s.rows, s.cell.gates * s.hidden}, options);
+  const Tensor xc = one_kernel ? x.contiguous() : x, w_ihc = one_kernel ? w_ih.contiguous() : w_ih;
+  if (!one_kernel) at::mm_out(gates_x, rows_of(x), w_ih.t());
   const Tensor h0c = h0.contiguous(), w_hhc = w_hh.contiguous();
   const OptionalTensor c0c = contiguous(c0), b_ihc = contiguous(b_ih), b_hhc = contiguous(b_hh),
                        w_hrc = contiguous(w_hr);
-  kernels().forward({s.problem(x, reverse), pointer(gates_x), pointer(h0c), pointer(c0c), pointer(w_hhc),
-                     pointer(b_ihc), pointer(b_hhc), pointer(w_hrc), writable(y), writable(h_n), writable(c_n),
-                     writable(gates), writable(cells)});
+  kernels().forward({s.problem(x, reverse), one_kernel ? nullptr : pointer(gates_x), pointer(xc), pointer(w_ihc),
+                     s.input, pointer(h0c), pointer(c0c), pointer(w_hhc), pointer(b_ihc), pointer(b_hhc),
+                     pointer(w_hrc), writable(y), writable(h_n), writable(c_n), writable(gates), writable(cells)});
   return {y, h_n, c_n, gates, cells};
 }
 

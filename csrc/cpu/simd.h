@@ -269,4 +269,25 @@ FUSEDRNN_INLINE void transpose(V* rows) {
   }
 }
 
+// Lane j is the sum of all lanes of rows[j]; the rows are used up.
+template <int kBlock, int kWidth, typename V>
+FUSEDRNN_INLINE V fold(V* rows) {
+  if constexpr (kBlock == kWidth) {
+    return rows[0];
+  } else {
+    typename V::RawInt low, high;
+#pragma GCC unroll 16
+    for (int l = 0; l < kWidth; ++l) {
+      low[l] = l & kBlock ? kWidth + l - kBlock : l;
+      high[l] = l & kBlock ? kWidth + l : l + kBlock;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; i += 2 * kBlock) {
+      const typename V::Raw a = rows[i].v, b = rows[i + kBlock].v;
+      rows[i].v = __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+    }
+    return fold<kBlock * 2, kWidth>(rows);
+  }
+}
+
 }  // namespace fusedrnn::FUSEDRNN_CAPABILITY
