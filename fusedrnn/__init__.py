@@ -11,6 +11,7 @@ from fusedrnn import functional
 from fusedrnn._build import build_info
 from fusedrnn.convert import ConversionEntry, conversion_report, convert, revert
 from fusedrnn.explain import explain
+from fusedrnn.gates import record_gates
 from fusedrnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from fusedrnn.planning import backend, plan
 
@@ -30,5 +31,6 @@ __all__ = [
     "explain",
     "functional",
     "plan",
+    "record_gates",
     "revert",
 ]

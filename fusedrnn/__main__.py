@@ -1,14 +1,19 @@
-"""The command line: ``python -m fusedrnn info``, ``selftest``, ``explain``."""
+"""The command line: ``python -m fusedrnn info``, ``selftest``, ``explain``, ``gates``."""
 
 import argparse
 import json
+import math
+import pickle
 import sys
+from collections import OrderedDict
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
+from torch import nn
 
 import fusedrnn
-from fusedrnn import build_info, planning
+from fusedrnn import build_info, planning, record_gates
 from fusedrnn.cells import CELLS
 from fusedrnn.ops import DTYPES
 from fusedrnn.selftest import selftest
@@ -99,6 +104,83 @@ def run_selftest(arguments: argparse.Namespace) -> int:
     return 1 if bad else 0
 
 
+def run_gates(arguments: argparse.Namespace) -> int:
+    """What the gates of a model made by examples/char_lm.py do while it reads a text: pictures and a summary."""
+    from fusedrnn import plots
+
+    try:
+        model, characters = _character_model(arguments.checkpoint)
+        token = {c: k for k, c in enumerate(characters)}
+        if not arguments.text:
+            raise ValueError("--text must not be empty")
+        with torch.no_grad():
+            _, record = record_gates(model, torch.tensor([[token.get(c, 0)] for c in arguments.text]))
+        if arguments.layer is not None:
+            layers = {name: gates for name, gates in record.items() if gates.layer == arguments.layer}
+            if not layers:
+                raise ValueError(f"--layer must be in 0..{len(record) - 1}, got {arguments.layer}")
+            record = type(record)(layers)
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        pictures = {}
+        for name, gates in record.items():
+            pictures[f"heatmap_{name}"] = plots.heatmap(gates, units=arguments.units, tokens=arguments.text)
+            chosen = None if arguments.units is None else arguments.units[:4]
+            pictures[f"traces_{name}"] = plots.traces(gates, chosen, tokens=arguments.text)
+        if all(gates.sigmoid_names for gates in record.values()):
+            pictures["openness"] = plots.openness(record.values())
+        paths = [arguments.out / f"{name.replace('.', '_')}.png" for name in pictures]
+        for path, picture in zip(paths, pictures.values()):
+            picture.savefig(path)
+    except (ImportError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    summary = record.summary()
+    if arguments.json:
+        print(json.dumps({"layers": _finite(summary), "pictures": [str(path) for path in paths]}, indent=1))
+        return 0
+    for name, layer in summary.items():
+        print(f"{name}: {layer['cell']}, {layer['hidden']} units, {layer['steps']} steps")
+        for gate, found in layer["gates"].items():
+            value = f"openness {found['openness']:.3f}" if "openness" in found else f"mean {found['mean']:+.3f}"
+            ends = ("< 0.1", "> 0.9") if "openness" in found else ("< -0.9", "> 0.9")
+            shares = (found.get("saturated_low"), found.get("saturated_high"))
+            near = "".join(f"   {share:6.1%} {end}" for share, end in zip(shares, ends) if share is not None)
+            print(f"  {gate}  {value:<16}{near}")
+        if layer["half_life"]:
+            quartiles = ", ".join(f"{steps:.2f}" for steps in layer["half_life"].values())
+            print(f"  half-life of the state in steps, quartiles over the units: {quartiles}")
+    print("\n".join(str(path) for path in paths))
+    return 0
+
+
+def _character_model(path: Path) -> tuple[nn.Module, list[str]]:
+    """The embedding and the recurrent layers of a checkpoint, and its characters by token."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        characters, hidden = found["characters"], found["hidden"]
+        if found["cell"] not in ("LSTM", "GRU", "RNN"):
+            raise ValueError(f"its cell is {found['cell']!r}")
+        rnn = getattr(fusedrnn, found["cell"])(hidden, hidden, found["layers"])
+        model = nn.Sequential(OrderedDict(embedding=nn.Embedding(len(characters), hidden), rnn=rnn))
+        model.load_state_dict({k: w for k, w in found["state_dict"].items() if not k.startswith("head.")})
+    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} is no checkpoint of examples/char_lm.py: {error!r}") from error
+    return model, characters
+
+
+def _finite(value):
+    """``value`` with None for numbers that JSON has not."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _units(text: str) -> list[int]:
+    """The list that 0,3,8-15 stands for."""
+    ranges = [part.partition("-") for part in text.split(",")]
+    return [unit for first, _, last in ranges for unit in range(int(first), int(last or first) + 1)]
+
+
 def _add_bench(commands) -> None:
     from fusedrnn.benchmarks import runner
 
@@ -110,12 +192,19 @@ def _add_bench(commands) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fusedrnn", description="Recurrent layers with fused kernels.")
     commands = parser.add_subparsers(required=True, metavar="command")
-    for name, run in (("info", info), ("selftest", run_selftest), ("explain", run_explain)):
+    for name, run in (("info", info), ("selftest", run_selftest), ("explain", run_explain), ("gates", run_gates)):
         command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
         command.add_argument("--json", action="store_true", help="print JSON")
         command.set_defaults(run=run)
         if run is run_explain:
             _add_explain(command)
+        if run is run_gates:
+            add = command.add_argument
+            add("--checkpoint", type=Path, required=True, metavar="FILE", help="written by char_lm.py --checkpoint")
+            add("--text", required=True, help="what the model reads, from a state of zeros")
+            add("--layer", type=int, metavar="K", help="one layer only (default: all)")
+            add("--units", type=_units, metavar="0,3,8-15", help="default: all in heat maps, two in traces")
+            add("--out", type=Path, default=Path("gates-out"), metavar="DIR", help="default: %(default)s")
     _add_bench(commands)
     arguments = parser.parse_args(argv)
     return arguments.run(arguments)

@@ -35,7 +35,9 @@ def _figure(width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(f"{error}: plots need the extra 'plots' (pip install 'fusedrnn[plots]')") from error
+        raise ImportError(
+            f"{error}: plots need the extra 'plots' (pip install --no-build-isolation '.[plots]')"
+        ) from error
     return Figure(figsize=(width, height), dpi=110, layout="constrained")
 
 

@@ -50,8 +50,9 @@ def verse(tmp_path_factory):
 def trained(verse):
     out = verse.parent / "new" / "out"
     tiny = "--steps 12 --hidden 16 --layers 2 --batch 4 --length 8 --ulp-weights 2 --vocabulary 40 --generate 9".split()
+    paths = ["--text", str(verse), "--out", str(out), "--checkpoint", str(out.parent / "demo.pt")]
     done = subprocess.run(
-        [sys.executable, str(DEMO), "--text", str(verse), "--out", str(out), "--device", "cpu", *tiny],
+        [sys.executable, str(DEMO), *paths, "--device", "cpu", *tiny],
         capture_output=True,
         text=True,
         encoding="utf-8",
@@ -102,6 +103,36 @@ def test_loss_falls_and_text_is_of_the_vocabulary(trained):
 def test_picture(trained):
     _, out, _ = trained
     assert (out / "char_lm.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_checkpoint(demo, trained, verse):
+    import torch
+
+    found = torch.load(trained[1].parent / "demo.pt", weights_only=True)
+    state = found.pop("state_dict")
+    characters = demo.Corpus.read(verse, vocabulary=40).characters
+    assert found == {"cell": "LSTM", "hidden": 16, "layers": 2, "characters": characters}
+    model = demo.CharLM(torch.nn.LSTM, 40, 16, 2)
+    model.load_state_dict(state)
+    assert not torch.equal(model.embedding.weight, demo.CharLM(torch.nn.LSTM, 40, 16, 2).embedding.weight)
+
+
+@pytest.mark.parametrize("cell", ["GRU", "RNN"])
+def test_other_cells(demo, verse, tmp_path, capsys, cell):
+    tiny = "--steps 3 --hidden 8 --batch 2 --length 8 --ulp-weights 1 --vocabulary 20 --generate 5 --device cpu".split()
+    assert demo.main(["--cell", cell, "--text", str(verse), "--out", str(tmp_path), *tiny]) == 0
+    printed = capsys.readouterr().out
+    assert f"1 x {cell} 8" in printed
+    losses = json.loads((tmp_path / "char_lm.json").read_text(encoding="utf-8"))["losses"]
+    assert list(losses) == [f"torch.nn.{cell}", f"fusedrnn.{cell}"]
+    assert losses[f"fusedrnn.{cell}"] == pytest.approx(losses[f"torch.nn.{cell}"], rel=1e-4)
+
+
+def test_checkpoint_in_no_folder(demo, capsys, verse, tmp_path):
+    path = tmp_path / "none" / "demo.pt"
+    code, error = run(demo, capsys, "--text", str(verse), "--out", str(tmp_path / "out"), "--checkpoint", str(path))
+    assert code == 2
+    assert str(path) in error
 
 
 def test_progress_bar_is_quiet_when_nobody_watches(trained):
