@@ -325,6 +325,9 @@ def gru(
     ``options`` are lstm's keywords. Returns y [T, B, D*H] (or packed), h_n [L*D, B, H], and with
     ``return_all_states`` a tuple of every h. Equations as in torch.nn.GRU: the reset gate multiplies the recurrent
     product, bias included.
+
+    Raises:
+        TypeError, RuntimeError: as :func:`lstm`.
     """
     return _one_state(
         "gru", input, hx, weights, bias, num_layers, dropout, training, bidirectional, batch_first, batch_sizes,
@@ -349,6 +352,10 @@ def rnn(
     """Multi-layer Elman RNN: :func:`gru` with one gate, weights [H, .]. ``nonlinearity`` is "tanh" or "relu".
 
     Equations as in torch.nn.RNN.
+
+    Raises:
+        TypeError, RuntimeError: as :func:`lstm`.
+        ValueError: there is no such nonlinearity.
     """
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")

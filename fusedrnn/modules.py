@@ -210,6 +210,9 @@ class LSTM(_Recurrent):
 
     Raises:
         ValueError, RuntimeError, TypeError: as torch.nn.LSTM does, with the rule and what came.
+
+    Source: Hochreiter and Schmidhuber, 1997, with the forget gate of Gers, Schmidhuber and Cummins, 2000; the
+    projection is that of https://arxiv.org/abs/1402.1128.
     """
 
     def __init__(self, *args, **kwargs) -> None:
@@ -271,6 +274,8 @@ class GRU(_OneState):
 
     Raises:
         ValueError, RuntimeError, TypeError: as torch.nn.GRU does.
+
+    Source: Cho et al., 2014, https://arxiv.org/abs/1406.1078; r multiplies the product, as in torch.nn and cuDNN.
     """
 
     def __init__(self, *args, **kwargs) -> None:
@@ -284,6 +289,8 @@ class RNN(_OneState):
 
     Raises:
         ValueError, RuntimeError, TypeError: as torch.nn.RNN does.
+
+    Source: Elman, "Finding structure in time", 1990.
     """
 
     def __init__(self, *args, **kwargs) -> None:
@@ -397,7 +404,17 @@ class _OneStateCell(_Cell):
 
 
 class GRUCell(_OneStateCell):
-    """One step of a GRU, a drop-in for :class:`torch.nn.GRUCell`: input [B, I] or [I], hx [B, H] or [H]."""
+    """One step of a GRU, a drop-in for :class:`torch.nn.GRUCell`; arguments as in :class:`LSTMCell`.
+
+    Inputs:
+        input [B, I] or [I]; hx [B, H] or [H], zeros if absent.
+
+    Outputs:
+        h_1 [B, H] or [H].
+
+    Raises:
+        ValueError, RuntimeError, TypeError: as torch.nn.GRUCell does.
+    """
 
     mode = "GRU"
 
@@ -409,7 +426,13 @@ class GRUCell(_OneStateCell):
 
 
 class RNNCell(_OneStateCell):
-    """One step of an Elman RNN, a drop-in for :class:`torch.nn.RNNCell`; shapes as in :class:`GRUCell`."""
+    """One step of an Elman RNN, a drop-in for :class:`torch.nn.RNNCell`; shapes as in :class:`GRUCell`.
+
+    ``nonlinearity`` is "tanh" or "relu".
+
+    Raises:
+        ValueError, RuntimeError, TypeError: as torch.nn.RNNCell does; another nonlinearity raises at the first call.
+    """
 
     def __init__(
         self,

@@ -261,7 +261,7 @@ def plan(layer: torch.nn.Module, batch: int, *, backward: bool = False) -> Choic
 
     Args:
         layer: a layer or cell of fusedrnn; its first layer and direction are planned, on the device of its parameters.
-        batch: B.
+        batch: the batch size B.
         backward: plan the gradient instead.
 
     Returns:

@@ -1,5 +1,6 @@
 """What is installed, shipped and documented. `make dist` and the workflow build the wheels with compiled code."""
 
+import inspect
 import os
 import re
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 import fusedrnn
-from fusedrnn import _build
+from fusedrnn import _build, modules
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -27,6 +28,10 @@ def test_public_names_are_documented():
     for name in fusedrnn.__all__:
         assert re.search(rf"^\.\. auto\w+:: (fusedrnn\.)?{name}\b", page, re.MULTILINE), f"{name} is not in docs/api.md"
         assert getattr(fusedrnn, name).__doc__, f"{name} has no docstring"
+    for name in ("LSTM", "GRU", "RNN"):
+        signature = re.search(rf"^\.\. autoclass:: {name}\((.*)\)$", page, re.MULTILINE).group(1)
+        own = [p.name for p in inspect.signature(modules._Recurrent).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        assert signature.split("*, ")[1].replace("=None", "").replace("=False", "").split(", ") == own, name
 
 
 @pytest.mark.slow
