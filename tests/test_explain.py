@@ -220,7 +220,7 @@ def test_own_cache_is_the_second_level():
     "given, message",
     [
         ({"chip": "h100"}, "chip must be one of a100, h100-sxm, h100-pcie, b200, rtx-4090, got 'h100'"),
-        ({"cell": "mgu"}, "cell must be one of lstm, gru, rnn_tanh, rnn_relu, got 'mgu'"),
+        ({"cell": "qrnn"}, "cell must be one of lstm, gru, rnn_tanh, rnn_relu, got 'qrnn'"),
         ({"batch": 0}, "batch must be at least 1, got 0"),
         ({"num_layers": -1}, "num_layers must be at least 1, got -1"),
         ({"cell": "gru", "proj_size": 3}, "proj_size exists only for the lstm, got 3 for gru"),
@@ -259,8 +259,8 @@ def test_command_says_what_is_wrong(capsys):
         "error: chip must be one of a100, h100-sxm, h100-pcie, b200, rtx-4090, got 'gtx-1080'\n"
     )
     with pytest.raises(SystemExit):
-        main(["explain", "mgu"])
-    assert "invalid choice: 'mgu'" in capsys.readouterr().err
+        main(["explain", "qrnn"])
+    assert "invalid choice: 'qrnn'" in capsys.readouterr().err
 
 
 def test_info_says_what_would_run(capsys):
