@@ -51,7 +51,9 @@ class RecurrenceFunction(torch.autograd.Function):
         if all(g is None for g in grads):
             return (None,) * 16
         needs = [t is not None and ctx.needs_input_grad[k] for k, t in enumerate(tensors[:_DIFFERENTIABLE])]
-        found = RecurrenceBackwardFunction.apply(
+        # Nobody differentiates this without create_graph, and a Function takes longer than a small step's kernels.
+        gradient = RecurrenceBackwardFunction
+        found = (gradient.apply if torch.is_grad_enabled() else gradient.forward)(
             *grads, *tensors, ctx.reverse, y, gates, cells, ctx.cell, ctx.backend, ctx.algorithm, ctx.recompute, needs
         )
         return (*(g if need else None for g, need in zip(found, needs, strict=True)), *(None,) * 8)
