@@ -38,7 +38,7 @@ def _figure(width: float, height: float) -> Figure:
         raise ImportError(
             f"{error}: plots need the extra 'plots' (pip install --no-build-isolation '.[plots]')"
         ) from error
-    return Figure(figsize=(width, height), dpi=110, layout="constrained")
+    return Figure(figsize=(width, height), dpi=100, layout="constrained")
 
 
 def _title(gates: Gates) -> str:
@@ -63,9 +63,8 @@ def _units(gates: Gates, units: Iterable[int]) -> list[int]:
 
 
 def most_varying(gates: Gates, count: int, sample: int = 0) -> list[int]:
-    """The units whose state (c of an LSTM, else h) varies most over the steps of a sample, the most varying first."""
-    state = _values(gates, "c" if "c" in gates.names and gates["c"].shape == gates["h"].shape else "h", sample)
-    return state.var(0, correction=0).argsort(descending=True)[:count].tolist()
+    """The units whose h varies most over the steps of a sample, the most varying first."""
+    return _values(gates, "h", sample).var(0, correction=0).argsort(descending=True)[:count].tolist()
 
 
 def _name_steps(axis: Axes, tokens: Sequence[str] | None, steps: int) -> None:
@@ -75,7 +74,7 @@ def _name_steps(axis: Axes, tokens: Sequence[str] | None, steps: int) -> None:
         # A dollar sign is a character here, not the beginning of mathematics.
         axis.set_xticks(range(steps), [token.translate(VISIBLE) for token in tokens], parse_math=False)
         axis.tick_params(axis="x", labelsize=8, length=2)
-        axis.set_xlabel("step, named by its input")
+        axis.set_xlabel("input, one token a step")
 
 
 def _check_tokens(tokens: Sequence[str] | None, steps: int) -> None:
@@ -114,7 +113,8 @@ def heatmap(
     steps = len(maps[names[0]])
     _check_tokens(tokens, steps)
     chosen = None if units is None else _units(gates, units)
-    figure = _figure(_width(steps), 0.7 + 1.45 * len(names))
+    rows = max(v.shape[1] for v in maps.values()) if chosen is None else len(chosen)
+    figure = _figure(_width(steps), 0.7 + (0.3 + min(2.4, max(1.1, 0.03 * rows))) * len(names))
     figure.suptitle(_title(gates), fontsize=11)
     panels = figure.subplots(len(names), sharex=True, squeeze=False)[:, 0]
     for panel, (name, values) in zip(panels, maps.items()):
@@ -152,11 +152,11 @@ def traces(
     tokens: Sequence[str] | None = None,
     series: Tensor | None = None,
 ) -> Figure:
-    """For each unit its sigmoid gates over the steps, from 0 to 1, and below them what has a sign: g, c, h or n, h.
+    """For each unit its sigmoid gates over the steps, from 0 to 1, and below them what has a sign: c, and g, h or n, h.
 
     Args:
         gates, sample, tokens: as in :func:`heatmap`.
-        units: default: the two whose state varies most.
+        units: default: the two whose h varies most.
         series: [T], drawn above all: an input that is a number and not a token.
 
     Raises:
@@ -169,10 +169,11 @@ def traces(
     _check_tokens(tokens, steps)
     if series is not None and series.shape != (steps,):
         raise ValueError(f"series must have shape [{steps}], got {list(series.shape)}")
-    signed = [name for name in gates.names if name not in gates.sigmoid_names]
-    groups = [group for group in (gates.sigmoid_names, signed) if group]
+    # c has a scale of its own.
+    signed = tuple(name for name in gates.names if name not in (*gates.sigmoid_names, "c"))
+    groups = [group for group in (gates.sigmoid_names, ("c",) if "c" in gates.names else (), signed) if group]
     count = len(units) * len(groups) + (series is not None)
-    figure = _figure(_width(steps), 0.9 + 1.5 * count)
+    figure = _figure(_width(steps), 0.9 + 1.3 * count)
     figure.suptitle(_title(gates), fontsize=11)
     panels = list(figure.subplots(count, sharex=True, squeeze=False)[:, 0])
     last = panels[-1]
@@ -184,8 +185,8 @@ def traces(
         for group in groups:
             panel = panels.pop(0)
             for name in group:
-                style = {"linewidth": 1.4, "marker": "." if steps <= MOST_LABELS else "", "markersize": 3}
-                panel.plot(values[name][:, unit].numpy(), label=name, color=COLOURS[name], **style)
+                value, style = values[name][:, unit].numpy(), {"color": COLOURS[name], "linewidth": 1.4}
+                panel.step(range(steps), value, where="mid", label=name, **style)
             if group == gates.sigmoid_names:
                 panel.set(ylim=(-0.03, 1.03), ylabel="gate, 0 to 1")
             else:
