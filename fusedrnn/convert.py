@@ -53,8 +53,8 @@ def convert(model: nn.Module) -> nn.Module:
 def revert(model: nn.Module) -> nn.Module:
     """Swaps every fusedrnn layer and cell inside ``model``, in place, for torch.nn's: the inverse of :func:`convert`.
 
-    Options that torch.nn does not have (``backend``, ``algorithm``) are dropped. Subclasses of ours are left, with a
-    warning. Returns ``model``.
+    Options that torch.nn does not have (``backend``, ``algorithm``, ``recompute``) are dropped. Subclasses of ours are
+    left, with a warning. Returns ``model``.
 
     Raises:
         TypeError: ``model`` is not a torch.nn.Module.

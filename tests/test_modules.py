@@ -4,7 +4,6 @@ import copy
 import io
 import itertools
 import pickle
-import warnings
 
 import pytest
 import torch
@@ -150,20 +149,6 @@ def test_packed_returns_packed_in_the_callers_order():
         torch.testing.assert_close(h[:, b], h_alone)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast(dtype):
-    theirs, ours = pair(5, 8)
-    x = torch.randn(6, 3, 5)
-    with torch.autocast("cpu", dtype):
-        y, (h, c) = ours(x)
-        # torch.nn.LSTM has no float16 form on most CPUs.
-        want = theirs(x)[0] if dtype == torch.bfloat16 else theirs.double()(x.double())[0].to(dtype)
-    assert y.dtype == h.dtype == c.dtype == want.dtype == dtype
-    torch.testing.assert_close(y, want, rtol=0.02, atol=0.02)
-    y.float().sum().backward()
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in ours.parameters())
-
-
 def test_pickle_deepcopy_save():
     _, ours = pair(5, 8, num_layers=2)
     x = torch.randn(4, 2, 5)
@@ -190,29 +175,6 @@ def test_replaced_tied_and_frozen_parameters_count():
     torch.testing.assert_close(ours(x)[0], theirs(x)[0])
     assert ours.bias_ih_l0.grad is None
     torch.testing.assert_close(ours.weight_hh_l0.grad, theirs.weight_hh_l0.grad, rtol=1e-5, atol=1e-5)
-
-
-def test_weight_norm_and_parametrization():
-    for wrap in (nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm):
-        theirs, ours = pair(6, 6)
-        torch.manual_seed(1)
-        wrap(theirs, "weight_hh_l0")
-        torch.manual_seed(1)
-        wrap(ours, "weight_hh_l0")
-        ours.load_state_dict(theirs.state_dict())
-        theirs.eval(), ours.eval()
-        x = torch.randn(4, 2, 6)
-        torch.testing.assert_close(ours(x)[0], theirs(x)[0])
-        ours(x)[0].sum().backward()
-        assert all(p.grad is not None for p in ours.parameters())
-
-
-def test_eval_mode_has_a_gradient():
-    _, ours = pair(5, 8)
-    ours.eval()
-    x = torch.randn(4, 2, 5, requires_grad=True)
-    ours(x)[0].sum().backward()
-    assert x.grad.abs().sum() > 0
 
 
 def test_functional_call_and_meta():
@@ -251,14 +213,6 @@ def test_constructor_errors_are_torchs(wrong):
     with pytest.raises(theirs.type) as ours:
         fusedrnn.LSTM(**options)
     assert str(ours.value) == str(theirs.value)
-
-
-def test_dropout_of_one_layer_warns_as_torch_does():
-    with pytest.warns(UserWarning, match="dropout option adds dropout after all but last"):
-        fusedrnn.LSTM(5, 8, dropout=0.5)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        fusedrnn.LSTM(5, 8, num_layers=2, dropout=0.5)
 
 
 def packed_of(*shape, lengths=(4, 2)):
