@@ -177,7 +177,7 @@ struct Sizes {
   Shape problem(const Tensor& x, bool reverse) const {
     const double step = static_cast<double>(batch) * cell.gates * hidden * out;
     int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-    if (step < (batch >= 2 * threads ? 32768.0 : 200000.0)) threads = 1;
+    if (step < (batch >= 2 * threads ? 32768.0 : (steps == 1 ? 65536.0 : 200000.0))) threads = 1;
     return {cell.kind, dtype_of(x), steps, batch, hidden, out, offsets.data(), reverse, threads, cache_bytes()};
   }
 };
