@@ -244,8 +244,8 @@ Outputs sequence_cpu(c10::string_view cell, const Tensor& x, const Tensor& h0, c
   if (backend != "cpu") {
     static const auto python =
         c10::Dispatcher::singleton().findSchemaOrThrow("fusedrnn::sequence_python", "").typed<decltype(sequence_cpu)>();
-    return python.call(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, resets, reverse,
-                       backend, algorithm, keep_gates, keep_cells);
+    return python.call(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, resets, reverse, backend, algorithm,
+                       keep_gates, keep_cells);
   }
   check_algorithm(algorithm);
   const Sizes s(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, resets);
