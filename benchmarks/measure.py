@@ -7,6 +7,7 @@ graph, so that it holds what the device does and not what Python does.
 import contextlib
 import ctypes
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -34,7 +35,7 @@ LEAST_ALLOWED = {
 }
 # The float64 answer of a longer problem would take minutes on a CPU: it is checked over fewer steps.
 MOST_CHECKED_FLOPS = 10e9
-SHORTEST_SAMPLE = 300e-6
+SHORTEST_SAMPLE, PAUSE = 300e-6, 0.01
 CHILD_SETTINGS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
 
@@ -149,31 +150,32 @@ def interleaved(runs: dict[str, Callable], rounds: int, budget: float, device: t
     """Times every call once a round, in an order that turns from round to round.
 
     Calls shorter than 0.3 ms are repeated within a sample. At least 3 rounds, at most ``rounds``, and no more than
-    fit in ``budget`` seconds.
+    fit in ``budget`` seconds. Before a sample on a CPU there is a pause, in which the threads of the one before (every
+    library has its own, and they spin for a while when they have nothing to do) fall asleep, and a call to warm up.
     """
     cuda = device.type == "cuda"
-    timer, how = (_on_events, {}) if cuda else (_wall_clock, dict.fromkeys(runs, "wall clock"))
+    timer, pause, how = (_on_events, 0.0, {}) if cuda else (_wall_clock, PAUSE, dict.fromkeys(runs, "wall clock"))
     if cuda:
         calls = {}
         for name, run in runs.items():
             calls[name], how[name] = captured(run)
         runs = calls
-    first = {name: min(timer(run) for _ in range(2)) for name, run in runs.items()}
-    repeats = {name: max(1, int(SHORTEST_SAMPLE / max(t, 1e-7)) + (t < SHORTEST_SAMPLE)) for name, t in first.items()}
-    cost = sum(first[name] * repeats[name] for name in runs)
+
+    def sample(name: str, count: int) -> float:
+        run = runs[name]
+        time.sleep(pause)
+        run()
+        return timer(run if count == 1 else lambda: [run() for _ in range(count)]) / count
+
+    first = {name: min(sample(name, 1) for _ in range(2)) for name in runs}
+    repeats = {name: max(1, math.ceil(SHORTEST_SAMPLE / max(t, 1e-7))) for name, t in first.items()}
+    cost = sum(pause + t * (1 + repeats[name]) for name, t in first.items())
     rounds = max(3, min(rounds, int(budget / max(cost, 1e-6))))
     names, seconds = list(runs), {name: [] for name in runs}
-
-    def repeated(run: Callable, count: int) -> Callable:
-        return run if count == 1 else lambda: [run() for _ in range(count)]
-
-    calls = {name: repeated(run, repeats[name]) for name, run in runs.items()}
-    for k in range(rounds + 1):
+    for k in range(rounds):
         turn = k % len(names)
         for name in names[turn:] + names[:turn]:
-            sample = timer(calls[name]) / repeats[name]
-            if k:
-                seconds[name].append(sample)
+            seconds[name].append(sample(name, repeats[name]))
     return {name: Samples(seconds[name], how[name]) for name in names}
 
 

@@ -4,6 +4,7 @@ Everybody gets the same weights and the same input, includes the product of the 
 tensors back: y (and h_n, c_n) in inference; y, the gradient of x, and those of all parameters in a training step.
 """
 
+import functools
 import importlib.metadata
 import importlib.util
 import shutil
@@ -63,6 +64,7 @@ class Provider:
     why_not: Callable[[torch.device], str | None]
     make: Callable[[Given, str], Runnable]
 
+    @functools.cache  # noqa: B019 - as many as there are providers
     def version(self) -> str:
         if self.package == "fusedrnn":
             return fusedrnn.__version__

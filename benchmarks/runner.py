@@ -150,7 +150,7 @@ class Suite:
 
 def line(row: Row) -> str:
     """A row for the console."""
-    text = f"{row.problem.name:<32}{row.mode:<9}{row.provider:<20}"
+    text = f"{row.problem.name:<42} {row.mode:<9}{row.provider:<26}"
     if row.status != "ok":
         return f"{text}{row.status.upper()}: {row.why}"
     if row.mode == "memory":
@@ -172,7 +172,7 @@ def overview(arguments, chosen: list[Problem], found: list, left_out: dict[str, 
         print(json.dumps(about, indent=1))
         return
     for problem in chosen:
-        print(f"{problem.name:<32}{', '.join(arguments.modes or problem.modes)}")
+        print(f"{problem.name:<42} {', '.join(arguments.modes or problem.modes)}")
     print()
     for provider in found:
         print(f"{provider.name:<28}measured")
