@@ -1,4 +1,4 @@
-"""The micro level, with pytest-benchmark: ``pytest benchmarks/ --benchmark-json=bench-out/micro.json``.
+"""The micro level, with pytest-benchmark: ``pytest benchmarks/ --benchmark-json=micro.json``.
 
 ``--benchmark-autosave`` keeps every run under .benchmarks/, ``--benchmark-compare`` sets the next one against it.
 """
