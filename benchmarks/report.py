@@ -28,7 +28,7 @@ STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a;background:#fff}
 h1,h2,h3{line-height:1.2}h2{border-bottom:1px solid #999;margin-top:3rem;padding-bottom:.2rem}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-size:.85rem;margin:1rem 0}
-caption{text-align:left;font-weight:600;padding:.3rem 0}
+caption{text-align:left;font-weight:600;padding:.3rem 0;white-space:nowrap}
 th,td{padding:.25rem .6rem;border-bottom:1px solid #ccc;text-align:right;white-space:nowrap}
 th:first-child{text-align:left}tbody th{font-weight:400}thead th{border-bottom:2px solid #555;vertical-align:bottom}
 td.words{text-align:left;white-space:normal}td.best{font-weight:700}small{color:#555}
@@ -220,9 +220,10 @@ def _families(rows: list[Row], axis: str) -> list[list[Row]]:
 def _powers(axes, values: list[int]) -> None:
     """A logarithmic axis with the sizes themselves as ticks, as many as can be read."""
     axes.set_xscale("log", base=2)
-    ticks = sorted(set(values))
-    while len(ticks) > 8:
-        ticks = ticks[::2]
+    ticks = []
+    for value in sorted(set(values)):
+        if not ticks or value / ticks[-1] > (max(values) / min(values)) ** 0.06:
+            ticks.append(value)
     axes.set_xticks(ticks, [str(v) for v in ticks])
     axes.minorticks_off()
     if len(ticks) == 1:
@@ -270,7 +271,8 @@ def against(rows: list[Row], modes: list[str], axis: str):
 def _ratios(axes, values: list[float]) -> None:
     """A logarithmic axis with 1 in it, and ratios as ticks: twice as fast is as far from 1 as half as fast."""
     low, high = min([*values, 0.8]) * 0.9, max([*values, 1.25]) * 1.1
-    steps = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 10, 15, 20, 30, 50, 100, 200, 500)
+    fine = (0.8, 0.9, 1.1, 1.2, 1.3, 1.4, 1.7) if high / low < 4 else ()
+    steps = (*fine, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 10, 15, 20, 30, 50, 100, 200, 500)
     ticks = [step for step in steps if low <= step <= high]
     axes.set_yscale("log")
     axes.set_ylim(low, high)
