@@ -47,7 +47,7 @@ def need(backend: str, dtype: torch.dtype = torch.float32) -> None:
 
 
 # Backends without resets and the gradient of every c: they have to say so.
-NOT_YET = {"cpu", "triton", "cuda"}
+NOT_YET = {"triton", "cuda"}
 
 
 def refuses(algorithm: str, case: Case, math: str) -> bool:

@@ -18,6 +18,7 @@ struct Shape {
   Dtype dtype;
   int64_t steps, batch, hidden, out;
   const int64_t* offsets;  // [T + 1]
+  const bool* resets;      // [N], or null: where true, the step starts from zero states
   bool reverse;
   int threads;          // at most
   int64_t cache_bytes;  // of one core's own cache
@@ -44,21 +45,22 @@ struct Forward {
 
 struct Backward {
   Shape shape;
-  const void* dy;     // E [N, P], or null: zero
-  const void* dh_n;   // E [B, P], or null: zero
-  const void* dc_n;   // E [B, H], or null: zero
-  const void* h0;     // E [B, P]
-  const void* c0;     // E [B, H], or null
-  const void* w_hh;   // E [G*H, P]
-  const void* w_hr;   // E [P, H], or null
-  const void* y;      // E [N, P]
-  const void* gates;  // E [N, S*H]
-  const void* cells;  // C [N, H]
-  void* dgates;       // E [N, A*H]
-  void* dh0;          // E [B, P], or null: not needed
-  void* dc0;          // E [B, H], or null: not needed
-  void* dy_total;     // E [N, P]: dy with what came back through the recurrence; with w_hr only
-  void* h;            // E [N, H]: the unprojected output; with w_hr only
+  const void* dy;      // E [N, P], or null: zero
+  const void* dh_n;    // E [B, P], or null: zero
+  const void* dc_n;    // E [B, H], or null: zero
+  const void* dcells;  // C [N, H], or null: zero; the gradient of every c
+  const void* h0;      // E [B, P]
+  const void* c0;      // E [B, H], or null
+  const void* w_hh;    // E [G*H, P]
+  const void* w_hr;    // E [P, H], or null
+  const void* y;       // E [N, P]
+  const void* gates;   // E [N, S*H]
+  const void* cells;   // C [N, H]
+  void* dgates;        // E [N, A*H]
+  void* dh0;           // E [B, P], or null: not needed
+  void* dc0;           // E [B, H], or null: not needed
+  void* dy_total;      // E [N, P]: dy with what came back through the recurrence; with w_hr only
+  void* h;             // E [N, H]: the unprojected output; with w_hr only
 };
 
 struct Kernels {

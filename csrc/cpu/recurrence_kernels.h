@@ -329,6 +329,7 @@ struct Skeleton {
 
   int64_t offset(int64_t t) const { return shape.offsets[t]; }
   int64_t rows_at(int64_t t) const { return t < 0 || t >= steps ? 0 : shape.offsets[t + 1] - shape.offsets[t]; }
+  bool reset(int64_t row) const { return shape.resets && shape.resets[row]; }
   int64_t before(int64_t t) const { return shape.reverse ? t + 1 : t - 1; }
   int64_t after(int64_t t) const { return shape.reverse ? t - 1 : t + 1; }
   // The row of sequence b in the step where it starts (ends).
@@ -390,6 +391,7 @@ struct ForwardRun : Skeleton<Cell, E> {
   Buffer<C> c;           // [B][padded]
   Buffer<C> h;           // [B][padded]: unprojected, with w_hr only
   Buffer<C> exchange;    // [3][B][P]: h of the last two steps and h0, where E is narrower than C
+  Buffer<C> zeros;       // [padded]: what a row that is reset starts from
   Barrier barrier;
 
   explicit ForwardRun(const Forward& problem)
@@ -402,7 +404,10 @@ struct ForwardRun : Skeleton<Cell, E> {
         bias(kA * padded),
         c(batch * padded),
         h(projected ? batch * padded : 0),
-        exchange(kWide ? 0 : 3 * batch * out) {}
+        exchange(kWide ? 0 : 3 * batch * out),
+        zeros(problem.shape.resets ? padded : 0) {
+    if (problem.shape.resets) memset(zeros, 0, padded * sizeof(C));
+  }
 
   void run() {
     Base::parallel(this->shape.threads, [this](int thread, int threads) { work(thread, threads); });
@@ -482,6 +487,7 @@ struct ForwardRun : Skeleton<Cell, E> {
   FUSEDRNN_INLINE const C* h_before(int64_t t, int64_t s, int64_t b) const {
     const int64_t previous = this->before(t);
     const bool carried = b < this->rows_at(previous);
+    if (this->reset(this->offset(t) + b)) return zeros;
     if constexpr (kWide) {
       return carried ? static_cast<const C*>(p.y) + (this->offset(previous) + b) * out
                      : static_cast<const C*>(p.h0) + b * out;
@@ -544,7 +550,9 @@ struct ForwardRun : Skeleton<Cell, E> {
     for (int g = 0; g < kG; ++g) acc[Cell::h_acc(g)] = acc[Cell::h_acc(g)] + sums[g];
     V h_prev(C(0)), c_prev(C(0));
     if constexpr (Cell::kUsesHPrev) h_prev = load<C>(before + u, count);
-    if constexpr (Cell::kHasCellState) c_prev = load(c + b * padded + u);
+    if constexpr (Cell::kHasCellState) {
+      if (!this->reset(row)) c_prev = load(c + b * padded + u);
+    }
     Cell::forward(acc, h_prev, c_prev, h_new, c_new, saved);
     if constexpr (Cell::kHasCellState) {
       store(c + b * padded + u, c_new);
@@ -599,6 +607,7 @@ struct BackwardRun : Skeleton<Cell, E> {
   Buffer<C> dy;                // [B][P]: with w_hr only, the step's dy with what the recurrence brings back
   Buffer<C> dh_direct;         // [B][padded]: with kDirectH only
   Buffer<C> exchange;          // [2][B][A*H]: dgates of the last two steps, where E is narrower than C
+  Buffer<C> zeros;             // [A*H]: what comes back from a step that was reset
   Barrier barrier;
 
   explicit BackwardRun(const Backward& problem)
@@ -614,7 +623,10 @@ struct BackwardRun : Skeleton<Cell, E> {
         dc(batch * padded),
         dy(projected ? batch * out : 0),
         dh_direct(Cell::kDirectH ? batch * padded : 0),
-        exchange(kWide ? 0 : 2 * batch * kA * hidden) {}
+        exchange(kWide ? 0 : 2 * batch * kA * hidden),
+        zeros(problem.shape.resets ? kA * hidden : 0) {
+    if (problem.shape.resets) memset(zeros, 0, kA * hidden * sizeof(C));
+  }
 
   void run() {
     Base::parallel(this->shape.threads, [this](int thread, int threads) { work(thread, threads); });
@@ -715,7 +727,8 @@ struct BackwardRun : Skeleton<Cell, E> {
     const C* rows[kGroup];
     for (int64_t i = 0; i < with; ++i) {
       const int64_t b = first + i * stride;
-      rows[i] = dgates_of(this->offset(this->after(t)) + b, (s - 1) & 1, b);
+      const int64_t row = this->offset(this->after(t)) + b;
+      rows[i] = this->reset(row) ? zeros : dgates_of(row, (s - 1) & 1, b);
     }
     if (this->direct) recur_direct(rows, with, outs);
     this->sweep(outs, s, [&](int64_t block) {
@@ -776,7 +789,7 @@ struct BackwardRun : Skeleton<Cell, E> {
   void retreat(int64_t t, int64_t s, int64_t b, int64_t u, V dh) {
     const int64_t count = hidden - u, row = this->offset(t) + b;
     const int64_t previous = this->before(t);
-    const bool carried = b < this->rows_at(previous);
+    const bool carried = b < this->rows_at(previous), reset = this->reset(row);
     const int64_t row_before = carried ? this->offset(previous) + b : 0;
     V saved[kS > 0 ? kS : 1], dacc[kA], dh_prev(C(0)), dc_prev(C(0));
     V h(C(0)), h_prev(C(0)), c(C(0)), c_prev(C(0)), dc_after(C(0));
@@ -788,7 +801,9 @@ struct BackwardRun : Skeleton<Cell, E> {
       c = load<C>(static_cast<const C*>(p.cells) + row * hidden + u, count);
       c_prev = carried ? load<C>(static_cast<const C*>(p.cells) + row_before * hidden + u, count)
                        : load<C>(static_cast<const E*>(p.c0) + b * hidden + u, count);
+      if (reset) c_prev = V(C(0));
       dc_after = load(dc + b * padded + u);
+      if (p.dcells) dc_after = dc_after + load<C>(static_cast<const C*>(p.dcells) + row * hidden + u, count);
       if (projected) store(static_cast<E*>(p.h) + row * hidden + u, Cell::output(saved, c), count);
     }
     if constexpr (Cell::kUsesH) h = load<C>(static_cast<const E*>(p.y) + row * hidden + u, count);
@@ -796,10 +811,11 @@ struct BackwardRun : Skeleton<Cell, E> {
       h_prev = load<C>(
           carried ? static_cast<const E*>(p.y) + row_before * hidden + u : static_cast<const E*>(p.h0) + b * hidden + u,
           count);
+      if (reset) h_prev = V(C(0));
     }
     Cell::backward(dh, dc_after, saved, h, h_prev, c_prev, c, dacc, dh_prev, dc_prev);
-    if constexpr (Cell::kHasCellState) store(dc + b * padded + u, dc_prev);
-    if constexpr (Cell::kDirectH) store(dh_direct + b * padded + u, dh_prev);
+    if constexpr (Cell::kHasCellState) store(dc + b * padded + u, reset ? V(C(0)) : dc_prev);
+    if constexpr (Cell::kDirectH) store(dh_direct + b * padded + u, reset ? V(C(0)) : dh_prev);
     FUSEDRNN_UNROLL
     for (int a = 0; a < kA; ++a) {
       store(static_cast<E*>(p.dgates) + (row * kA + a) * hidden + u, dacc[a], count);
@@ -838,7 +854,8 @@ struct BackwardRun : Skeleton<Cell, E> {
     const C* rows[kGroup];
     for (int64_t i = 0; i < count; ++i) {
       const int64_t b = first + i * stride;
-      rows[i] = dgates_of(kWide ? this->edge_row(b, true) : 0, 0, b);
+      const int64_t row = this->edge_row(b, true);
+      rows[i] = this->reset(row) ? zeros : dgates_of(kWide ? row : 0, 0, b);
     }
     if (this->direct) recur_direct(rows, count, outs);
     this->sweep(outs, steps, [&](int64_t block) {

@@ -129,7 +129,6 @@ struct Sizes {
       dense(x);
     }
     check_tensor("resets", resets, lead, at::kBool);
-    TORCH_CHECK(!resets, "backend 'cpu' has no resets yet");
   }
 
   void dense(const Tensor& x) {
@@ -174,11 +173,12 @@ struct Sizes {
 
   // A step too small for several cores gains nothing from them; with few rows there is a barrier to pay for as well,
   // and on a busy machine that costs a time slice.
-  Shape problem(const Tensor& x, bool reverse) const {
+  Shape problem(const Tensor& x, const OptionalTensor& resets, bool reverse) const {
     const double step = static_cast<double>(batch) * cell.gates * hidden * out;
     int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
     if (step < (batch >= 2 * threads ? 32768.0 : (steps == 1 ? 65536.0 : 200000.0))) threads = 1;
-    return {cell.kind, dtype_of(x), steps, batch, hidden, out, offsets.data(), reverse, threads, cache_bytes()};
+    const bool* reset = resets ? resets->const_data_ptr<bool>() : nullptr;
+    return {cell.kind, dtype_of(x), steps, batch, hidden, out, offsets.data(), reset, reverse, threads, cache_bytes()};
   }
 };
 
@@ -191,7 +191,8 @@ OptionalTensor contiguous(const OptionalTensor& t) { return t ? OptionalTensor(t
 Tensor rows_of(const Tensor& t) { return t.contiguous().view({-1, t.size(-1)}); }
 
 // For every row the h its step started from.
-Tensor previous_rows(const Sizes& sizes, const Tensor& h0, const Tensor& y, bool reverse) {
+Tensor previous_rows(const Sizes& sizes, const Tensor& h0, const Tensor& y, const OptionalTensor& resets,
+                     bool reverse) {
   const Tensor result = at::empty({sizes.rows, sizes.out}, y.options());
   const size_t row_bytes = static_cast<size_t>(sizes.out * y.element_size());
   char* to = static_cast<char*>(result.mutable_data_ptr());
@@ -208,13 +209,22 @@ Tensor previous_rows(const Sizes& sizes, const Tensor& h0, const Tensor& y, bool
       std::memcpy(row + carried * row_bytes, from_h0 + carried * row_bytes, (count - carried) * row_bytes);
     }
   }
+  if (resets) {
+    const bool* reset = resets->const_data_ptr<bool>();
+    for (int64_t row = 0; row < sizes.rows; ++row) {
+      if (reset[row]) std::memset(to + row * row_bytes, 0, row_bytes);
+    }
+  }
   return result;
 }
 
 // dgates^T times what each step started from. In 16 bits one GEMM over a copy: adding two would round twice.
-Tensor recurrent_gradient(const Sizes& s, const Tensor& dgates, const Tensor& h0, const Tensor& y, bool reverse) {
+Tensor recurrent_gradient(const Sizes& s, const Tensor& dgates, const Tensor& h0, const Tensor& y,
+                          const OptionalTensor& resets, bool reverse) {
   const bool dense = s.lead.size() == 2;
-  if (!dense || dgates.element_size() == 2) return at::mm(dgates.t(), previous_rows(s, h0, y, reverse));
+  if (!dense || resets || dgates.element_size() == 2) {
+    return at::mm(dgates.t(), previous_rows(s, h0, y, resets, reverse));
+  }
   const int64_t inner = s.rows - s.batch;
   const Tensor started = dgates.narrow(0, reverse ? inner : 0, s.batch);
   Tensor result = at::mm(started.t(), h0);
@@ -270,9 +280,11 @@ Outputs sequence_cpu(c10::string_view cell, const Tensor& x, const Tensor& h0, c
   const Tensor h0c = h0.contiguous(), w_hhc = w_hh.contiguous();
   const OptionalTensor c0c = contiguous(c0), b_ihc = contiguous(b_ih), b_hhc = contiguous(b_hh),
                        w_hrc = contiguous(w_hr);
-  kernels().forward({s.problem(x, reverse), one_kernel ? nullptr : pointer(gates_x), pointer(xc), pointer(w_ihc),
-                     s.input, pointer(h0c), pointer(c0c), pointer(w_hhc), pointer(b_ihc), pointer(b_hhc),
-                     pointer(w_hrc), writable(y), writable(h_n), writable(c_n), writable(gates), writable(cells)});
+  const OptionalTensor resetsc = contiguous(resets);
+  kernels().forward({s.problem(x, resetsc, reverse), one_kernel ? nullptr : pointer(gates_x), pointer(xc),
+                     pointer(w_ihc), s.input, pointer(h0c), pointer(c0c), pointer(w_hhc), pointer(b_ihc),
+                     pointer(b_hhc), pointer(w_hrc), writable(y), writable(h_n), writable(c_n), writable(gates),
+                     writable(cells)});
   return {y, h_n, c_n, gates, cells};
 }
 
@@ -300,7 +312,8 @@ Gradients sequence_backward_cpu(c10::string_view cell, const OptionalTensor& dy,
   check_tensor("dh_n", dh_n, {s.batch, s.out}, dtype);
   TORCH_CHECK(s.cell.has_cell_state || !dc_n, "fusedrnn: dc_n exists only for cells with a cell state");
   check_tensor("dc_n", dc_n, {s.batch, s.hidden}, dtype);
-  TORCH_CHECK(!dcells, "backend 'cpu' has no gradient of every c yet");
+  TORCH_CHECK(s.cell.has_cell_state || !dcells, "fusedrnn: dcells exists only for cells with a cell state");
+  check_tensor("dcells", dcells, s.shape(s.hidden), compute_dtype(x));
   if (s.cell.saved) check_tensor("gates (saved by forward)", gates, s.shape(s.cell.saved * s.hidden), dtype);
   if (s.cell.has_cell_state) check_tensor("cells (saved by forward)", cells, s.shape(s.hidden), compute_dtype(x));
 
@@ -315,13 +328,15 @@ Gradients sequence_backward_cpu(c10::string_view cell, const OptionalTensor& dy,
   const Tensor dy_total = w_hr ? at::empty({s.rows, s.out}, options) : none;
   const Tensor h = w_hr ? at::empty({s.rows, s.hidden}, options) : none;
   const Tensor yc = y.contiguous(), h0c = h0.contiguous();
+  const OptionalTensor resetsc = contiguous(resets);
   if (s.rows > 0) {
     const Tensor w_hhc = w_hh.contiguous(), gatesc = gates.contiguous(), cellsc = cells.contiguous();
     const OptionalTensor dyc = contiguous(dy), dh_nc = contiguous(dh_n), dc_nc = contiguous(dc_n), c0c = contiguous(c0),
-                         w_hrc = contiguous(w_hr);
-    kernels().backward({s.problem(x, reverse), pointer(dyc), pointer(dh_nc), pointer(dc_nc), pointer(h0c), pointer(c0c),
-                        pointer(w_hhc), pointer(w_hrc), pointer(yc), pointer(gatesc), pointer(cellsc), writable(dgates),
-                        writable(dh0), writable(dc0), writable(dy_total), writable(h)});
+                         w_hrc = contiguous(w_hr), dcellsc = contiguous(dcells);
+    kernels().backward({s.problem(x, resetsc, reverse), pointer(dyc), pointer(dh_nc), pointer(dc_nc), pointer(dcellsc),
+                        pointer(h0c), pointer(c0c), pointer(w_hhc), pointer(w_hrc), pointer(yc), pointer(gatesc),
+                        pointer(cellsc), writable(dgates), writable(dh0), writable(dc0), writable(dy_total),
+                        writable(h)});
   }
 
   const bool same = s.cell.x_acc == s.cell.h_acc;
@@ -330,7 +345,7 @@ Gradients sequence_backward_cpu(c10::string_view cell, const OptionalTensor& dy,
   Tensor dx = none, dw_ih = none, dw_hh = none, db_ih = none, db_hh = none, dw_hr = none;
   if (needs.get(0)) dx = at::mm(dgates_x, w_ih).view(x.sizes());
   if (needs.get(3)) dw_ih = at::mm(dgates_x.t(), rows_of(x));
-  if (needs.get(4)) dw_hh = recurrent_gradient(s, dgates_h, h0c, yc, reverse);
+  if (needs.get(4)) dw_hh = recurrent_gradient(s, dgates_h, h0c, yc, resetsc, reverse);
   if (needs.get(5) && b_ih) db_ih = dgates_x.sum(0);
   if (needs.get(6) && b_hh) db_hh = same && db_ih.numel() ? db_ih.clone() : dgates_h.sum(0);
   if (needs.get(7) && w_hr) dw_hr = at::mm(dy_total.t(), h);
