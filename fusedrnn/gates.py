@@ -178,7 +178,7 @@ class _Call:
     sequences: list[tuple] = field(default_factory=list)  # the arguments of functional.recording's callback
 
 
-def record_gates(module: nn.Module, *args, **kwargs) -> tuple[Any, Record]:
+def record_gates(module: nn.Module, /, *args, **kwargs) -> tuple[Any, Record]:
     """Runs ``module(*args, **kwargs)`` once and keeps what the gates of its recurrent layers did.
 
     The gates are those that the kernels save for backward, so nothing runs twice; they are kept without grad mode as

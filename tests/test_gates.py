@@ -99,6 +99,11 @@ def test_output_gradients_and_hx_are_those_of_a_plain_call():
     assert not layer._forward_pre_hooks
 
 
+def test_a_layer_that_keeps_no_gates_for_backward():
+    layer, x = fusedrnn.GRU(3, 4, recompute=True), torch.randn(5, 2, 3)
+    assert_gates(record_gates(layer, x)[1]["l0"], by_hand(layer, x))
+
+
 @pytest.mark.parametrize("grad", [False, True])
 def test_no_second_forward(monkeypatch, grad):
     calls = []
