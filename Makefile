@@ -62,7 +62,7 @@ dist: $(TORCH_STAMP) $(VENV)/.fusedrnn-extra-dist
 install: $(INSTALLED)
 
 clean:
-	rm -rf build dist *.egg-info demo-out bench-out docs/_build
+	rm -rf build dist *.egg-info demo-out bench-out gates-out docs/_build
 	rm -f fusedrnn/*.so
 
 # Building inside the environment (--no-build-isolation) makes the extension fit its torch.
