@@ -195,9 +195,10 @@ __device__ __forceinline__ Piece load_piece(const Scalar* row, int64_t k, int64_
   return p;
 }
 
-// N values side by side, moved in accesses as wide as their size allows.
+// N values side by side, moved in accesses as wide as their size allows: the largest power of 2 that divides it.
+constexpr int pack_alignment(int bytes) { return bytes % 16 == 0 ? 16 : bytes & -bytes; }
 template <typename Scalar, int N>
-struct alignas(sizeof(Scalar) * N < 16 ? sizeof(Scalar) * N : 16) Pack {
+struct alignas(pack_alignment(sizeof(Scalar) * N)) Pack {
   Scalar v[N];
 };
 

@@ -506,7 +506,7 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
         for (int k = 0; k < 4; k += kRowsAtOnce)
           if (sends && packet_row + k < now.rows)
             mailbox::put(packet_at + (now.offset + k) * row_bytes,
-                         *reinterpret_cast<const Piece*>(stage + (lane + 32 * (k / kRowsAtOnce)) * kPer));
+                         *reinterpret_cast<const Piece*>(stage + (lane + k * kAccs * kPackets) * kPer));
         if (mine && row >= next.rows) {
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
