@@ -68,6 +68,7 @@ def conversion_report(model: nn.Module) -> list[ConversionEntry]:
     It looks at the model as it is now, so it may be called at any time, before convert as well.
 
     >>> import fusedrnn
+    >>> from torch import nn
     >>> model = fusedrnn.convert(nn.Sequential(nn.Linear(3, 3), nn.GRU(3, 4)))
     >>> print(*fusedrnn.conversion_report(model))
     1 (GRU): swapped
