@@ -77,7 +77,7 @@ class Pass:
         registers: of a thread, read from the compiled kernel; registers_why: where from, or why it is not known.
         shared_bytes: shared memory of a block; Triton's is planning's estimate.
         launches: of our kernels and of torch's, in a sequence, without matrix products outside of the loop.
-        panel_bytes: recurrent weights that a CPU core keeps in its own cache.
+        panel_bytes: recurrent weights, repacked, that are one CPU core's own.
         bound_us: no implementation of this plan on this chip can be faster for a sequence, matrix products outside of
             the loop included: the chip's published peaks allow no less. Microseconds. Launches, the exchange between
             blocks and latency, which no vendor publishes, are not in it: small problems take many times as long.
@@ -261,7 +261,7 @@ def _bound(z: _Sizes, backward: bool, flops: int, outside: int, blocks: int, ins
     and L2 cannot hold; and a block cannot use more than one multiprocessor.
     """
     if peaks is None:
-        return None, f"no published peaks of {chip.name} are known here"
+        return None, "no published peaks of this chip are known here"
     kind = "tf32" if z.tf32 else {8: "float64", 4: "float32", 2: "16-bit"}[z.s]
     peak = {"tf32": peaks.tf32, "float64": peaks.float64, "float32": peaks.float32}.get(kind, peaks.half) * 1e12
     share = min(1.0, blocks / chip.multiprocessors)
@@ -435,7 +435,9 @@ def _cpu(z: _Sizes, backward: bool) -> Pass:
     available = torch.get_num_threads()
     product = z.B * z.G * z.H * z.P
     few_rows = 2 * available > z.B
-    threads = 1 if product < (200000 if few_rows else 32768) else available
+    too_small = (65536 if z.T == 1 else 200000) if few_rows else 32768
+    threads = 1 if product < too_small else available
+    direct = z.T * z.B <= 64 and (not backward or 4 * z.B >= z.T)
     capability = _build.build_info()["cpu_capability"]
     lanes = {"avx512": 64, "avx2": 32}.get(capability, 16) // z.acc
     weights = z.G * _blocks(z.H, 2 * lanes) * 2 * lanes * z.P * z.acc
@@ -443,14 +445,18 @@ def _cpu(z: _Sizes, backward: bool) -> Pass:
     if threads == 1:
         why = "one thread" + ("" if available == 1 else ": the product of a step is too small to share")
         panel = weights
-    elif 16 * threads <= z.B and weights <= cache // 4 * 3:
+    elif not direct and 16 * threads <= z.B and weights <= cache // 4 * 3:
         why = f"{threads} threads share the rows of the batch, each with all of W_hh: no barrier"
         panel = weights
     else:
         why = f"{threads} threads share the units: each keeps its part of W_hh, with a barrier a step"
         panel = weights // threads
-    fits = "fit" if panel <= cache else "do not fit"
-    why += f"; {capability}; a core's panels of W_hh {fits} in its own cache of {_si(cache)}B"
+    if direct:
+        panel = None
+        why += f"; {capability}; W_hh is read where it lies: for so few rows it would not pay to repack it"
+    else:
+        fits = "fit" if panel <= cache else "do not fit"
+        why += f"; {capability}; a core's panels of W_hh {fits} in its own cache of {_si(cache)}B"
     flops, outside = _matmul_flops(z, backward, inside=False)
     return Pass(
         "cpu", backward, "persistent", why, threads=threads, launches=1, flops=flops, outside_flops=outside,

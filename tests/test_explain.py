@@ -4,7 +4,9 @@ import importlib
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -175,6 +177,28 @@ def test_registers_of_the_compiled_library():
     assert re.fullmatch(r"sm_\d+ code of _cuda.so", found.registers_why)
 
 
+@pytest.mark.parametrize("name, known", [("NVIDIA H100 80GB HBM3", True), ("NVIDIA Thor", False)])
+def test_a_gpu_of_this_machine(name, known, monkeypatch):
+    properties = SimpleNamespace(
+        name=name, major=9, minor=0, multi_processor_count=132, shared_memory_per_block_optin=232_448
+    )
+    monkeypatch.setattr(torch, "empty", lambda *size, device: None)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(planning, "machine", planning.Machine)
+    index = 6 + known  # no device of these numbers is in the caches
+    found = fusedrnn.explain(steps=10, batch=16, input_size=64, hidden_size=64, device=f"cuda:{index}")
+    assert (found.device, found.backend) == (name, "cuda")
+    for p in found.sequences[0].passes:
+        sheet = one(p.backend, backward=p.backward)
+        if not known and p.algorithm is not None:
+            sheet = replace(sheet, bound_us=None, bound_why="no published peaks of this chip are known here")
+        named = replace(p, why=p.why.replace(name, "h100-sxm"))
+        assert replace(named, others=sheet.others) == sheet
+
+
 @pytest.mark.parametrize(
     "threads, batch, hidden, text",
     [
@@ -189,8 +213,13 @@ def test_cpu(threads, batch, hidden, text, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(explain, "_own_cache_bytes", lambda: 2 << 20)
     monkeypatch.setattr(planning, "machine", planning.Machine)
-    found = one("cpu", batch=batch, hidden_size=hidden, chip=None, device="cpu")
+    sizes = {"batch": batch, "hidden_size": hidden, "chip": None, "device": "cpu"}
+    found = one("cpu", steps=100, **sizes)
     assert found.why.startswith(text)
+    short = one("cpu", steps=64 // batch, **sizes)
+    assert short.panel_bytes is None
+    assert "W_hh is read where it lies" in short.why
+    assert one("cpu", steps=100, **sizes | {"batch": 1}, backward=True).panel_bytes
     share = threads if "units" in text else 1
     assert found.panel_bytes == 4 * hidden * hidden * 4 // share
     assert found.bound_us is None
@@ -203,8 +232,11 @@ def test_cpu_rules_are_those_of_the_kernels():
     text = "".join((CPU / name).read_text() for name in ("sequence.cpp", "recurrence_kernels.h"))
     for line in (
         "const double step = static_cast<double>(batch) * cell.gates * hidden * out;",
-        "if (step < (batch >= 2 * threads ? 32768.0 : 200000.0)) threads = 1;",
-        "by_rows = s.threads > 1 && s.batch >= 16 * s.threads && weight_bytes <= s.cache_bytes / 4 * 3;",
+        "if (step < (batch >= 2 * threads ? 32768.0 : (steps == 1 ? 65536.0 : 200000.0))) threads = 1;",
+        "constexpr int64_t kFewRows = 64;",
+        "return s.steps * s.batch <= kFewRows; }",
+        "is_short(problem.shape) && problem.shape.steps <= 4 * problem.shape.batch),",
+        "by_rows = !direct && s.threads > 1 && s.batch >= 16 * s.threads && weight_bytes <= s.cache_bytes / 4 * 3;",
     ):
         assert line in text
 
