@@ -157,9 +157,13 @@ class BuildExt(build_ext):
         if self.is_fresh(library, [Path(__file__), *(ROOT / "csrc" / "cuda").iterdir(), *(ROOT / "csrc").glob("*.h")]):
             return library
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        # Absolute names, and a device link that nothing needs, would write this machine's folders into the library.
-        command = [NVCC, "--threads", jobs, "-shared", "-nodlink", "-O3", "-std=c++17", "-lineinfo",
+        # Absolute names, line numbers, and a device link (nothing needs it) would write this machine's folders into a
+        # wheel's library.
+        lines = ["-lineinfo"] if self.inplace or self.editable_mode else []
+        command = [NVCC, "--threads", jobs, "-shared", "-nodlink", "-O3", "-std=c++17", *lines,
                    "-cudart", "static", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-I", "csrc",
+                   # The nvcc of PyPI looks for its runtime in lib64, the wheels have it in lib.
+                   "-L", str(Path(NVCC).resolve().parents[1] / "lib"),
                    *gencode_flags(CUDA_ARCHITECTURES), "-o", str(library),
                    *(str(source.relative_to(ROOT)) for source in CUDA_SOURCES)]  # fmt: skip
         library.parent.mkdir(parents=True, exist_ok=True)
