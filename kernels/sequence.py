@@ -31,6 +31,7 @@ def sequence_forward_kernel(
     c_n,  # [B, H] or None
     gates,  # [N, S*H] or None
     cells,  # [N, H] or None
+    resets,  # [N] or None: not 0 where a row's step starts from zeros
     sizes,  # [T] or None when dense
     offsets,  # [T] or None
     T,
@@ -77,6 +78,11 @@ def sequence_forward_kernel(
         t = T - 1 - i if REVERSE else i
         i_row, n = step_rows(t, T, B, sizes, offsets)
         m_row = m_u & (o_b < n)
+        if resets is not None:
+            m_reset = tl.load(resets + i_row + i_b, mask=o_b < n, other=0) != 0
+            b_h = tl.where(m_reset, 0.0, b_h)
+            if c0 is not None:
+                b_c = tl.where(m_reset, 0.0, b_c)
         b_accs = ()
         for a in tl.static_range(A):
             b_acc = tl.zeros((BU, BB), ACC)
@@ -112,6 +118,7 @@ def sequence_backward_kernel(
     dy,  # [N, H] or None
     dh_n,  # [B, H] or None
     dc_n,  # [B, H] or None
+    dcells,  # [N, H] or None: gradient of every c
     h0,  # [B, H], read only with USE_H, as y
     c0,  # [B, H] or None
     y,  # [N, H]
@@ -120,6 +127,7 @@ def sequence_backward_kernel(
     dgates,  # [N, A*H]
     dh0,  # [B, H]
     dc0,  # [B, H] or None
+    resets,  # [N] or None
     sizes,  # [T] or None when dense
     offsets,  # [T] or None
     T,
@@ -164,14 +172,19 @@ def sequence_backward_kernel(
         i_row, n = step_rows(t, T, B, sizes, offsets)
         i_prev, n_prev = step_rows(t + 1 if REVERSE else t - 1, T, B, sizes, offsets)
         m_row = m_u & (o_b < n)
-        m_prev = m_row & (o_b < n_prev)
-        m_first = m_row & (o_b >= n_prev)
+        m_kept = m_row
+        if resets is not None:
+            m_kept = m_row & (tl.load(resets + i_row + i_b, mask=o_b < n, other=0) == 0)
+        m_prev = m_kept & (o_b < n_prev)
+        m_first = m_kept & (o_b >= n_prev)
         b_dh_all = b_dh
         if dy is not None:
             b_dh_all += tl.load(dy + i_row * H + o_state, mask=m_row, other=0.0).to(ACC)
         b_c = b_dc
         b_c_prev = b_dc
         if cells is not None:
+            if dcells is not None:
+                b_dc += tl.load(dcells + i_row * H + o_state, mask=m_row, other=0.0)
             b_c = tl.load(cells + i_row * H + o_state, mask=m_row, other=0.0)
             b_c_prev = tl.load(c0 + o_state, mask=m_first, other=0.0).to(ACC)
             b_c_prev += tl.load(cells + i_prev * H + o_state, mask=m_prev, other=0.0)
@@ -196,6 +209,9 @@ def sequence_backward_kernel(
             tl.store(dgates + (i_row + i_b) * (A * H) + a * H + o_u, b_da, mask=m_row)
             if H_GATE[a] >= 0:
                 b_dh_prev = tl.dot(b_w[a], b_da, b_dh_prev, input_precision=PRECISION, out_dtype=ACC)
+        if resets is not None:
+            b_dh_prev = tl.where(m_kept, b_dh_prev, 0.0)
+            b_dc_prev = tl.where(m_kept, b_dc_prev, 0.0)
         b_dh = tl.where(m_row, b_dh_prev, b_dh)
         b_dc = tl.where(m_row, b_dc_prev, b_dc)
     tl.store(dh0 + o_state, b_dh.to(dh0.dtype.element_ty), mask=m_state)

@@ -20,13 +20,14 @@ def step_forward_kernel(
     w_hh,  # [G*H, P]
     b_ih,  # [G*H] or None
     b_hh,  # [G*H] or None
-    zeros,  # [max(I, P)], the weight row of an accumulator without a gate; None where each has one
+    zeros,  # [max(I, P)]: the weight row of an accumulator without a gate, the h of a reset; None without either
     y,  # [N, P], read: h of the previous step
     h,  # [N, H], written; y itself without projection
     h_n,  # [B, H] or None
     c_n,  # [B, H] or None
     gates,  # [N, S*H] or None
     cells,  # [N, H], or [B, H] when only carried; None without c
+    resets,  # [N] or None: not 0 where a row's step starts from zeros
     n,  # rows of this step
     n_prev,  # of these, the first n_prev have a previous step; the others start from h0, c0
     n_next,  # and the first n_next have a next step; the others end here
@@ -41,6 +42,7 @@ def step_forward_kernel(
     FORWARD: tl.constexpr,
     X_GATE: tl.constexpr,
     H_GATE: tl.constexpr,
+    TOGETHER: tl.constexpr,  # every accumulator has both gates
     BU: tl.constexpr,
     BB: tl.constexpr,
     BK: tl.constexpr,
@@ -59,12 +61,14 @@ def step_forward_kernel(
     p_w_hh = weight_rows(w_hh, o_a // BU, i_unit, zeros, P, H, H_GATE)
     p_x = x + (i_row + i_b) * I
     p_h = tl.where(o_b < n_prev, y + (i_prev + i_b) * P, h0 + i_b * P)
+    if resets is not None:
+        p_h = tl.where(tl.load(resets + i_row + i_b) != 0, zeros, p_h)
     b_acc = tl.zeros((A * BU, BB), ACC)
     if b_ih is not None:
         b_bias = tl.load(weight_rows(b_ih, o_a // BU, i_unit, zeros, 1, H, X_GATE)).to(ACC)
         b_bias += tl.load(weight_rows(b_hh, o_a // BU, i_unit, zeros, 1, H, H_GATE)).to(ACC)
         b_acc += b_bias[:, None]
-    if zeros is None:
+    if TOGETHER:
         b_acc = dot_rows_twice(b_acc, p_w_ih, p_x, I, p_w_hh, p_h, P, SAME_K, BK, EVEN_K, PRECISION)
     else:
         b_part_x = dot_rows(tl.zeros((A * BU, BB), ACC), p_w_ih, p_x, 0, I, BK, EVEN_K, PRECISION)
@@ -81,13 +85,16 @@ def step_forward_kernel(
     o_b = o_b[None, :]
     m_out = (o_u < H) & (o_b < n)
     m_last = m_out & (o_b >= n_next)
+    m_kept = m_out
+    if resets is not None:
+        m_kept = m_out & (tl.load(resets + i_row + o_b, mask=o_b < n, other=0) == 0)
     o_out = o_b.to(tl.int64) * H + o_u
     b_h_prev = tl.load(p_h[None, :] + o_u, mask=m_out & (o_u < P), other=0.0).to(ACC)
     b_c_prev = b_h_prev
     if cells is not None:
-        b_c_prev = tl.load(c0 + o_out, mask=m_out & (o_b >= n_prev), other=0.0).to(ACC)
+        b_c_prev = tl.load(c0 + o_out, mask=m_kept & (o_b >= n_prev), other=0.0).to(ACC)
         p_c_prev = cells + tl.cast(i_cell_prev, tl.int64) * H + o_out
-        b_c_prev += tl.load(p_c_prev, mask=m_out & (o_b < n_prev), other=0.0)
+        b_c_prev += tl.load(p_c_prev, mask=m_kept & (o_b < n_prev), other=0.0)
 
     b_h, b_c, b_saved = FORWARD(unstack(b_acc, A, BU, BB), b_h_prev, b_c_prev)
 
@@ -118,6 +125,7 @@ def step_backward_kernel(
     dy,  # [N, H] or None
     dh_n,  # [B, H] or None
     dc_n,  # [B, H] or None
+    dcells,  # [N, H] or None: gradient of every c
     h0,  # [B, H], read only with USE_H, as y
     c0,  # [B, H] or None
     y,  # [N, H]
@@ -128,6 +136,8 @@ def step_backward_kernel(
     dh,  # [2, B, H]: what reaches h of the previous step past the matmul; None without
     dc0,  # [B, H] or None
     dh0,  # [B, H] or None: only the part past the matmul
+    resets,  # [N] or None
+    resets_d,  # the same, None with projection: a row of d whose step starts from zeros does not reach this step
     n,  # rows of this step
     n_d,  # of these, the first n_d have rows in d
     n_prev,  # the first n_prev have a previous step; the others start from h0, c0
@@ -171,11 +181,17 @@ def step_backward_kernel(
     m_first = m_out & (o_b >= n_prev)
     m_next = m_out & (o_b < n_next)
     m_last = m_out & (o_b >= n_next)
+    m_kept = m_out
+    if resets is not None:
+        m_kept = m_out & (tl.load(resets + i_row + o_b, mask=o_b < n, other=0) == 0)
     i_b = o_b.to(tl.int64)
     o_out = i_b * H + o_u
     o_row = tl.cast(i_row, tl.int64) * H + o_out
     o_prev = tl.cast(i_prev, tl.int64) * H + o_out
-    b_dh = tl.where(o_b < n_d, b_dh, 0.0)
+    m_d = o_b < n_d
+    if resets_d is not None:
+        m_d = m_d & (tl.load(resets_d + i_d + o_b, mask=m_d, other=0) == 0)
+    b_dh = tl.where(m_d, b_dh, 0.0)
     if dy is not None:
         b_dh += tl.load(dy + o_row, mask=m_out, other=0.0).to(ACC)
     if dh_n is not None:
@@ -189,15 +205,17 @@ def step_backward_kernel(
         b_dc += tl.load(dc + tl.cast(i_dc_next, tl.int64) * H + o_out, mask=m_next, other=0.0)
         if dc_n is not None:
             b_dc += tl.load(dc_n + o_out, mask=m_last, other=0.0).to(ACC)
+        if dcells is not None:
+            b_dc += tl.load(dcells + o_row, mask=m_out, other=0.0)
         b_c = tl.load(cells + o_row, mask=m_out, other=0.0)
-        b_c_prev = tl.load(c0 + o_out, mask=m_first, other=0.0).to(ACC)
-        b_c_prev += tl.load(cells + o_prev, mask=m_prev, other=0.0)
+        b_c_prev = tl.load(c0 + o_out, mask=m_first & m_kept, other=0.0).to(ACC)
+        b_c_prev += tl.load(cells + o_prev, mask=m_prev & m_kept, other=0.0)
     b_h = b_dh
     b_h_prev = b_dh
     if USE_H:
         b_h = tl.load(y + o_row, mask=m_out, other=0.0).to(ACC)
-        b_h_prev = tl.load(h0 + o_out, mask=m_first, other=0.0).to(ACC)
-        b_h_prev += tl.load(y + o_prev, mask=m_prev, other=0.0).to(ACC)
+        b_h_prev = tl.load(h0 + o_out, mask=m_first & m_kept, other=0.0).to(ACC)
+        b_h_prev += tl.load(y + o_prev, mask=m_prev & m_kept, other=0.0).to(ACC)
     b_saved = ()
     for s in tl.static_range(S):
         p_gate = gates + (i_row + i_b) * (S * H) + s * H + o_u
@@ -205,6 +223,9 @@ def step_backward_kernel(
 
     b_dacc, b_dh, b_dc = BACKWARD(b_dh, b_dc, b_saved, b_h, b_h_prev, b_c_prev, b_c)
 
+    if resets is not None:
+        b_dh = tl.where(m_kept, b_dh, 0.0)
+        b_dc = tl.where(m_kept, b_dc, 0.0)
     for a in tl.static_range(A):
         p_dgate = dgates + (i_row + i_b) * (A * H) + a * H + o_u
         tl.store(p_dgate, b_dacc[a].to(dgates.dtype.element_ty), mask=m_out)

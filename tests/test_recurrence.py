@@ -47,7 +47,7 @@ def need(backend: str, dtype: torch.dtype = torch.float32) -> None:
 
 
 # Backends without resets and the gradient of every c: they have to say so.
-NOT_YET = {"triton", "cuda"}
+NOT_YET = {"cuda"}
 
 
 def refuses(algorithm: str, case: Case, math: str) -> bool:
@@ -106,7 +106,7 @@ def test_every_cell_agrees_with_float64(cell, backend, algorithm, math, case, po
         for r in EVERYTHING
         if r[0] in ("triton", "cuda")
         for case in CASES
-        if not (refuses(r[1], case, r[2]) or case.resets)
+        if not (refuses(r[1], case, r[2]) or (case.resets and r[0] in NOT_YET))
     ],
     ids=str,
 )
@@ -180,6 +180,40 @@ def test_special_values_are_torchs(backend, algorithm, value):
     want = run(case, given, "reference", wrt=())
     for name, t in run(case, given, backend, algorithm, wrt=()).items():
         torch.testing.assert_close(t, want[name], equal_nan=True, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("backend, algorithm", RUNS)
+def test_nan_does_not_pass_a_reset(backend, algorithm, cell):
+    """Neither a state forward nor a gradient back."""
+    need(backend)
+    cases = [Case(T=4, B=4, I=3, H=5, resets=True)]
+    if cell == "lstm" and algorithm in ("auto", "step"):
+        cases.append(Case(T=4, B=4, I=3, H=5, proj=2, resets=True))
+    for case in cases:
+        given = make(case, torch.float32, device_of(backend), cell=cell)
+        given["resets"].fill_(False)
+        given["resets"][0, 1] = given["resets"][2, 2] = given["resets"][3, 3] = True
+        if backend in NOT_YET:
+            with pytest.raises(RuntimeError, match="yet"):
+                run(case, given, backend, algorithm, cell)
+            return
+        clean = run(case, given, backend, algorithm, cell)
+        # In row 0 there is none, in row 1 it comes before its reset, in row 2 from an input, in row 3 from a gradient.
+        for name in ("h0", "c0"):
+            if name in given:
+                given[name][1] = float("nan")
+        given["x"][1, 2] = given["dy"][3, 3] = float("nan")
+        got = run(case, given, backend, algorithm, cell)
+        clean["y"][1, 2] = clean["dx"][:2, 2] = clean["dx"][3, 3] = float("nan")
+        for name in ("dh0", "dc0"):
+            if name in clean:
+                assert torch.equal(clean[name][1], torch.zeros_like(clean[name][1])), name
+                clean[name][2] = float("nan")
+        for name in ("y", "h_n", "c_n", "dx", "dh0", "dc0"):
+            if name in clean:
+                assert torch.equal(got[name].isnan(), clean[name].isnan()), (case, name)
+                torch.testing.assert_close(got[name], clean[name], equal_nan=True)
 
 
 @pytest.mark.parametrize("through", [("h_n", "c_n"), ("y",), ("c_n",), ("h_n",)], ids=str)

@@ -25,8 +25,11 @@ CHIPS = {
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 
 
-def launches_of(monkeypatch, arch, algorithm, dtype, B, I, H, tf32=False, lengths=None):
-    """The two launches, forward's and backward's, that the backend would make for a sequence of one step."""
+def launches_of(monkeypatch, arch, algorithm, dtype, B, I, H, tf32=False, resets=False):
+    """The two launches, forward's and backward's, that the backend would make for a sequence of one step.
+
+    With ``resets`` every c has a gradient as well.
+    """
     seen = []
     monkeypatch.setattr(backend, "launch", lambda *launch: seen.append(launch))
     monkeypatch.setattr(backend, "_check", lambda *args: None)
@@ -35,10 +38,10 @@ def launches_of(monkeypatch, arch, algorithm, dtype, B, I, H, tf32=False, length
     x, h0, c0 = (torch.zeros(*shape, dtype=dtype) for shape in ((1, B, I), (B, H), (B, H)))
     w_ih, w_hh, b = (torch.zeros(*shape, dtype=dtype) for shape in ((4 * H, I), (4 * H, H), (4 * H,)))
     inputs = (x, h0, c0, w_ih, w_hh, b, b, None)
-    inputs = Inputs(*inputs, None, None, False)
+    inputs = Inputs(*inputs, None, torch.zeros(1, B, dtype=torch.bool) if resets else None, False)
     y, h_n, c_n, gates, cells = backend.forward(CELLS["lstm"], inputs, algorithm, True, True)
     needs = [True] * 7 + [False]
-    upstream, saved = Gradients(y, h_n, c_n, None), Saved(y, gates, cells)
+    upstream, saved = Gradients(y, h_n, c_n, cells if resets else None), Saved(y, gates, cells)
     backend.backward(CELLS["lstm"], upstream, inputs, saved, algorithm, needs)
     assert len(seen) == 2
     return seen
@@ -90,11 +93,16 @@ NVIDIA = [
     (100, "step", BF16, 16, 768, 768, False, "HMMA.16816.F32.BF16"),
     (100, "sequence", F16, 16, 64, 64, False, "UTCHMMA"),
 ]
+RESETS = [NVIDIA[k] for k in (0, 4, 5, 9, 12)]
 
 
-@pytest.mark.parametrize("arch, algorithm, dtype, B, I, H, tf32, instruction", NVIDIA, ids=str)
-def test_nvidia(arch, algorithm, dtype, B, I, H, tf32, instruction, monkeypatch, tmp_path):
-    for launch in launches_of(monkeypatch, arch, algorithm, dtype, B, I, H, tf32):
+@pytest.mark.parametrize(
+    "arch, algorithm, dtype, B, I, H, tf32, instruction, resets",
+    [(*problem, resets) for resets, problems in ((False, NVIDIA), (True, RESETS)) for problem in problems],
+    ids=str,
+)
+def test_nvidia(arch, algorithm, dtype, B, I, H, tf32, instruction, resets, monkeypatch, tmp_path):
+    for launch in launches_of(monkeypatch, arch, algorithm, dtype, B, I, H, tf32, resets):
         built = compiled(arch, *launch)
         name = f"{launch[0].__name__} sm_{arch}"
         assert built.metadata.shared <= CHIPS[arch].shared_bytes, name

@@ -26,8 +26,8 @@ MORE = [
     Case(T=2, B=9, I=3, H=40, proj=33),
     Case(T=2, B=3, I=150, H=6),
 ]
-STEP = [(case, "step") for case in CASES + MORE if not case.resets]
-SEQUENCE = [(case, "sequence") for case in CASES + MORE if not case.resets and not case.proj and case.H <= 33]
+STEP = [(case, "step") for case in CASES + MORE]
+SEQUENCE = [(case, "sequence") for case in CASES + MORE if not case.proj and case.H <= 33]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")

@@ -239,9 +239,7 @@ def launch(kernel, grid: tuple[int, int], args: dict, constants: dict, num_warps
     kernel[grid](**args, **constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
 
 
-def _check(x: Tensor, resets: Tensor | None, dcells: Tensor | None = None) -> None:
-    if resets is not None or dcells is not None:
-        raise RuntimeError("backend 'triton' has no resets and no gradient of every c yet")
+def _check(x: Tensor) -> None:
     reason = why_unavailable()
     if reason:
         raise RuntimeError(f"backend 'triton' cannot run: {reason}")
@@ -266,6 +264,12 @@ def _dense(t: Tensor | None) -> Tensor | None:
         return None
     t = t.contiguous()
     return t.clone() if t.data_ptr() % 16 else t
+
+
+def _flags(resets: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """resets as numbers of the products' dtype."""
+    # A byte loaded on the way to an operand of a product makes Triton lay that operand out as bytes.
+    return None if resets is None else _dense(resets.to(dtype))
 
 
 def _gate_of(accumulators: int, acc_of_gate: tuple[int, ...]) -> tuple[int, ...]:
@@ -329,7 +333,7 @@ def forward(
     cell: Cell, inputs: Inputs, algorithm: str, keep_gates: bool, keep_cells: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See the op ``fusedrnn::sequence``."""
-    _check(inputs.x, inputs.resets)
+    _check(inputs.x)
     x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, *_ = inputs
     batch, hidden = h0.shape[0], w_hh.shape[0] // len(cell.gates)
     how = _plan_of(cell, x, h0, w_hh, w_hr, algorithm, backward=False)
@@ -354,11 +358,12 @@ def _step_forward(cell: Cell, how: Plan, inputs: Inputs, y, h_n, c_n, gates, cel
     from fusedrnn.kernels.cells import KERNELS
     from fusedrnn.kernels.step import step_forward_kernel
 
-    x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, _, reverse = inputs
+    x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, resets, reverse = inputs
     # tl.split halves a block: a step sums for a power of 2 of accumulators, the last ones perhaps of nothing.
     accumulators = _power_of_2(len(cell.accumulators), 1, 4)
     I, (batch, P), H = x.shape[-1], h0.shape, w_hh.shape[0] // len(cell.gates)
     x_gate, h_gate = (_gate_of(accumulators, acc) for acc in (cell.x_acc, cell.h_acc))
+    together = -1 not in x_gate + h_gate
     rows = step_rows(x, batch_sizes)
     y_rows = y.view(-1, P)
     saved = cells.numel() > 0
@@ -374,13 +379,14 @@ def _step_forward(cell: Cell, how: Plan, inputs: Inputs, y, h_n, c_n, gates, cel
         "w_hh": w_hh,
         "b_ih": b_ih,
         "b_hh": b_hh,
-        "zeros": x.new_zeros(max(I, P)) if -1 in x_gate + h_gate else None,
+        "zeros": None if together and resets is None else x.new_zeros(max(I, P)),
         "y": y,
         "h": h,
         "h_n": None if projected else h_n,
         "c_n": c_n if cell.has_cell_state else None,
         "gates": gates if gates.numel() else None,
         "cells": cells if cell.has_cell_state else None,
+        "resets": _flags(resets, x.dtype),
         "I": I,
         "H": H,
         "P": P,
@@ -389,6 +395,7 @@ def _step_forward(cell: Cell, how: Plan, inputs: Inputs, y, h_n, c_n, gates, cel
         "FORWARD": KERNELS[cell.name].forward,
         "X_GATE": x_gate,
         "H_GATE": h_gate,
+        "TOGETHER": together,
         "BU": how.BU,
         "BB": how.BB,
         "BK": how.BK,
@@ -412,7 +419,7 @@ def _sequence_forward(cell: Cell, how: Plan, inputs: Inputs, y, h_n, c_n, gates,
     from fusedrnn.kernels.cells import KERNELS
     from fusedrnn.kernels.sequence import sequence_forward_kernel
 
-    x, h0, c0, w_ih, w_hh, b_ih, b_hh, _, batch_sizes, _, reverse = inputs
+    x, h0, c0, w_ih, w_hh, b_ih, b_hh, _, batch_sizes, resets, reverse = inputs
     accumulators = len(cell.accumulators)
     rows = step_rows(x, batch_sizes)
     sizes, offsets = _device_steps(rows, batch_sizes, x.device)
@@ -432,6 +439,7 @@ def _sequence_forward(cell: Cell, how: Plan, inputs: Inputs, y, h_n, c_n, gates,
         "c_n": c_n if cell.has_cell_state else None,
         "gates": gates if gates.numel() else None,
         "cells": cells if cells.numel() else None,
+        "resets": _flags(resets, x.dtype),
         "sizes": sizes,
         "offsets": offsets,
         "T": len(rows),
@@ -455,7 +463,7 @@ def backward(
     cell: Cell, grads: Gradients, inputs: Inputs, saved: Saved, algorithm: str, needs: Sequence[bool]
 ) -> tuple[Tensor, ...]:
     """See the op ``fusedrnn::sequence_backward``."""
-    _check(inputs.x, inputs.resets, grads.dcells)
+    _check(inputs.x)
     x, h0, c0, _, w_hh, _, _, w_hr, batch_sizes, _, reverse = inputs
     batch, hidden = h0.shape[0], w_hh.shape[0] // len(cell.gates)
     how = _plan_of(cell, x, h0, w_hh, w_hr, algorithm, backward=True)
@@ -488,13 +496,14 @@ def _step_backward(
     from fusedrnn.kernels.cells import KERNELS
     from fusedrnn.kernels.step import step_backward_kernel
 
-    dy, dh_n, dc_n, _ = grads
-    _, h0, c0, _, w_hh, _, _, w_hr, _, _, reverse = inputs
+    dy, dh_n, dc_n, dcells = grads
+    _, h0, c0, _, w_hh, _, _, w_hr, _, resets, reverse = inputs
     y, gates, cells = saved
     kernels = KERNELS[cell.name]
     (batch, P), H = h0.shape, w_hh.shape[0] // len(cell.gates)
     acc_dtype = accumulation_dtype(y.dtype)
     projected = w_hr is not None
+    cut, flags = None if resets is None else resets.reshape(-1, 1), _flags(resets, y.dtype)
     if projected:
         d, w_t, K, runs = dy_total, w_hr.t().contiguous(), P, ((0, 0, 1),)
         dy = dh_n = None
@@ -506,6 +515,7 @@ def _step_backward(
         "dy": dy,
         "dh_n": dh_n,
         "dc_n": dc_n,
+        "dcells": dcells,
         "h0": h0,
         "c0": c0,
         "y": y,
@@ -516,6 +526,8 @@ def _step_backward(
         "dh": y.new_empty(2, batch, H, dtype=acc_dtype) if kernels.has_direct else None,
         "dc0": dc0 if cell.has_cell_state else None,
         "dh0": dh0 if kernels.has_direct else None,
+        "resets": flags,
+        "resets_d": None if projected else flags,
         "H": H,
         "LW": w_t.shape[1],
         "LD": d.shape[1],
@@ -535,7 +547,11 @@ def _step_backward(
     }
     for k, (row, n, i_prev, n_prev, i_next, n_next) in enumerate(reversed(list(_neighbours(rows, reverse)))):
         if projected and n_next:
-            dy_total[row : row + n_next].addmm_(dgates[i_next : i_next + n_next], w_hh)
+            after = slice(i_next, i_next + n_next)
+            if cut is None:
+                dy_total[row : row + n_next].addmm_(dgates[after], w_hh)
+            else:
+                dy_total[row : row + n_next] += (dgates[after] @ w_hh).masked_fill_(cut[after], 0)
         args["n"], args["n_prev"], args["n_next"] = n, n_prev, n_next
         args["n_d"], args["i_d"] = (n, row) if projected else (n_next, i_next)
         args["i_row"], args["i_prev"] = row, i_prev
@@ -543,9 +559,11 @@ def _step_backward(
         grid = (how.grid[0], -(-n // how.BB))
         launch(step_backward_kernel, grid, args, constants, how.num_warps, how.num_stages)
     if needs[1]:
-        first = dgates[_last_rows(rows, dgates.device) if reverse else slice(0, batch)]
-        columns = [first[:, acc * H : (acc + count) * H] for acc, _, count in _runs(cell.h_acc)]
+        first = _last_rows(rows, dgates.device) if reverse else slice(0, batch)
+        columns = [dgates[first, acc * H : (acc + count) * H] for acc, _, count in _runs(cell.h_acc)]
         through = torch.cat(columns, 1) @ w_hh
+        if cut is not None:
+            through.masked_fill_(cut[first], 0)
         dh0.copy_(through + dh0 if kernels.has_direct else through)
 
 
@@ -555,8 +573,8 @@ def _sequence_backward(
     from fusedrnn.kernels.cells import KERNELS
     from fusedrnn.kernels.sequence import sequence_backward_kernel
 
-    dy, dh_n, dc_n, _ = grads
-    _, h0, c0, _, w_hh, _, _, _, batch_sizes, _, reverse = inputs
+    dy, dh_n, dc_n, dcells = grads
+    _, h0, c0, _, w_hh, _, _, _, batch_sizes, resets, reverse = inputs
     y, gates, cells = saved
     kernels = KERNELS[cell.name]
     sizes, offsets = _device_steps(rows, batch_sizes, y.device)
@@ -565,6 +583,7 @@ def _sequence_backward(
         "dy": dy,
         "dh_n": dh_n,
         "dc_n": dc_n,
+        "dcells": dcells,
         "h0": h0,
         "c0": c0,
         "y": y,
@@ -573,6 +592,7 @@ def _sequence_backward(
         "dgates": dgates,
         "dh0": dh0,
         "dc0": dc0 if cell.has_cell_state else None,
+        "resets": _flags(resets, y.dtype),
         "sizes": sizes,
         "offsets": offsets,
         "T": len(rows),
