@@ -5,7 +5,7 @@ are started here, or by torchrun; the gloo backend needs no GPU. The text is the
 by character, the model an embedding, two layers of LSTM and a linear layer.
 
     python examples/distributed.py
-    torchrun --nproc-per-node 4 examples/distributed.py --mode fsdp
+    torchrun --standalone --nproc-per-node 4 examples/distributed.py --mode fsdp
 """
 
 import argparse

@@ -155,7 +155,7 @@ def test_distributed(processes):
 @pytest.mark.slow
 def test_distributed_under_torchrun():
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         + [str(EXAMPLES / "distributed.py"), "--quick", "--mode", "ddp"],
         capture_output=True,
         text=True,
