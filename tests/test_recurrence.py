@@ -46,10 +46,6 @@ def need(backend: str, dtype: torch.dtype = torch.float32) -> None:
         pytest.skip(f"the kernels of backend {backend} are not tested here: {reason}")
 
 
-# Backends without resets and the gradient of every c: they have to say so.
-NOT_YET = {"cuda"}
-
-
 def refuses(algorithm: str, case: Case, math: str) -> bool:
     """Whether the problem is not for this algorithm; a step must run everything."""
     if algorithm == "sequence":
@@ -58,7 +54,7 @@ def refuses(algorithm: str, case: Case, math: str) -> bool:
 
 
 def cases_of(algorithm: str) -> list[Case]:
-    return [c for c in CASES if not c.resets and (algorithm in ("auto", "step") or (not c.proj and c.H <= 32))]
+    return [c for c in CASES if algorithm in ("auto", "step") or (not c.proj and c.H <= 32)]
 
 
 def check_against_float64(cell, backend, algorithm, math, case, monkeypatch):
@@ -66,10 +62,6 @@ def check_against_float64(cell, backend, algorithm, math, case, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", math == "tf32")
     need(backend, dtype)
     given = make(case, dtype, device_of(backend), cell=cell)
-    if (case.resets or case.states) and backend in NOT_YET:
-        with pytest.raises((RuntimeError, ValueError), match=r"yet|cannot run"):
-            run(case, given, backend, algorithm, cell)
-        return
     if refuses(algorithm, case, math):
         with pytest.raises((RuntimeError, ValueError), match=f"algorithm '{algorithm}'.* cannot run"):
             run(case, given, backend, algorithm, cell)
@@ -101,13 +93,7 @@ def test_every_cell_agrees_with_float64(cell, backend, algorithm, math, case, po
 @pytest.mark.skipif(GPU_DEVICE == "cuda", reason="a GPU's schedule cannot be chosen: the order of blocks is not varied")
 @pytest.mark.parametrize(
     "backend, algorithm, math, case",
-    [
-        (*r, case)
-        for r in EVERYTHING
-        if r[0] in ("triton", "cuda")
-        for case in CASES
-        if not (refuses(r[1], case, r[2]) or (case.resets and r[0] in NOT_YET))
-    ],
+    [(*r, case) for r in EVERYTHING if r[0] in ("triton", "cuda") for case in CASES if not refuses(r[1], case, r[2])],
     ids=str,
 )
 def test_every_schedule_gives_the_same_bits(backend, algorithm, math, case, monkeypatch):
@@ -194,10 +180,6 @@ def test_nan_does_not_pass_a_reset(backend, algorithm, cell):
         given = make(case, torch.float32, device_of(backend), cell=cell)
         given["resets"].fill_(False)
         given["resets"][0, 1] = given["resets"][2, 2] = given["resets"][3, 3] = True
-        if backend in NOT_YET:
-            with pytest.raises(RuntimeError, match="yet"):
-                run(case, given, backend, algorithm, cell)
-            return
         clean = run(case, given, backend, algorithm, cell)
         # In row 0 there is none, in row 1 it comes before its reset, in row 2 from an input, in row 3 from a gradient.
         for name in ("h0", "c0"):
@@ -253,12 +235,7 @@ GRADCHECKS = [
 @pytest.mark.gradcheck
 @pytest.mark.parametrize(
     "backend, algorithm, case",
-    [
-        (*r, case)
-        for r in RUNS
-        for case in GRADCHECKS
-        if not (refuses(r[1], case, "float64") or (case.resets and r[0] in NOT_YET))
-    ],
+    [(*r, case) for r in RUNS for case in GRADCHECKS if not refuses(r[1], case, "float64")],
     ids=str,
 )
 def test_gradcheck(backend, algorithm, case):

@@ -123,13 +123,13 @@ struct BackwardSums {
   }
 };
 
-// One unit of one row, one step on: the sums of all warps, then the cell. acc holds what the sums start from:
-// biases and the hoisted input part.
+// One unit of one row, one step on: the sums of all warps if they count, then the cell. acc holds what the sums start
+// from: biases and the hoisted input part.
 template <typename Cell, typename Accumulator>
-__device__ __forceinline__ void advance(const typename ForwardSums<Cell, Accumulator>::Sum* at, Accumulator* acc,
-                                        Accumulator h_prev, Accumulator c_prev, Accumulator& h, Accumulator& c,
-                                        Accumulator* saved) {
-  ForwardSums<Cell, Accumulator>::add_up(at, acc);
+__device__ __forceinline__ void advance(const typename ForwardSums<Cell, Accumulator>::Sum* at, bool counts,
+                                        Accumulator* acc, Accumulator h_prev, Accumulator c_prev, Accumulator& h,
+                                        Accumulator& c, Accumulator* saved) {
+  if (counts) ForwardSums<Cell, Accumulator>::add_up(at, acc);
   Cell::forward(acc, h_prev, c_prev, h, c, saved);
 }
 
@@ -139,6 +139,9 @@ struct BackwardUnits {
   Accumulator dh[2];  // dy, or dy + dh_n; what passed the matmul on the way back
   Accumulator dc[2], saved[2][kSavedOrOne<Cell>], h[2], h_prev[2], c[2], c_prev[2];
   Accumulator dacc[Cell::kAccumulators][2], dh_prev[2], dc_prev[2];
+
+  // Nothing goes further back.
+  __device__ __forceinline__ void stop() { dh_prev[0] = dh_prev[1] = dc_prev[0] = dc_prev[1] = 0; }
 };
 
 // Two units of one row, one step back: the sums of all warps, then the cell.

@@ -29,6 +29,8 @@ typedef struct {
   const void* b_ih;               // T [G * H] or null; step
   const void* b_hh;               // T [G * H] or null
   const void* w_hr;               // T [P, H] or null; step
+  const uint8_t* resets;          // [N] or null: 1 where the step starts from zero states
+  const void* zeros;              // T [P], zeros; step with resets
   void* y;                        // T [N, P]; persistent: [N, Hp], every byte 0xFF before the launch
   void* h_n;                      // T [B, P]
   void* c_n;                      // T [B, H]
@@ -48,23 +50,25 @@ typedef struct {
   int64_t steps, batch, hidden, out;
   const int64_t* offsets_host;
   const int64_t* offsets_device;
-  const void* dy;      // T [N, P] or null
-  const void* dh_n;    // T [B, P] or null
-  const void* dc_n;    // T [B, H] or null
-  const void* w_hh_t;  // T [P, A * H], W_hh transposed, a column block an accumulator; persistent: [H, A,
-                       // Hp], zeros beyond H
-  const void* w_hr_t;  // T [H, P] or null, W_hr transposed; step
-  const void* gates;   // T [N, H, S]
-  const void* cells;   // Acc [N, H]
-  const void* c0;      // T [B, H]
-  const void* h0;      // T [B, P]; cells that read h_prev
-  const void* y;       // T [N, P]; cells that read their own output
-  void* dgates;        // T [N, A * H]; persistent: [N, A, Hp], every byte 0xFF before the launch
-  void* dc0;           // T [B, H]
-  void* dh_direct;     // Acc [B, H]: what reaches h_prev past the matmul; cells that have it, else null
-  void* state;         // Acc [B, H], scratch: carried dc; step
-  void* dy_total;      // T [N, P]: gradient of y with the recurrent part; with w_hr, else null
-  int32_t slice_rows;  // persistent: at most 32
+  const void* dy;         // T [N, P] or null
+  const void* dh_n;       // T [B, P] or null
+  const void* dc_n;       // T [B, H] or null
+  const void* w_hh_t;     // T [P, A * H], W_hh transposed, a column block an accumulator; persistent: [H, A,
+                          // Hp], zeros beyond H
+  const void* w_hr_t;     // T [H, P] or null, W_hr transposed; step
+  const void* gates;      // T [N, H, S]
+  const void* cells;      // Acc [N, H]
+  const void* c0;         // T [B, H]
+  const void* h0;         // T [B, P]; cells that read h_prev
+  const void* y;          // T [N, P]; cells that read their own output
+  const uint8_t* resets;  // [N] or null
+  const void* dcells;     // Acc [N, H] or null: the gradient of every c
+  void* dgates;           // T [N, A * H]; persistent: [N, A, Hp], every byte 0xFF before the launch
+  void* dc0;              // T [B, H]
+  void* dh_direct;        // Acc [B, H]: what reaches h_prev past the matmul; cells that have it, else null
+  void* state;            // Acc [B, H], scratch: carried dc; step
+  void* dy_total;         // T [N, P]: gradient of y with the recurrent part; with w_hr, else null
+  int32_t slice_rows;     // persistent: at most 32
   int32_t groups;
   uint32_t poll_limit;
   int32_t reserved2;

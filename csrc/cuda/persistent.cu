@@ -201,9 +201,11 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_forward(const __grid_c
       if (left > 0) next = timeline.at(t);
 
       Scalar inputs[kElements][kGates];
+      bool reset[kElements] = {};
 #pragma unroll
       for (int i = 0; i < kElements; ++i) {
         if (my_row + kStride * i < now.rows && real_unit) {
+          if (p.resets) reset[i] = p.resets[now.offset + my_row + kStride * i];
           const Scalar* x = x_at + (now.offset + kStride * i) * (kGates * hidden);
 #pragma unroll
           for (int g = 0; g < kGates; ++g) inputs[i][g] = x[g * hidden];
@@ -283,8 +285,9 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_forward(const __grid_c
             constexpr auto gate = [](int acc) { return x_gate<Cell>(acc); };
             acc[a] = gate(a) >= 0 ? bias[a] + widen(inputs[i][gate(a) >= 0 ? gate(a) : 0]) : bias[a];
           }
-          advance<Cell, Accumulator>(all_sums + (sums_in + buffer) + i * kStride * kWarps * kForwardUnits, acc,
-                                     h_carried[i], c[i], h, c_now, saved);
+          if (reset[i]) h_carried[i] = c[i] = 0;
+          advance<Cell, Accumulator>(all_sums + (sums_in + buffer) + i * kStride * kWarps * kForwardUnits, !reset[i],
+                                     acc, h_carried[i], c[i], h, c_now, saved);
           const Scalar stored = mailbox::encode(narrow<Scalar>(real_unit ? h : Accumulator(0)));
           const Piece packet = gather(stored);
           if (row < now.rows) {
@@ -326,8 +329,9 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
   using Sums = BackwardSums<Accumulator>;
   using Units = BackwardUnits<Cell, Accumulator>;
   constexpr int kPer = 16 / sizeof(Scalar), kAccs = Cell::kAccumulators, kSaved = kSavedOrOne<Cell>;
-  constexpr int kPackets = kBackwardUnits / kPer;                      // of 16 units
-  constexpr int kAhead = Math::kExact || kChunks < 12 ? kChunks : 12;  // packets in flight: what the registers allow
+  constexpr int kPackets = kBackwardUnits / kPer;  // of 16 units
+  // Packets in flight: what the registers allow.
+  constexpr int kAhead = Math::kExact || kChunks < 16 ? kChunks : sizeof(Scalar) == 4 ? 10 : 12;
   constexpr int kStage = 4 * kAccs * kBackwardUnits;  // what a warp stages: 4 rows x accumulators x 16 units
   __shared__ __align__(16) Accumulator all_sums[2 * Sums::kSize];
   __shared__ __align__(16) Scalar stages[kWarps][kStage];
@@ -389,6 +393,7 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
     const Timeline timeline{p.offsets_device, p.batch, first, limit};
     const int64_t in_slice = keep(int64_t(row) * hidden + unit), in_batch = first * hidden + in_slice;
     Accumulator c_carried[2] = {}, dc_carried[2] = {}, dh_carried[2] = {};
+    bool reset_before = false;
 
     const int direction = keep(p.reverse ? 1 : -1);
     int t = p.reverse ? 0 : int(p.steps) - 1;
@@ -402,7 +407,7 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
       Units u;
       Pack<Scalar, kWhole ? 2 * kSaved : kSaved> gates[kWhole ? 1 : 2];
       const int64_t at = now.offset * hidden + in_slice;
-      const bool mine = row < now.rows && real[0];
+      const bool mine = row < now.rows && real[0], reset = mine && p.resets && p.resets[now.offset + row];
       if (mine) {
         if constexpr (Cell::kSaved > 0) {
           const auto* from = reinterpret_cast<const std::remove_reference_t<decltype(gates[0])>*>(
@@ -435,10 +440,21 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
         }
         const int64_t at_next = next.offset * hidden + in_slice;
         if constexpr (Cell::kHasCellState) {
+          if (p.dcells) {
+            Accumulator more[2];
+            load_two(static_cast<const Accumulator*>(p.dcells) + at, more);
+#pragma unroll
+            for (int j = 0; j < 2; ++j) u.dc[j] += more[j];
+          }
           if (row < next.rows)
             load_two(static_cast<const Accumulator*>(p.cells) + at_next, u.c_prev);
           else
             load_two(static_cast<const Scalar*>(p.c0) + in_batch, u.c_prev);
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            c_carried[j] = u.c_prev[j];
+            if (reset) u.c_prev[j] = 0;
+          }
         }
         if constexpr (Cell::kUsesH) load_two(static_cast<const Scalar*>(p.y) + at, u.h);
         if constexpr (Cell::kUsesHPrev) {
@@ -446,6 +462,7 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
             load_two(static_cast<const Scalar*>(p.y) + at_next, u.h_prev);
           else
             load_two(static_cast<const Scalar*>(p.h0) + in_batch, u.h_prev);
+          if (reset) u.h_prev[0] = u.h_prev[1] = 0;
         }
       }
 
@@ -484,10 +501,10 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
 #pragma unroll
             for (int k = 0; k < Cell::kSaved; ++k)
               u.saved[j][k] = widen(kWhole ? gates[0].v[j * kSaved + k] : gates[kWhole ? 0 : j].v[k]);
-          advance_back<Cell, Accumulator>(all_sums + (sums_in + buffer), row < recurrent_rows, u);
+          advance_back<Cell, Accumulator>(all_sums + (sums_in + buffer), row < recurrent_rows && !reset_before, u);
+          if (reset) u.stop();
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
-            c_carried[j] = u.c_prev[j];
             dc_carried[j] = u.dc_prev[j];
             dh_carried[j] = u.dh_prev[j];
           }
@@ -516,6 +533,7 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
           }
         }
       }
+      reset_before = reset;
       buffer = Sums::kSize - buffer;
       before = now;
       now = next;

@@ -89,6 +89,8 @@ struct Rows {
 template <typename Scalar, typename Accumulator>
 struct ForwardStep {
   const Scalar *x, *h_before, *h0, *c0, *w_ih, *w_hh, *b_ih, *b_hh;
+  const uint8_t* resets;  // null without
+  const Scalar* zeros;
   const Accumulator* c_before;
   Accumulator* c;
   Scalar *h, *gates, *h_n, *c_n;  // gates and h_n may be null
@@ -127,6 +129,7 @@ __global__ void __launch_bounds__(kThreads) step_forward(
     for (int tile = 0; tile < kTiles; ++tile) {
       const int row = min(first + tile * 8 + octet, p.rows - 1);
       b[tile] = (part == 0 ? p.x : row < p.before_rows ? p.h_before : p.h0) + int64_t(row) * k_size;
+      if (part == 1 && p.resets && p.resets[row]) b[tile] = p.zeros;
     }
     Accumulator before[kTiles][kMT][4];
     if constexpr (has_gaps<Cell>()) memcpy(before, acc, sizeof(acc));
@@ -134,7 +137,7 @@ __global__ void __launch_bounds__(kThreads) step_forward(
     if constexpr (has_gaps<Cell>()) {
       // Zeros times an infinite x or h are NaN, but these sums have no such part.
 #pragma unroll
-      for (int i = 0; i < 2 * kMT; ++i)
+      for (int i = 0; i < kAccs; ++i)
 #pragma unroll
         for (int j = 0; j < 2 * kTiles; ++j)
           if (a[i] == nullptr) acc[j / 2][i / 2][2 * (i % 2) + j % 2] = before[j / 2][i / 2][2 * (i % 2) + j % 2];
@@ -164,9 +167,11 @@ __global__ void __launch_bounds__(kThreads) step_forward(
     add_bias(p.b_ih, std::true_type());
     add_bias(p.b_hh, std::false_type());
     const bool joined = row < p.before_rows;
-    if constexpr (Cell::kHasCellState) c_prev = joined ? p.c_before[at] : Accumulator(widen(p.c0[at]));
-    if constexpr (Cell::kUsesHPrev) h_prev = widen((joined ? p.h_before : p.h0)[at]);
-    advance<Cell, Accumulator>(sums + Sums::place(local, 0, threadIdx.x & 7), sum, h_prev, c_prev, h, c, saved);
+    if (p.resets == nullptr || !p.resets[row]) {
+      if constexpr (Cell::kHasCellState) c_prev = joined ? p.c_before[at] : Accumulator(widen(p.c0[at]));
+      if constexpr (Cell::kUsesHPrev) h_prev = widen((joined ? p.h_before : p.h0)[at]);
+    }
+    advance<Cell, Accumulator>(sums + Sums::place(local, 0, threadIdx.x & 7), true, sum, h_prev, c_prev, h, c, saved);
     const Scalar stored = narrow<Scalar>(h);
     p.h[at] = stored;
     if constexpr (Cell::kSaved > 0)
@@ -180,10 +185,11 @@ __global__ void __launch_bounds__(kThreads) step_forward(
 }
 
 // to[r] = from[r] A^T + plus[r], and also_to[r] for rows from also_from on. r counts rows; A is [n, k].
-// Rows from `matmul_rows` on take start[r] in place of the product.
+// Rows from `matmul_rows` on take start[r] in place of the product, rows that `cut` names (or null) none.
 template <typename Scalar>
 struct Linear {
   const Scalar *a, *from, *plus, *start;
+  const uint8_t* cut;
   Scalar *to, *also_to;
   int64_t n, k;
   int rows, matmul_rows, also_from;
@@ -227,7 +233,8 @@ __global__ void __launch_bounds__(kThreads) step_linear(const Linear<typename Ar
   if (local >= kTiles * 8 || row >= p.rows) return;
   const int64_t unit = int64_t(blockIdx.x) * kBackwardUnits + 2 * (threadIdx.x & 7);
   Accumulator total[2] = {};
-  if (row < p.matmul_rows) Sums::add_up(sums + Sums::place(local, 0, 2 * (threadIdx.x & 7)), total);
+  if (row < p.matmul_rows && !(p.cut && p.cut[row]))
+    Sums::add_up(sums + Sums::place(local, 0, 2 * (threadIdx.x & 7)), total);
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
     if (unit + j >= p.n) continue;
@@ -240,10 +247,11 @@ __global__ void __launch_bounds__(kThreads) step_linear(const Linear<typename Ar
 }
 
 // What the backward of one step reads its dh from: the product A from[r] for matmul_rows rows, plus plus[r],
-// or start[r].
+// or start[r]. Nothing comes back from rows that `cut` names (or null).
 template <typename Scalar>
 struct Upstream {
   const Scalar *a, *from, *plus, *start;
+  const uint8_t* cut;
   int64_t k;
   int matmul_rows;
 };
@@ -265,6 +273,7 @@ __global__ void __launch_bounds__(kThreads)
   if (local >= kTiles * 8 || row >= step.rows) return;
   const int64_t hidden = p.hidden, unit = int64_t(blockIdx.x) * kBackwardUnits + 2 * (threadIdx.x & 7);
   const bool recurrent = row < step.before_rows, goes_on = row < step.next_rows;
+  const bool reset = p.resets && p.resets[step.offset + row];
   BackwardUnits<Cell, Accumulator> u;
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
@@ -282,19 +291,24 @@ __global__ void __launch_bounds__(kThreads)
       load_pack<Scalar, Accumulator, Cell::kSaved>(static_cast<const Scalar*>(p.gates) + at * Cell::kSaved, u.saved[j]);
     if constexpr (Cell::kHasCellState) {
       u.c[j] = static_cast<const Accumulator*>(p.cells)[at];
-      u.c_prev[j] = goes_on ? static_cast<const Accumulator*>(p.cells)[at_next]
-                            : Accumulator(widen(static_cast<const Scalar*>(p.c0)[in_batch]));
+      if (!reset)
+        u.c_prev[j] = goes_on ? static_cast<const Accumulator*>(p.cells)[at_next]
+                              : Accumulator(widen(static_cast<const Scalar*>(p.c0)[in_batch]));
       if (recurrent)
         u.dc[j] = static_cast<const Accumulator*>(p.state)[in_batch];
       else if (p.dc_n)
         u.dc[j] = widen(static_cast<const Scalar*>(p.dc_n)[in_batch]);
+      if (p.dcells) u.dc[j] += static_cast<const Accumulator*>(p.dcells)[at];
     }
     if constexpr (Cell::kUsesH) u.h[j] = widen(static_cast<const Scalar*>(p.y)[at]);
     if constexpr (Cell::kUsesHPrev)
-      u.h_prev[j] =
-          widen(goes_on ? static_cast<const Scalar*>(p.y)[at_next] : static_cast<const Scalar*>(p.h0)[in_batch]);
+      if (!reset)
+        u.h_prev[j] =
+            widen(goes_on ? static_cast<const Scalar*>(p.y)[at_next] : static_cast<const Scalar*>(p.h0)[in_batch]);
   }
-  advance_back<Cell, Accumulator>(sums + Sums::place(local, 0, 2 * (threadIdx.x & 7)), row < up.matmul_rows, u);
+  advance_back<Cell, Accumulator>(sums + Sums::place(local, 0, 2 * (threadIdx.x & 7)),
+                                  row < up.matmul_rows && !(up.cut && up.cut[row]), u);
+  if (reset) u.stop();
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
     if (unit + j >= hidden) continue;
@@ -375,6 +389,8 @@ int forward(const FusedrnnForward& p, cudaStream_t stream) {
     now.h_before = static_cast<const Scalar*>(p.y) + step.before_offset * p.out;
     now.h0 = static_cast<const Scalar*>(p.h0);
     now.c0 = static_cast<const Scalar*>(p.c0);
+    now.resets = p.resets ? p.resets + step.offset : nullptr;
+    now.zeros = static_cast<const Scalar*>(p.zeros);
     now.w_ih = static_cast<const Scalar*>(p.w_ih);
     now.w_hh = static_cast<const Scalar*>(p.w_hh);
     now.b_ih = static_cast<const Scalar*>(p.b_ih);
@@ -434,6 +450,7 @@ int backward(const FusedrnnBackward& p, cudaStream_t stream) {
     up.from = static_cast<const Scalar*>(p.dgates) + step.before_offset * gate_columns;
     up.plus = p.dy ? static_cast<const Scalar*>(p.dy) + step.offset * p.out : nullptr;
     up.start = static_cast<const Scalar*>(p.dh_n);
+    up.cut = p.resets ? p.resets + step.before_offset : nullptr;
     up.k = gate_columns;
     up.matmul_rows = recurrent_rows;
     int error = cudaSuccess;
@@ -443,6 +460,7 @@ int backward(const FusedrnnBackward& p, cudaStream_t stream) {
       total.from = up.from;
       total.plus = up.plus;
       total.start = up.start;
+      total.cut = up.cut;
       total.to = static_cast<Scalar*>(p.dy_total) + step.offset * p.out;
       total.n = p.out;
       total.k = up.k;
@@ -452,6 +470,7 @@ int backward(const FusedrnnBackward& p, cudaStream_t stream) {
       up.a = static_cast<const Scalar*>(p.w_hr_t);
       up.from = total.to;
       up.plus = up.start = nullptr;
+      up.cut = nullptr;
       up.k = p.out;
       up.matmul_rows = step.rows;
     }

@@ -56,7 +56,7 @@ class _Forward(ctypes.Structure):
     _fields_ = [
         *_integers("cell dtype reverse reserved", ctypes.c_int32),
         *_integers("steps batch input hidden out", ctypes.c_int64),
-        *_pointers("offsets_host offsets_device x h0 c0 w_ih w_hh b_ih b_hh w_hr"),
+        *_pointers("offsets_host offsets_device x h0 c0 w_ih w_hh b_ih b_hh w_hr resets zeros"),
         *_pointers("y h_n c_n gates cells state unprojected"),
         *_EXCHANGE,
     ]
@@ -68,7 +68,7 @@ class _Backward(ctypes.Structure):
     _fields_ = [
         *_integers("cell dtype reverse reserved", ctypes.c_int32),
         *_integers("steps batch hidden out", ctypes.c_int64),
-        *_pointers("offsets_host offsets_device dy dh_n dc_n w_hh_t w_hr_t gates cells c0 h0 y"),
+        *_pointers("offsets_host offsets_device dy dh_n dc_n w_hh_t w_hr_t gates cells c0 h0 y resets dcells"),
         *_pointers("dgates dc0 dh_direct state dy_total"),
         *_EXCHANGE,
     ]
@@ -184,9 +184,7 @@ def _offsets(batch_sizes: Tensor | None) -> Tensor | None:
     return torch.nn.functional.pad(batch_sizes.cumsum(0), (1, 0))
 
 
-def _check(cell: str, algorithm: str, resets: Tensor | None, dcells: Tensor | None = None) -> None:
-    if resets is not None or dcells is not None:
-        raise RuntimeError("backend 'cuda' has no resets and no gradient of every c yet")
+def _check(cell: str, algorithm: str) -> None:
     if cell not in _CELL_IDS:
         raise RuntimeError(f"backend 'cuda' has kernels for {', '.join(_CELL_IDS)}, got {cell!r}")
     if algorithm not in ("auto", "step", "persistent"):
@@ -212,6 +210,7 @@ def plan_for(
         hidden=hidden_size,
         projected=proj_size > 0,
         backward=backward,
+        tf32=_dtype_id(dtype) == _TF32,
     )
     return plan(problem, chip(device), algorithm)
 
@@ -225,8 +224,8 @@ def forward(
     cell: Cell, inputs: Inputs, algorithm: str, keep_gates: bool, keep_cells: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See the op ``fusedrnn::sequence``."""
-    _check(cell.name, algorithm, inputs.resets)
-    x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, _, reverse = inputs
+    _check(cell.name, algorithm)
+    x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, resets, reverse = inputs
     batch, out = h0.shape
     hidden = w_hh.shape[0] // len(cell.gates)
     x_rows = rows_of(x)
@@ -251,7 +250,10 @@ def forward(
             poll_limit=_POLL_LIMIT if kernels.simulator is None else _POLL_LIMIT_SIMULATED,
         )  # fmt: skip
         outputs = {"h_n": h_n, "c_n": c_n, "gates": gates, "cells": cells}
-        state0 = {"c0": None if c0 is None else c0.contiguous()}
+        state0 = {
+            "c0": None if c0 is None else c0.contiguous(),
+            "resets": None if resets is None else resets.contiguous(),
+        }
         bias = None if b_hh is None else b_hh.contiguous()
         if chosen.algorithm == "persistent":
             pitch = _round_up(hidden, _per_packet(x.dtype))
@@ -271,6 +273,7 @@ def forward(
                 "x": x_rows.contiguous(), "h0": h0.contiguous(), **state0, "w_ih": w_ih.contiguous(),
                 "w_hh": w_hh.contiguous(), "b_ih": None if b_ih is None else b_ih.contiguous(), "b_hh": bias,
                 "w_hr": None if w_hr is None else w_hr.contiguous(), "y": y, **outputs, "offsets_host": offsets,
+                "zeros": None if resets is None else x.new_zeros(out),
                 "state": None if keep_cells else x.new_empty(batch, hidden, dtype=acc_dtype),
                 "unprojected": None if w_hr is None else x.new_empty(batch, hidden),
             }  # fmt: skip
@@ -311,10 +314,10 @@ def backward(
     cell: Cell, grads: Gradients, inputs: Inputs, saved: Saved, algorithm: str, needs: Sequence[bool]
 ) -> tuple[Tensor, ...]:
     """See the op ``fusedrnn::sequence_backward``."""
-    _check(cell.name, algorithm, inputs.resets, grads.dcells)
-    x, h0, c0, _, w_hh, _, _, w_hr, batch_sizes, _, reverse = inputs
+    _check(cell.name, algorithm)
+    x, h0, c0, _, w_hh, _, _, w_hr, batch_sizes, resets, reverse = inputs
     y, gates, cells = saved
-    dy, dh_n, dc_n, _ = grads
+    dy, dh_n, dc_n, dcells = grads
     batch, out = h0.shape
     hidden = w_hh.shape[0] // len(cell.gates)
     count = len(cell.accumulators)
@@ -341,7 +344,8 @@ def backward(
             "dc_n": None if dc_n is None else dc_n.contiguous(),
             "gates": gates.contiguous(), "cells": cells.contiguous(),
             "c0": None if c0 is None else c0.contiguous(), "h0": h0.contiguous(), "y": y_rows, "dc0": dc0,
-            "dh_direct": dh_direct,
+            "dh_direct": dh_direct, "resets": None if resets is None else resets.contiguous(),
+            "dcells": None if dcells is None else dcells.contiguous(),
         }  # fmt: skip
         if chosen.algorithm == "persistent":
             pitch = _round_up(hidden, _per_packet(x.dtype))
@@ -365,6 +369,8 @@ def backward(
     if need_h0:
         start = _started(dgates, batch, batch_sizes, reverse)
         dh0 = start @ _transposed(cell, w_hh, hidden, hidden).t()
+        if resets is not None:
+            dh0 = dh0.masked_fill(_started(resets.reshape(-1, 1), batch, batch_sizes, reverse), 0)
         if dh_direct is not None:
             dh0 = (dh0 + dh_direct).to(x.dtype)
     h = None
