@@ -86,6 +86,12 @@ struct ForwardSums {
       for (int a = 0; a < Cell::kAccumulators; ++a) total[a] += sum.v[a];
     }
   }
+
+  // For a row that starts from zeros: the thread that will add up forgets the sums.
+  __device__ static __forceinline__ void clear(Sum* at) {
+#pragma unroll 1
+    for (int warp = 0; warp < kWarps; ++warp) at[warp * kForwardUnits] = Sum{};
+  }
 };
 
 // Partial sums of a backward block: [warp][row][unit]. A thread takes two units of a row at a time; rows are
@@ -121,15 +127,20 @@ struct BackwardSums {
       total[1] += pair.v[1];
     }
   }
+
+  __device__ static __forceinline__ void clear(Accumulator* at) {
+#pragma unroll 1
+    for (int warp = 0; warp < kWarps; ++warp) *reinterpret_cast<Pair*>(at + warp * kBackwardRows * kPitch) = Pair{};
+  }
 };
 
-// One unit of one row, one step on: the sums of all warps if they count, then the cell. acc holds what the sums start
-// from: biases and the hoisted input part.
+// One unit of one row, one step on: the sums of all warps, then the cell. acc holds what the sums start from:
+// biases and the hoisted input part.
 template <typename Cell, typename Accumulator>
-__device__ __forceinline__ void advance(const typename ForwardSums<Cell, Accumulator>::Sum* at, bool counts,
-                                        Accumulator* acc, Accumulator h_prev, Accumulator c_prev, Accumulator& h,
-                                        Accumulator& c, Accumulator* saved) {
-  if (counts) ForwardSums<Cell, Accumulator>::add_up(at, acc);
+__device__ __forceinline__ void advance(const typename ForwardSums<Cell, Accumulator>::Sum* at, Accumulator* acc,
+                                        Accumulator h_prev, Accumulator c_prev, Accumulator& h, Accumulator& c,
+                                        Accumulator* saved) {
+  ForwardSums<Cell, Accumulator>::add_up(at, acc);
   Cell::forward(acc, h_prev, c_prev, h, c, saved);
 }
 

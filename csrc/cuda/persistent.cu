@@ -167,6 +167,7 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_forward(const __grid_c
       bias[a] = widen(static_cast<const Scalar*>(p.b_hh)[int64_t(gate) * hidden + unit]);
   }
   Sum* const all_sums = reinterpret_cast<Sum*>(shared);
+  const int with_resets = keep(int(p.resets != nullptr));
   const int sums_out = keep(Sums::lane_place()), sums_in = keep(Sums::place(my_row, 0, threadIdx.x & 7));
   const int buffer_sums = forward_buffer_bytes<Sums>(p.slice_rows) / int(sizeof(Sum));
   int buffer = 0;
@@ -201,11 +202,9 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_forward(const __grid_c
       if (left > 0) next = timeline.at(t);
 
       Scalar inputs[kElements][kGates];
-      bool reset[kElements] = {};
 #pragma unroll
       for (int i = 0; i < kElements; ++i) {
         if (my_row + kStride * i < now.rows && real_unit) {
-          if (p.resets) reset[i] = p.resets[now.offset + my_row + kStride * i];
           const Scalar* x = x_at + (now.offset + kStride * i) * (kGates * hidden);
 #pragma unroll
           for (int g = 0; g < kGates; ++g) inputs[i][g] = x[g * hidden];
@@ -275,6 +274,16 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_forward(const __grid_c
       }
       __syncthreads();
 
+      if (with_resets) {
+#pragma unroll
+        for (int i = 0; i < kElements; ++i) {
+          const int row = my_row + kStride * i;
+          if (row < now.rows && p.resets[now.offset + row]) {
+            h_carried[i] = c[i] = 0;
+            Sums::clear(all_sums + (sums_in + buffer) + i * kStride * kWarps * kForwardUnits);
+          }
+        }
+      }
 #pragma unroll
       for (int i = 0; i < kElements; ++i) {
         const int row = my_row + kStride * i;
@@ -285,9 +294,8 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_forward(const __grid_c
             constexpr auto gate = [](int acc) { return x_gate<Cell>(acc); };
             acc[a] = gate(a) >= 0 ? bias[a] + widen(inputs[i][gate(a) >= 0 ? gate(a) : 0]) : bias[a];
           }
-          if (reset[i]) h_carried[i] = c[i] = 0;
-          advance<Cell, Accumulator>(all_sums + (sums_in + buffer) + i * kStride * kWarps * kForwardUnits, !reset[i],
-                                     acc, h_carried[i], c[i], h, c_now, saved);
+          advance<Cell, Accumulator>(all_sums + (sums_in + buffer) + i * kStride * kWarps * kForwardUnits, acc,
+                                     h_carried[i], c[i], h, c_now, saved);
           const Scalar stored = mailbox::encode(narrow<Scalar>(real_unit ? h : Accumulator(0)));
           const Piece packet = gather(stored);
           if (row < now.rows) {
@@ -371,6 +379,7 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
   char* const packet_at = keep(reinterpret_cast<char*>(static_cast<Scalar*>(p.dgates) + int64_t(packet_row) * row_size +
                                                        lane / kPackets % kAccs * pitch + packet_unit));
   Scalar* const stage = stages[warp];
+  const int with_options = keep(int(p.resets != nullptr || p.dcells != nullptr));
   const int sums_out = keep(Sums::lane_place()), sums_in = keep(Sums::place(row, 0, 2 * (threadIdx.x & 7)));
   int buffer = 0;
 
@@ -393,7 +402,7 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
     const Timeline timeline{p.offsets_device, p.batch, first, limit};
     const int64_t in_slice = keep(int64_t(row) * hidden + unit), in_batch = first * hidden + in_slice;
     Accumulator c_carried[2] = {}, dc_carried[2] = {}, dh_carried[2] = {};
-    bool reset_before = false;
+    bool reset = false;  // the step done last
 
     const int direction = keep(p.reverse ? 1 : -1);
     int t = p.reverse ? 0 : int(p.steps) - 1;
@@ -407,7 +416,7 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
       Units u;
       Pack<Scalar, kWhole ? 2 * kSaved : kSaved> gates[kWhole ? 1 : 2];
       const int64_t at = now.offset * hidden + in_slice;
-      const bool mine = row < now.rows && real[0], reset = mine && p.resets && p.resets[now.offset + row];
+      const bool mine = row < now.rows && real[0];
       if (mine) {
         if constexpr (Cell::kSaved > 0) {
           const auto* from = reinterpret_cast<const std::remove_reference_t<decltype(gates[0])>*>(
@@ -440,21 +449,12 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
         }
         const int64_t at_next = next.offset * hidden + in_slice;
         if constexpr (Cell::kHasCellState) {
-          if (p.dcells) {
-            Accumulator more[2];
-            load_two(static_cast<const Accumulator*>(p.dcells) + at, more);
-#pragma unroll
-            for (int j = 0; j < 2; ++j) u.dc[j] += more[j];
-          }
           if (row < next.rows)
             load_two(static_cast<const Accumulator*>(p.cells) + at_next, u.c_prev);
           else
             load_two(static_cast<const Scalar*>(p.c0) + in_batch, u.c_prev);
 #pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            c_carried[j] = u.c_prev[j];
-            if (reset) u.c_prev[j] = 0;
-          }
+          for (int j = 0; j < 2; ++j) c_carried[j] = u.c_prev[j];
         }
         if constexpr (Cell::kUsesH) load_two(static_cast<const Scalar*>(p.y) + at, u.h);
         if constexpr (Cell::kUsesHPrev) {
@@ -462,7 +462,6 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
             load_two(static_cast<const Scalar*>(p.y) + at_next, u.h_prev);
           else
             load_two(static_cast<const Scalar*>(p.h0) + in_batch, u.h_prev);
-          if (reset) u.h_prev[0] = u.h_prev[1] = 0;
         }
       }
 
@@ -501,8 +500,27 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
 #pragma unroll
             for (int k = 0; k < Cell::kSaved; ++k)
               u.saved[j][k] = widen(kWhole ? gates[0].v[j * kSaved + k] : gates[kWhole ? 0 : j].v[k]);
-          advance_back<Cell, Accumulator>(all_sums + (sums_in + buffer), row < recurrent_rows && !reset_before, u);
-          if (reset) u.stop();
+          if (with_options) {
+            if (reset && row < before.rows) {
+              // Nothing came back from there.
+              Sums::clear(all_sums + (sums_in + buffer));
+#pragma unroll
+              for (int j = 0; j < 2; ++j) u.dh[j] = u.dc[j] = 0;
+              if (p.dy) load_two(static_cast<const Scalar*>(p.dy) + at, u.dh);
+            }
+            reset = p.resets && p.resets[now.offset + row];
+            if (reset) {
+#pragma unroll
+              for (int j = 0; j < 2; ++j) u.c_prev[j] = u.h_prev[j] = 0;
+            }
+            if (Cell::kHasCellState && p.dcells) {
+              Accumulator more[2];
+              load_two(static_cast<const Accumulator*>(p.dcells) + at, more);
+#pragma unroll
+              for (int j = 0; j < 2; ++j) u.dc[j] += more[j];
+            }
+          }
+          advance_back<Cell, Accumulator>(all_sums + (sums_in + buffer), row < recurrent_rows, u);
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
             dc_carried[j] = u.dc_prev[j];
@@ -528,12 +546,13 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
             if (!real[j]) continue;
-            if constexpr (Cell::kHasCellState) static_cast<Scalar*>(p.dc0)[in_batch + j] = narrow<Scalar>(u.dc_prev[j]);
-            if constexpr (Cell::kDirectH) static_cast<Accumulator*>(p.dh_direct)[in_batch + j] = u.dh_prev[j];
+            if constexpr (Cell::kHasCellState)
+              static_cast<Scalar*>(p.dc0)[in_batch + j] = narrow<Scalar>(reset ? Accumulator(0) : u.dc_prev[j]);
+            if constexpr (Cell::kDirectH)
+              static_cast<Accumulator*>(p.dh_direct)[in_batch + j] = reset ? Accumulator(0) : u.dh_prev[j];
           }
         }
       }
-      reset_before = reset;
       buffer = Sums::kSize - buffer;
       before = now;
       now = next;

@@ -129,7 +129,11 @@ __global__ void __launch_bounds__(kThreads) step_forward(
     for (int tile = 0; tile < kTiles; ++tile) {
       const int row = min(first + tile * 8 + octet, p.rows - 1);
       b[tile] = (part == 0 ? p.x : row < p.before_rows ? p.h_before : p.h0) + int64_t(row) * k_size;
-      if (part == 1 && p.resets && p.resets[row]) b[tile] = p.zeros;
+    }
+    if (part == 1 && p.resets) {
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile)
+        if (p.resets[min(first + tile * 8 + octet, p.rows - 1)]) b[tile] = p.zeros;
     }
     Accumulator before[kTiles][kMT][4];
     if constexpr (has_gaps<Cell>()) memcpy(before, acc, sizeof(acc));
@@ -167,11 +171,10 @@ __global__ void __launch_bounds__(kThreads) step_forward(
     add_bias(p.b_ih, std::true_type());
     add_bias(p.b_hh, std::false_type());
     const bool joined = row < p.before_rows;
-    if (p.resets == nullptr || !p.resets[row]) {
-      if constexpr (Cell::kHasCellState) c_prev = joined ? p.c_before[at] : Accumulator(widen(p.c0[at]));
-      if constexpr (Cell::kUsesHPrev) h_prev = widen((joined ? p.h_before : p.h0)[at]);
-    }
-    advance<Cell, Accumulator>(sums + Sums::place(local, 0, threadIdx.x & 7), true, sum, h_prev, c_prev, h, c, saved);
+    if constexpr (Cell::kHasCellState) c_prev = joined ? p.c_before[at] : Accumulator(widen(p.c0[at]));
+    if constexpr (Cell::kUsesHPrev) h_prev = widen((joined ? p.h_before : p.h0)[at]);
+    if (p.resets && p.resets[row]) h_prev = c_prev = 0;
+    advance<Cell, Accumulator>(sums + Sums::place(local, 0, threadIdx.x & 7), sum, h_prev, c_prev, h, c, saved);
     const Scalar stored = narrow<Scalar>(h);
     p.h[at] = stored;
     if constexpr (Cell::kSaved > 0)
