@@ -96,7 +96,7 @@ def sweep() -> list[Problem]:
     found += [replace(base, H=h, I=h) for h in (64, 96, 128, 192, 384, 512, 768, 1024)]
     found += [replace(base, B=b) for b in (1, 2, 4, 8, 32, 64, 128, 17)]
     found += [replace(base, T=t) for t in (8, 16, 32, 128, 256, 512)]
-    found += [replace(base, L=2), replace(base, D=2), replace(base, L=2, D=2)]
+    found += [replace(base, L=2), replace(base, L=4), replace(base, D=2), replace(base, L=2, D=2)]
     return found + [replace(p, cell="gru") for p in found]
 
 

@@ -207,10 +207,12 @@ def make_torch(given: Given, mode: str) -> Runnable:
     return Runnable(_module_call(nn, given, mode)[1], torch_branch(given.problem, mode, given.device))
 
 
-def _make_ours(backend: str | None, algorithm: str | None) -> Callable[[Given, str], Runnable]:
+def _make_ours(backend: str | None, algorithm: str | None, **options) -> Callable[[Given, str], Runnable]:
     def make(given: Given, mode: str) -> Runnable:
+        if options and mode == "latency":
+            raise UnavailableError("a Cell has no such option")
         try:
-            layer, run = _module_call(fusedrnn, given, mode, backend=backend, algorithm=algorithm)
+            layer, run = _module_call(fusedrnn, given, mode, backend=backend, algorithm=algorithm, **options)
             plan = fusedrnn.plan(layer, given.problem.B)
         except (RuntimeError, NotImplementedError) as error:
             if backend is None:
@@ -495,7 +497,8 @@ def _ours() -> list[Provider]:
             name = f"fusedrnn:{backend}" if algorithm == "auto" else f"fusedrnn:{backend}:{algorithm}"
             make = _make_ours(backend, None if algorithm == "auto" else algorithm)
             found.append(Provider(name, "fusedrnn", _needs_backend(backend, algorithm), make))
-    return found
+    make = _make_ours(None, None, recompute=True)
+    return [*found, Provider("fusedrnn:recompute", "fusedrnn", lambda on: None, make)]
 
 
 PROVIDERS = {
@@ -538,6 +541,8 @@ def choose(names: list[str] | None, device: torch.device, quick: bool) -> tuple[
         if not names and why is None:
             if name in ("torch.loop", "fusedrnn:reference"):
                 why = f"slow by design; ask for it with --peers {name}"
+            elif name == "fusedrnn:recompute":
+                why = f"it trades time for memory; ask for it with --peers {name}"
             elif name == "fusedrnn:cpu:persistent":
                 why = "it is what fusedrnn chooses on a CPU"
             elif name == "torch.compile" and quick:

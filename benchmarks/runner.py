@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--tf32", action="store_true", help="float32 products may be tf32, for everybody (GPU)")
     parser.add_argument("--out", type=Path, default=Path("bench-out"), help="a folder; a second start there resumes")
+    parser.add_argument("--only", default="", metavar="TEXT", help="problems whose name (see --list) contains it")
     parser.add_argument("--list", action="store_true", help="print problems and providers, measure nothing")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
 
@@ -191,6 +192,9 @@ def bench(arguments: argparse.Namespace) -> int:
             raise ValueError(f"rounds and threads must be at least 1, got {arguments.rounds} and {arguments.threads}")
         found, left_out = providers.choose(arguments.peers, device, arguments.quick)
         chosen = problems.suite(arguments.suite, arguments.quick, arguments.dtype)
+        chosen = [problem for problem in chosen if arguments.only in problem.name]
+        if not chosen:
+            raise ValueError(f"--only {arguments.only!r}: no problem of suite {arguments.suite} has it in its name")
         if not arguments.list:
             needed()
     except (ImportError, RuntimeError, ValueError) as error:

@@ -96,7 +96,7 @@ def some_rows() -> list[Row]:
 
 def test_suites_hold_every_problem_once():
     sizes = {suite: len(problems.suite(suite)) for suite in problems.SUITES}
-    assert sizes == {"deepbench": 124, "flashrnn": 8, "fastrnns": 4, "sweep": 52}
+    assert sizes == {"deepbench": 124, "flashrnn": 8, "fastrnns": 4, "sweep": 54}
     for suite in problems.SUITES:
         for quick in (False, True):
             found = problems.suite(suite, quick, "bfloat16")
@@ -108,6 +108,13 @@ def test_suites_hold_every_problem_once():
     assert len(problems.suite("deepbench", quick=True)) == len(problems.DEEPBENCH_QUICK)
     with pytest.raises(ValueError, match=r"suite must be one of deepbench.*got 'none'"):
         problems.suite("none")
+
+
+def test_only_names_problems(capsys):
+    assert main(["bench", "--suite", "sweep", "--only", "T=64 L=4", "--list"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if " L=4 " in line] == ["lstm", "gru"]
+    assert main(["bench", "--only", "nothing"]) == 2
+    assert "--only 'nothing': no problem of suite deepbench has it in its name" in capsys.readouterr().err
 
 
 def test_flops_and_bytes_count_every_layer_and_direction():
