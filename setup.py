@@ -198,7 +198,7 @@ else:
         release = torch.__version__.split("+")[0]
         label = f"cu{torch.version.cuda.replace('.', '')}" if NVCC else "cpu"
         version, requires = f"{VERSION}+{label}.torch{release}", f"torch=={release}"
-    sources = ["csrc/bindings.cpp", "csrc/cpu/sequence.cpp", "csrc/cpu/capability.cpp"]
+    sources = ["csrc/bindings.cpp", "csrc/autograd.cpp", "csrc/cpu/sequence.cpp", "csrc/cpu/capability.cpp"]
     extensions = [
         Extension(
             "fusedrnn._C",
@@ -209,7 +209,7 @@ else:
                 *((f"FUSEDRNN_HAS_{c.upper()}", "1") for c in CAPABILITIES),
             ],
             library_dirs=[str(Path(torch.__file__).parent / "lib")],
-            libraries=["c10", "torch_cpu"],
+            libraries=["c10", "torch_cpu", "torch_python"],
         )
     ]
 

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
+#include "autograd.h"
 #include "cpu/recurrence.h"
 #include "cpu/sequence.h"
 
@@ -14,7 +15,13 @@ TORCH_LIBRARY_IMPL(fusedrnn, CPU, m) {
   m.impl("sequence_backward", fusedrnn::sequence_backward_cpu);
 }
 
+TORCH_LIBRARY_IMPL(fusedrnn, Autograd, m) {
+  m.impl("sequence", torch::CppFunction::makeFromBoxedFunction<&fusedrnn::not_differentiable>());
+  m.impl("sequence_backward", torch::CppFunction::makeFromBoxedFunction<&fusedrnn::not_differentiable>());
+}
+
 PYBIND11_MODULE(_C, m) {
+  PyModule_AddFunctions(m.ptr(), fusedrnn::direct_calls);
   m.def("facts", [] {
     pybind11::dict facts;
     facts["torch_built"] = FUSEDRNN_TORCH_VERSION;

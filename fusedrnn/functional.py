@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fusedrnn import ops, planning
+from fusedrnn import _build, ops, planning
 from fusedrnn.autograd import RecurrenceFunction
 from fusedrnn.backends.common import Inputs, neighbours
 from fusedrnn.cells import CELLS, Cell
@@ -31,6 +31,15 @@ def recording(callback: Callable):
         yield
     finally:
         _recorders.remove(entry)
+
+
+def direct(name: str, *arguments):
+    """A module's call as one call of C++ ("cell" or "layers", see csrc/autograd.h) on the backend "cpu"; None where
+    it is not built, or something is on that needs the way through Python.
+    """
+    if torch.compiler.is_compiling() or planning._forced or _recorders or forward_ad._current_level >= 0:
+        return None
+    return None if _build._extension is None else getattr(_build._extension, name)(*arguments)
 
 
 def recurrence(

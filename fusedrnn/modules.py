@@ -71,6 +71,10 @@ class _Recurrent(nn.RNNBase):
 
     def forward(self, input, hx=None, *, resets: Tensor | None = None, return_all_states: bool = False):
         """See the class; input [T, B, I], [B, T, I], [T, I] or a PackedSequence."""
+        if resets is None and not (return_all_states or self.recompute or (self.dropout and self.training)):
+            found = self._direct(input, hx)
+            if found is not None:
+                return found
         packed = isinstance(input, PackedSequence)
         batch_sizes = sorted_indices = unsorted_indices = None
         batched = True
@@ -144,6 +148,21 @@ class _Recurrent(nn.RNNBase):
         elif not batched:
             every = [s.squeeze(1 if self.batch_first else 2) for s in every]
         return y, final, tuple(every) if len(every) > 1 else every[0]
+
+    def _direct(self, input, hx):
+        """What forward returns, in one call of C++; None where that does not apply."""
+        if self.backend is not None or self.algorithm is not None:
+            return None
+        h0, c0 = hx, None
+        if hx is not None and self.mode == "LSTM":
+            if type(hx) is not tuple or len(hx) != 2 or hx[0] is None:
+                return None
+            h0, c0 = hx
+        found = functional.direct(
+            "layers", CELL_OF_MODE[self.mode].name, self._parameters, self._flat_weights_names, input, h0, c0,
+            self.bias, self.num_layers, 2 if self.bidirectional else 1, self.batch_first,
+        )  # fmt: skip
+        return found if found is None or len(found) == 2 else (found[0], found[1:])
 
     def _batch_resets(self, resets: Tensor, batched: bool, sorted_indices: Tensor | None) -> Tensor:
         if not isinstance(resets, Tensor):
@@ -303,6 +322,9 @@ class RNN(_OneState):
         super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)
 
 
+_CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
 class _Cell(nn.RNNCellBase):
     """What the three cells share: checks, input without a batch, one step in one launch."""
 
@@ -323,6 +345,13 @@ class _Cell(nn.RNNCellBase):
             raise TypeError(f"{type(self).__name__}: {what} must be a Tensor, got {type(t).__name__}")
         if t.dim() not in (1, 2):
             raise ValueError(f"{type(self).__name__}: Expected {what} to be 1D or 2D, got {t.dim()}D instead")
+
+    def _direct(self, input: Tensor, h0: Tensor | None, c0: Tensor | None):
+        """What forward returns, in one call of C++; None where that does not apply."""
+        if self.backend is not None or self.algorithm is not None:
+            return None
+        cell = CELL_OF_MODE[self.mode].name
+        return functional.direct("cell", cell, self._parameters, _CELL_WEIGHTS, input, h0, c0)
 
     def _step(self, input: Tensor, states: tuple[Tensor, ...] | None) -> list[Tensor]:
         batched = input.dim() == 2
@@ -380,6 +409,10 @@ class LSTMCell(_Cell):
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """See the class."""
+        if hx is None or (type(hx) is tuple and len(hx) == 2 and hx[0] is not None):
+            states = self._direct(input, *(hx or (None, None)))
+            if states is not None:
+                return states
         self._check_dims("input", input)
         if hx is not None:
             if not isinstance(hx, (tuple, list)):
@@ -397,6 +430,9 @@ class _OneStateCell(_Cell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """See the class."""
+        h = self._direct(input, hx, None)
+        if h is not None:
+            return h
         self._check_dims("input", input)
         if hx is not None:
             self._check_dims("hidden", hx)

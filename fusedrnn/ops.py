@@ -264,8 +264,8 @@ for _name, _kernel, _fake in (
     _lib.impl(_name, _kernel, "CUDA")
     if not _build.loaded():
         _lib.impl(_name, _kernel, "CPU")
+        torch.library.register_autograd(f"fusedrnn::{_name}", _no_raw_autograd, lib=_lib)
     torch.library.register_fake(f"fusedrnn::{_name}", _fake, lib=_lib)
-    torch.library.register_autograd(f"fusedrnn::{_name}", _no_raw_autograd, lib=_lib)
 
 sequence = torch.ops.fusedrnn.sequence.default
 sequence_backward = torch.ops.fusedrnn.sequence_backward.default

@@ -1,5 +1,7 @@
 """torch.compile, double backward, opcheck: what the autograd layer and the fake kernels promise."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from problems import INPUTS, Case, make
@@ -180,3 +182,165 @@ def test_forward_mode_raises_and_is_never_silently_zero(frozen):
         torch.func.jvp(lambda a: lstm(a)[0], (x,), (torch.ones_like(x),))
     with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
         lstm(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+# What a plain call is computed by: one call of C++, with a backend asked for the way through Python.
+DIRECT = [
+    *((name + "Cell", {}, shape) for name in ("LSTM", "GRU", "RNN") for shape in ((3, 4), (4,))),
+    ("RNNCell", {"nonlinearity": "relu", "bias": False}, (3, 4)),
+    *((name, {}, (2, 3, 4)) for name in ("LSTM", "GRU", "RNN")),
+    ("LSTM", {"num_layers": 2, "bidirectional": True, "proj_size": 2, "batch_first": True}, (3, 2, 4)),
+    ("GRU", {"num_layers": 2, "bidirectional": True, "bias": False}, (3, 2, 4)),
+]
+
+
+def direct_pair(name, options, dtype=torch.float64):
+    need("cpu")
+    plain, python = (getattr(fusedrnn, name)(4, 5, dtype=dtype, backend=b, **options) for b in (None, "cpu"))
+    python.load_state_dict(plain.state_dict())
+    return plain, python
+
+
+def states_of(module, x):
+    """h0 (and c0) that fit, with gradients."""
+    lead = (x.shape[0],) if x.dim() == 2 else ()
+    if x.dim() == 3:
+        batch = x.shape[0 if module.batch_first else 1]
+        lead = (module.num_layers * (2 if module.bidirectional else 1), batch)
+    sizes = (getattr(module, "proj_size", 0) or 5, 5)[: 2 if module.mode == "LSTM" else 1]
+    states = [torch.randn(*lead, size, dtype=x.dtype, requires_grad=True) for size in sizes]
+    return (states, tuple(states)) if len(states) > 1 else (states, states[0])
+
+
+def flat(results):
+    return [results] if isinstance(results, torch.Tensor) else [t for r in results for t in flat(r)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name, options, shape", DIRECT)
+def test_direct_call_equals_the_way_through_python(name, options, shape, dtype):
+    modules = direct_pair(name, options, dtype)
+    x = torch.randn(shape, dtype=dtype, requires_grad=True)
+    leaves, hx = states_of(modules[0], x)
+    assert (
+        modules[0]._direct(x, *(leaves if name == "LSTMCell" else (hx, None) if "Cell" in name else (hx,))) is not None
+    )
+    for given in (hx, None):
+        found = []
+        for module in modules:
+            outputs = flat(module(x, given))
+            wanted = [x, *module.parameters(), *(leaves if given is not None else ())]
+            found.append([*outputs, *torch.autograd.grad(sum((y * y).sum() for y in outputs), wanted)])
+            with torch.no_grad():
+                found[-1] += flat(module(x, given))
+            with torch.inference_mode():
+                found[-1] += flat(module(x, given))
+        for a, b in zip(*found, strict=True):
+            assert torch.equal(a, b)
+            assert a.stride() == b.stride()
+
+
+@pytest.mark.parametrize("name, options, shape", DIRECT)
+def test_direct_call_is_differentiable_twice(name, options, shape):
+    modules = direct_pair(name, options)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    leaves, hx = states_of(modules[0], x)
+    found = []
+    for module in modules:
+        wanted = [x, *leaves, *module.parameters()]
+        first = torch.autograd.grad(sum(y.pow(3).sum() for y in flat(module(x, hx))), wanted, create_graph=True)
+        second = torch.autograd.grad(sum(g.pow(2).sum() for g in first), wanted)
+        found.append([*first, *second])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name, options, shape", [DIRECT[0], DIRECT[-2]])
+def test_direct_call_in_the_hands_of_autograd(name, options, shape):
+    module, python = direct_pair(name, options)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+    def first(m, a=x):
+        return flat(m(a))[0]
+
+    want = torch.autograd.grad(first(python).sum(), x)[0]
+    y = first(module)
+    for retain in (True, False):
+        assert torch.equal(torch.autograd.grad(y.sum(), x, retain_graph=retain)[0], want)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(y.sum(), x)
+    # Only a state, only a bias, nothing of the weights.
+    leaves, hx = states_of(module, x)
+    bias = "bias_hh" if "Cell" in name else "bias_hh_l0"
+    for only in (lambda m: leaves[-1], lambda m: m.get_parameter(bias)):
+        found = [torch.autograd.grad(flat(m(x, hx))[0].sum(), only(m))[0] for m in (module, python)]
+        assert torch.equal(*found)
+        assert found[0].abs().max() > 0
+    # Every saved tensor passes the hooks.
+    seen = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t.clone(), lambda t: t):
+        y = first(module)
+    assert len(seen) > 4
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], want)
+    # What is saved may not change.
+    y = first(module)
+    with torch.no_grad():
+        next(module.parameters()).mul_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    # A batch of gradients.
+    y, other = first(module), first(python)
+    grads = torch.randn(3, *y.shape, dtype=torch.float64)
+    batched = torch.autograd.grad(y, x, grads, is_grads_batched=True)[0]
+    torch.testing.assert_close(batched, torch.autograd.grad(other, x, grads, is_grads_batched=True)[0])
+    # Transforms, whose tensors are not plain.
+    want = torch.autograd.grad(first(python).sum(), x)[0]
+    _, pullback = torch.func.vjp(lambda a: first(module, a), x.detach())
+    torch.testing.assert_close(pullback(torch.ones_like(y))[0], want)
+
+
+def test_direct_call_gives_way():
+    """To subclasses, modes, autocast, parametrizations and whatever does not fit."""
+    module, _ = direct_pair("GRUCell", {}, torch.float32)
+    x = torch.randn(3, 4)
+
+    class Tagged(torch.Tensor):
+        pass
+
+    assert module._direct(x, None, None) is not None
+    tagged = x.as_subclass(Tagged)
+    assert module._direct(tagged, None, None) is None
+    assert isinstance(module(tagged), Tagged)
+    for bad in (x.double(), x[:, :3], x[None, None], x.to_sparse(), x.to("meta"), x[:0], None, 1):
+        assert module._direct(bad, None, None) is None
+        assert module._direct(x, bad, None) is None or bad is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module._direct(x, None, None) is None
+    with fusedrnn.backend("reference"):
+        assert module._direct(x, None, None) is None
+    with torch.device("cpu"):
+        assert module._direct(x, None, None) is None
+    with torch._subclasses.FakeTensorMode():
+        assert module._direct(x, None, None) is None
+    with fusedrnn.functional.recording(lambda *_: None):
+        assert module._direct(x, None, None) is None
+    inside = []
+    torch.func.vmap(lambda row: inside.append(module._direct(row, None, None)) or row)(x)
+    assert inside == [None]
+    torch.nn.utils.parametrizations.weight_norm(module, "weight_hh")
+    assert module._direct(x, None, None) is None
+    assert module(x).grad_fn is not None
+
+
+def test_direct_call_on_many_threads():
+    module, _ = direct_pair("LSTM", {})
+    x = torch.randn(3, 2, 4, dtype=torch.float64)
+
+    def gradient(k):
+        leaf = (x * k).requires_grad_()
+        return torch.autograd.grad(module(leaf)[0].sum(), leaf)[0]
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(gradient, range(20)))
+    for k, grad in enumerate(found):
+        assert torch.equal(grad, gradient(k))

@@ -244,6 +244,11 @@ Tensor gate_columns(const Tensor& dgates, const std::vector<int64_t>& accumulato
 
 }  // namespace
 
+std::pair<int64_t, bool> gates_and_c(c10::string_view cell) {
+  const CellEntry& found = find_cell(cell);
+  return {found.gates, found.has_cell_state};
+}
+
 Outputs sequence_cpu(c10::string_view cell, const Tensor& x, const Tensor& h0, const OptionalTensor& c0,
                      const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
                      const OptionalTensor& w_hr, const OptionalTensor& batch_sizes, const OptionalTensor& resets,

@@ -1,0 +1,391 @@
+#include "autograd.h"
+
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/zeros.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/python_numbers.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdlib>
+#include <vector>
+
+#include "cpu/sequence.h"
+
+namespace fusedrnn {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr; undefined where there is none. x is [T, B, I], or [B, I] or [I] of a cell;
+// states are [B, .], or [1, B, .] of a layer, or [.] of a cell.
+using Tensors = std::array<Tensor, 8>;
+
+OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
+
+template <typename Kernel>
+c10::TypedOperatorHandle<Kernel> find_op(const char* name, Kernel*) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Kernel>();
+}
+
+// t with dimensions of one element put in front, or taken away there.
+Tensor with_dims(Tensor t, int64_t dims) {
+  while (t.defined() && t.dim() < dims) t = t.unsqueeze(0);
+  while (t.defined() && t.dim() > dims) t = t.select(0, 0);
+  return t;
+}
+
+// The op, with the states in the shape they came in.
+Outputs run(c10::string_view cell, const Tensors& t, bool reverse, bool keep) {
+  static const auto op = find_op("fusedrnn::sequence", sequence_cpu);
+  // Nothing in here is recorded: neither operations nor that a result is a view.
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  const auto& [x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr] = t;
+  auto [y, h_n, c_n, gates, cells] =
+      op.call(cell, with_dims(x, 3), with_dims(h0, 2), optional(with_dims(c0, 2)), w_ih, w_hh, optional(b_ih),
+              optional(b_hh), optional(w_hr), std::nullopt, std::nullopt, reverse, "cpu", "auto", keep, keep);
+  return {y, with_dims(h_n, h0.dim()), c0.defined() ? with_dims(c_n, c0.dim()) : c_n, gates, cells};
+}
+
+pybind11::object wrap(const Tensor& t) {
+  return t.defined() ? pybind11::reinterpret_steal<pybind11::object>(THPVariable_Wrap(t)) : pybind11::none();
+}
+
+// The gradient as a Function of Python, whose own backward goes through the reference.
+std::vector<Tensor> differentiable_gradient(const std::string& cell, const std::array<Tensor, 3>& grads,
+                                            const Tensors& t, bool reverse, const variable_list& kept,
+                                            const std::array<bool, 8>& needs) {
+  const pybind11::gil_scoped_acquire gil;
+  try {
+    pybind11::list arguments;
+    for (const Tensor& g : grads) arguments.append(wrap(g));
+    arguments.append(pybind11::none());
+    for (const Tensor& input : t) arguments.append(wrap(input));
+    arguments.append(pybind11::none());
+    arguments.append(pybind11::none());
+    arguments.append(reverse);
+    for (const Tensor& k : kept) arguments.append(wrap(k));
+    arguments.append(cell);
+    arguments.append("cpu");
+    arguments.append("auto");
+    arguments.append(false);
+    arguments.append(needs);
+    const auto function = pybind11::module_::import("fusedrnn.autograd").attr("RecurrenceBackwardFunction");
+    std::vector<Tensor> found;
+    for (const pybind11::handle g : pybind11::tuple(function.attr("apply")(*arguments))) {
+      found.push_back(THPVariable_Unpack(g.ptr()));
+    }
+    return found;
+  } catch (pybind11::error_already_set& error) {
+    error.restore();
+    python_error raised;
+    raised.persist();
+    throw raised;
+  }
+}
+
+}  // namespace
+
+// One direction of one layer: y (not of a cell's call), h_n, c_n (if there is a c). Its name is seen as grad_fn.
+struct Recurrence : torch::autograd::Function<Recurrence> {
+  static constexpr bool is_traceable = true;
+
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& h0, const OptionalTensor& c0,
+                               const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
+                               const OptionalTensor& b_hh, const OptionalTensor& w_hr, c10::string_view cell,
+                               bool reverse) {
+    const auto given = [](const OptionalTensor& t) { return t.value_or(Tensor()); };
+    const Tensors t{x, h0, given(c0), w_ih, w_hh, given(b_ih), given(b_hh), given(w_hr)};
+    const auto [y, h_n, c_n, gates, cells] = run(cell, t, reverse, true);
+    ctx->set_materialize_grads(false);
+    ctx->saved_data["cell"] = std::string(cell);
+    ctx->saved_data["reverse"] = reverse;
+    variable_list saved(t.begin(), t.end());
+    saved.insert(saved.end(), {y, gates, cells});
+    ctx->save_for_backward(std::move(saved));
+    variable_list outputs;
+    if (x.dim() == 3) outputs.push_back(y);
+    outputs.push_back(h_n);
+    if (c0) outputs.push_back(c_n);
+    return outputs;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    variable_list result(10);
+    const variable_list saved = ctx->get_saved_variables();
+    Tensors t;
+    std::array<bool, 8> needs{};
+    std::array<int64_t, 3> dims{};
+    size_t edge = 0;
+    for (size_t k = 0; k < 8; ++k) {
+      t[k] = saved[k];
+      // The edges are those of the tensors there are.
+      if (t[k].defined()) needs[k] = ctx->needs_input_grad(edge++);
+      if (t[k].defined() && k < 3) dims[k] = t[k].dim();
+    }
+    std::array<Tensor, 3> d;
+    bool any = false;
+    for (size_t k = dims[0] == 3 ? 0 : 1, g = 0; g < grads.size(); ++k, ++g) {
+      d[k] = grads[g];
+      any |= d[k].defined();
+    }
+    if (!any) return result;
+    const std::string& cell = ctx->saved_data["cell"].toStringRef();
+    const bool reverse = ctx->saved_data["reverse"].toBool();
+    const bool recorded = at::GradMode::is_enabled();
+    std::optional<at::AutoDispatchBelowADInplaceOrView> guard;
+    if (!recorded) guard.emplace();
+    for (size_t k = 0; k < 3; ++k) t[k] = with_dims(t[k], k ? 2 : 3);
+    for (size_t k = 1; k < 3; ++k) d[k] = with_dims(d[k], 2);
+    std::vector<Tensor> found;
+    if (recorded) {
+      found = differentiable_gradient(cell, d, t, reverse, {saved[8], saved[9], saved[10]}, needs);
+    } else {
+      static const auto op = find_op("fusedrnn::sequence_backward", sequence_backward_cpu);
+      c10::List<bool> wanted;
+      wanted.reserve(8);
+      for (const bool need : needs) wanted.push_back(need);
+      auto [dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr] =
+          op.call(cell, optional(d[0]), optional(d[1]), optional(d[2]), std::nullopt, t[0], t[1], optional(t[2]), t[3],
+                  t[4], optional(t[5]), optional(t[6]), optional(t[7]), std::nullopt, std::nullopt, reverse, saved[8],
+                  saved[9], saved[10], "cpu", "auto", wanted);
+      found = {dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr};
+    }
+    for (size_t k = 0; k < 8; ++k) {
+      if (needs[k]) result[k] = k < 3 ? with_dims(found[k], dims[k]) : found[k];
+    }
+    return result;
+  }
+};
+
+namespace {
+
+// y (undefined of a cell's call), h_n, c_n (undefined if there is no c).
+std::array<Tensor, 3> recurrence(c10::string_view cell, const Tensors& t, bool reverse) {
+  bool recorded = false;
+  for (const Tensor& each : t) recorded |= each.defined() && each.requires_grad();
+  if (!recorded || !at::GradMode::is_enabled()) {
+    const auto [y, h_n, c_n, gates, cells] = run(cell, t, reverse, false);
+    return {t[0].dim() == 3 ? y : Tensor(), h_n, t[2].defined() ? c_n : Tensor()};
+  }
+  const variable_list found = Recurrence::apply(t[0], t[1], optional(t[2]), t[3], t[4], optional(t[5]), optional(t[6]),
+                                                optional(t[7]), cell, reverse);
+  std::array<Tensor, 3> result;
+  for (size_t k = t[0].dim() == 3 ? 0 : 1, g = 0; g < found.size(); ++k, ++g) result[k] = found[g];
+  return result;
+}
+
+// No transform, mode, tracer or autocast, and nobody who forces a backend.
+bool nothing_special() {
+  const auto keys = c10::impl::tls_local_dispatch_key_set();
+  const char* forced = std::getenv("FUSEDRNN_BACKEND");
+  return (keys.included_ - c10::default_included_set).empty() && keys.excluded_.has(c10::DispatchKey::AutocastCPU) &&
+         !(at::GradMode::is_enabled() && keys.excluded_.has(c10::DispatchKey::AutogradCPU)) &&
+         !at::impl::torch_function_mode_enabled() && (forced == nullptr || *forced == '\0');
+}
+
+// A Tensor or Parameter, of no subclass, dense, on the CPU.
+bool is_plain(PyObject* object) {
+  static const c10::DispatchKeySet cpu(c10::DispatchKey::CPU);
+  static const c10::DispatchKeySet recorded =
+      cpu | c10::DispatchKeySet({c10::DispatchKey::AutogradCPU, c10::DispatchKey::ADInplaceOrView});
+  if (!THPVariable_CheckExact(object)) return false;
+  const c10::DispatchKeySet keys = THPVariable_Unpack(object).key_set() - c10::autocast_dispatch_keyset;
+  return keys == recorded || keys == cpu;
+}
+
+bool has_shape(const Tensor& t, at::IntArrayRef shape, const Tensor& x) {
+  return t.sizes() == shape && t.scalar_type() == x.scalar_type();
+}
+
+// The arguments that both calls begin with.
+struct Call {
+  c10::string_view cell;
+  int64_t gates;
+  bool has_c;
+  Tensor x, h0, c0;
+  std::vector<Tensor> weights;
+
+  // False where something is not plain.
+  bool read(PyObject* const* arguments) {
+    Py_ssize_t length = 0;
+    const char* name = PyUnicode_AsUTF8AndSize(arguments[0], &length);
+    if (name == nullptr) throw python_error();
+    cell = {name, static_cast<size_t>(length)};
+    std::tie(gates, has_c) = gates_and_c(cell);
+    if (!nothing_special() || !PyDict_CheckExact(arguments[1]) || !is_plain(arguments[3])) return false;
+    x = THPVariable_Unpack(arguments[3]);
+    const auto dtype = x.scalar_type();
+    if (dtype != at::kFloat && dtype != at::kDouble && dtype != at::kBFloat16 && dtype != at::kHalf) return false;
+    for (const auto& [state, object] : {std::pair{&h0, arguments[4]}, {&c0, arguments[5]}}) {
+      if (object == Py_None) continue;
+      if (!is_plain(object)) return false;
+      *state = THPVariable_Unpack(object);
+    }
+    if (c0.defined() != (has_c && h0.defined())) return false;
+    const pybind11::object names = pybind11::reinterpret_steal<pybind11::object>(
+        PySequence_Fast(arguments[2], "names must be a list or tuple"));
+    if (!names) throw python_error();
+    weights.reserve(PySequence_Fast_GET_SIZE(names.ptr()));
+    for (Py_ssize_t k = 0; k < PySequence_Fast_GET_SIZE(names.ptr()); ++k) {
+      // Not there: a parametrization computes it.
+      PyObject* weight = PyDict_GetItemWithError(arguments[1], PySequence_Fast_GET_ITEM(names.ptr(), k));
+      if (weight == nullptr && PyErr_Occurred()) throw python_error();
+      if (weight == nullptr || !(weight == Py_None || is_plain(weight))) return false;
+      weights.push_back(weight == Py_None ? Tensor() : THPVariable_Unpack(weight));
+    }
+    return weights.size() >= 2 && weights[0].defined() && weights[1].defined() && weights[1].dim() == 2 &&
+           weights[1].size(1) > 0 && x.numel() > 0;
+  }
+
+  // The states [lead..., B, .] as they should be, or zeros where none came.
+  bool settle_states(std::vector<int64_t> lead, int64_t out, int64_t hidden) {
+    std::vector<int64_t> shape = std::move(lead);
+    shape.push_back(out);
+    if (!h0.defined()) h0 = at::zeros(shape, x.options());
+    if (!has_shape(h0, shape, x)) return false;
+    shape.back() = hidden;
+    if (has_c && !c0.defined()) c0 = at::zeros(shape, x.options());
+    return !has_c || has_shape(c0, shape, x);
+  }
+};
+
+// Whether the weights fit an input of so many features.
+bool weights_fit(const Tensors& t, int64_t gates, int64_t input) {
+  const Tensor &x = t[0], &w_hh = t[4], &w_hr = t[7];
+  const int64_t rows = w_hh.size(0), hidden = rows / gates, out = w_hh.size(1);
+  if (hidden * gates != rows || hidden == 0 || !has_shape(t[3], {rows, input}, x) || !has_shape(w_hh, {rows, out}, x)) {
+    return false;
+  }
+  for (const Tensor& bias : {t[5], t[6]}) {
+    if (bias.defined() && !has_shape(bias, {rows}, x)) return false;
+  }
+  return w_hr.defined() ? has_shape(w_hr, {out, hidden}, x) : out == hidden;
+}
+
+struct NotDifferentiable : torch::autograd::Node {
+  using Node::Node;
+  variable_list apply(variable_list&&) override {
+    TORCH_CHECK_NOT_IMPLEMENTED(false,
+                                "torch.ops.fusedrnn.* called directly is not differentiable; call fusedrnn.LSTM or "
+                                "fusedrnn.functional, or run it under torch.no_grad()");
+  }
+};
+
+PyObject* tuple_of(const std::array<Tensor, 3>& tensors) {
+  const auto defined = [](const Tensor& t) { return t.defined(); };
+  pybind11::tuple found(std::count_if(tensors.begin(), tensors.end(), defined));
+  size_t k = 0;
+  for (const Tensor& t : tensors) {
+    if (t.defined()) found[k++] = wrap(t);
+  }
+  return found.release().ptr();
+}
+
+PyObject* cell(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 6, "cell takes 6 arguments, got ", count);
+  Call call;
+  if (!call.read(arguments) || call.weights.size() != 4) Py_RETURN_NONE;
+  const int64_t dims = call.x.dim();
+  if (dims != 1 && dims != 2) Py_RETURN_NONE;
+  const Tensor& w_hh = call.weights[1];
+  std::vector<int64_t> lead;
+  if (dims == 2) lead.push_back(call.x.size(0));
+  if (!call.settle_states(lead, w_hh.size(1), w_hh.size(1))) Py_RETURN_NONE;
+  const auto& w = call.weights;
+  const Tensors t{call.x, call.h0, call.c0, w[0], w[1], w[2], w[3], {}};
+  if (!weights_fit(t, call.gates, call.x.size(-1))) Py_RETURN_NONE;
+  std::array<Tensor, 3> found;
+  {
+    const pybind11::gil_scoped_release no_gil;
+    found = recurrence(call.cell, t, false);
+  }
+  return call.has_c ? tuple_of(found) : THPVariable_Wrap(found[1]);
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* layers(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 10, "layers takes 10 arguments, got ", count);
+  Call call;
+  if (!call.read(arguments) || call.x.dim() != 3) Py_RETURN_NONE;
+  const bool bias = arguments[6] == Py_True, batch_first = arguments[9] == Py_True;
+  const int64_t num_layers = THPUtils_unpackLong(arguments[7]), directions = THPUtils_unpackLong(arguments[8]);
+  const int64_t all = num_layers * directions, per = static_cast<int64_t>(call.weights.size()) / all;
+  const int64_t out = call.weights[1].size(1), hidden = call.weights[1].size(0) / call.gates;
+  const bool projection = per == 3 + 2 * bias;
+  if (per * all != static_cast<int64_t>(call.weights.size()) || per != 2 + 2 * bias + projection) Py_RETURN_NONE;
+  if (!call.settle_states({all, call.x.size(batch_first ? 0 : 1)}, out, hidden)) Py_RETURN_NONE;
+  std::vector<Tensors> sequences;
+  for (int64_t k = 0; k < all; ++k) {
+    const Tensor* w = &call.weights[k * per];
+    Tensors t{call.x, {}, {}, w[0], w[1]};
+    if (bias) t[5] = w[2], t[6] = w[3];
+    if (projection) t[7] = w[per - 1];
+    const int64_t input = k < directions ? call.x.size(2) : directions * out;
+    if (!t[3].defined() || !t[4].defined() || !weights_fit(t, call.gates, input)) Py_RETURN_NONE;
+    if (t[4].size(0) != call.gates * hidden || t[4].size(1) != out) Py_RETURN_NONE;
+    sequences.push_back(std::move(t));
+  }
+  std::array<Tensor, 3> result;
+  {
+    const pybind11::gil_scoped_release no_gil;
+    Tensor x = batch_first ? call.x.transpose(0, 1) : call.x;
+    std::vector<Tensor> ys, h_n, c_n;
+    for (int64_t k = 0; k < all; ++k) {
+      Tensors& t = sequences[k];
+      t[0] = x;
+      t[1] = all == 1 ? call.h0 : call.h0.select(0, k);
+      if (call.has_c) t[2] = all == 1 ? call.c0 : call.c0.select(0, k);
+      const auto [y, h, c] = recurrence(call.cell, t, k % directions == 1);
+      ys.push_back(y);
+      h_n.push_back(h);
+      c_n.push_back(c);
+      if ((k + 1) % directions == 0) {
+        x = directions == 1 ? y : at::cat(ys, -1);
+        ys.clear();
+      }
+    }
+    const auto together = [all](const std::vector<Tensor>& states) { return all == 1 ? states[0] : at::stack(states); };
+    result = {batch_first ? x.transpose(0, 1) : x, together(h_n), call.has_c ? together(c_n) : Tensor()};
+  }
+  return tuple_of(result);
+  END_HANDLE_TH_ERRORS
+}
+
+}  // namespace
+
+void not_differentiable(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  variable_list inputs;
+  if (at::GradMode::is_enabled()) {
+    for (const c10::IValue& value : torch::jit::last(*stack, op.schema().arguments().size())) {
+      if (value.isTensor() && value.toTensor().requires_grad()) inputs.push_back(value.toTensor());
+    }
+  }
+  {
+    const at::AutoDispatchBelowAutograd guard;
+    op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
+  }
+  if (inputs.empty()) return;
+  const auto node = c10::make_intrusive<NotDifferentiable>(torch::autograd::collect_next_edges(inputs));
+  for (const c10::IValue& value : torch::jit::last(*stack, op.schema().returns().size())) {
+    torch::autograd::set_history(value.toTensor(), node);
+  }
+}
+
+PyMethodDef direct_calls[] = {
+    {"cell", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(cell)), METH_FASTCALL, nullptr},
+    {"layers", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(layers)), METH_FASTCALL, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace fusedrnn
