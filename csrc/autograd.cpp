@@ -231,8 +231,8 @@ struct Call {
       *state = THPVariable_Unpack(object);
     }
     if (c0.defined() != (has_c && h0.defined())) return false;
-    const pybind11::object names = pybind11::reinterpret_steal<pybind11::object>(
-        PySequence_Fast(arguments[2], "names must be a list or tuple"));
+    const pybind11::object names =
+        pybind11::reinterpret_steal<pybind11::object>(PySequence_Fast(arguments[2], "names must be a list or tuple"));
     if (!names) throw python_error();
     weights.reserve(PySequence_Fast_GET_SIZE(names.ptr()));
     for (Py_ssize_t k = 0; k < PySequence_Fast_GET_SIZE(names.ptr()); ++k) {

@@ -1,8 +1,8 @@
 // Autograd in C++: the ops called directly, and whole calls of layers and cells.
 #pragma once
 
-#include <Python.h>
 #include <ATen/core/boxing/KernelFunction.h>
+#include <Python.h>
 
 namespace fusedrnn {
 
@@ -13,7 +13,8 @@ void not_differentiable(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
 // something is not plain (a tensor subclass, a transform, autocast, shapes that do not fit): the way through Python
 // then computes it, or says what is wrong.
 //   cell(cell, parameters, names, input, h0, c0): h, and c of a cell that has one.
-//   layers(cell, parameters, names, input, h0, c0, bias, num_layers, directions, batch_first): y, h_n, and c_n likewise.
+//   layers(cell, parameters, names, input, h0, c0, bias, num_layers, directions, batch_first): y, h_n, and c_n
+//   likewise.
 // parameters and names are a module's dict and the names of its weights; h0 and c0 may be None, which is zeros.
 extern PyMethodDef direct_calls[];
 
