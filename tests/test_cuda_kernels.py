@@ -105,6 +105,17 @@ def test_nan_of_any_bits_passes_through(dtype, tf32, monkeypatch):
         assert torch.equal(a[:, [0, 3]], b[:, [0, 3]])
 
 
+@pytest.mark.parametrize("hidden", [512, 500])
+def test_tf32_keeps_wider_weights_in_registers(hidden, monkeypatch, poisoned):
+    """tf32 goes on as far as H = 512 backward, float32 needs the registers for its shuffles."""
+    given, upstream = draw(2, 3, 4, hidden, torch.float32)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    with pytest.raises(RuntimeError, match="float32 fits up to H = 384"):
+        both(given, upstream, "persistent")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert_agree(both(given, upstream, "persistent"), given, upstream, 2e-3)
+
+
 def test_infinite_weights_do_not_look_like_a_missing_packet():
     given, _upstream = draw(3, 4, 5, 24, torch.float32)
     given[4][0, 0], given[4][0, 1] = float("inf"), float("-inf")
