@@ -10,6 +10,7 @@ polling: the persistent kernels are launched again on a mailbox that is already 
 import argparse
 import contextlib
 import importlib
+import math
 import os
 import sys
 import unittest.mock
@@ -72,7 +73,7 @@ def _counting(name: str):
 
         def counted_kernel(kernel, grid, *rest, **options):
             counters = launch(kernel, grid, *rest, **options)
-            counters = {"launches": 1, "blocks": grid[0] * grid[1], **counters}
+            counters = {"launches": 1, "blocks": math.prod(grid), **counters}
             for key, value in counters.items():
                 if not isinstance(value, dict):
                     found[key] = found.get(key, 0) + value

@@ -222,10 +222,13 @@ def _pointwise_bytes(z: _Sizes, backward: bool, in_memory: bool) -> tuple[int, i
     return (z.state if in_memory else z.G * unit), z.B * z.P * z.s + saved + cells
 
 
-def _step_bytes(z: _Sizes, backward: bool, units: int, rows: int, projection: tuple[int, int]) -> tuple[int, int]:
+def _step_bytes(
+    z: _Sizes, backward: bool, units: int, rows: int, projection: tuple[int, int], through: int
+) -> tuple[int, int]:
     """A step kernel's reads and writes, projection included: every block reads its weights and its rows again.
 
     A block has ``units`` by ``rows``; in the product with W_hr (backward: with W_hh) ``projection`` says how many.
+    Backward multiplies ``through`` columns of dgates a unit by W_hh.
     """
 
     def product(columns: int, k: int, block: tuple[int, int], gates: int = 1) -> int:
@@ -241,9 +244,9 @@ def _step_bytes(z: _Sizes, backward: bool, units: int, rows: int, projection: tu
         return read, written
     written += z.A * z.B * z.H * z.s
     if not z.projected:
-        return read + product(z.H, z.A * z.H, (units, rows)), written
-    through = z.B * z.P * z.s
-    return read + product(z.P, z.A * z.H, projection) + product(z.H, z.P, (units, rows)), written + through
+        return read + product(z.H, through * z.H, (units, rows)), written
+    total = z.B * z.P * z.s
+    return read + product(z.P, through * z.H, projection) + product(z.H, z.P, (units, rows)), written + total
 
 
 def _kept_bytes(z: _Sizes, backward: bool, exchanged_by: int) -> tuple[int, int]:
@@ -386,7 +389,7 @@ def _cuda(z: _Sizes, backward: bool, chip: cuda_plan.Chip, peaks: Peaks | None, 
         pair = z.A + z.A % 2
         forward_bytes = rows * cuda_plan.WARPS * cuda_plan.FORWARD_UNITS * pair * z.acc
         shared = cuda_plan.BACKWARD_SUMS // 2 // 4 * z.acc if backward else forward_bytes
-        read, written = _step_bytes(z, backward, units, rows, (cuda_plan.BACKWARD_UNITS, rows))
+        read, written = _step_bytes(z, backward, units, rows, (cuda_plan.BACKWARD_UNITS, rows), z.A)
     else:
         read, written = _kept_bytes(z, backward, grid[0])
     flops, outside = _matmul_flops(z, backward, inside=step)
@@ -408,7 +411,7 @@ def _triton(z: _Sizes, backward: bool, chip: triton.Chip, peaks: Peaks | None) -
     chosen = plan("auto")
     step = chosen.algorithm == "step"
     if step:  # the projection is torch's matmul: it reads its operands once
-        read, written = _step_bytes(z, backward, chosen.BU, chosen.BB, (z.P, z.B))
+        read, written = _step_bytes(z, backward, chosen.BU, chosen.BB, (z.P, z.B), z.G)
     else:
         read, written = _kept_bytes(z, backward, 0)
     flops, outside = _matmul_flops(z, backward, inside=step)
