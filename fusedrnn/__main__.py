@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 import pickle
 import sys
 from collections import OrderedDict
@@ -21,7 +22,12 @@ from fusedrnn.selftest import selftest
 
 def info(arguments: argparse.Namespace) -> int:
     """What was built, what is here, and which backend would run for tensors on the CPU and on a GPU, and why."""
-    found = build_info() | {"threads": torch.get_num_threads(), "gpus": []}
+    try:
+        found = build_info() | {"threads": torch.get_num_threads(), "gpus": []}
+        machine, forced = planning.machine(), planning.parse(os.environ.get(planning.ENVIRONMENT_VARIABLE, ""))
+    except (RuntimeError, ValueError) as error:  # an environment variable that says nothing sensible
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     for k in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(k)
         found["gpus"].append(f"{torch.cuda.get_device_name(k)} ({major}.{minor})")
@@ -30,9 +36,12 @@ def info(arguments: argparse.Namespace) -> int:
         if device == "cuda" and found["gpus"] and torch.version.cuda:
             capability = torch.cuda.get_device_capability()
         problem = planning.Problem("lstm", 256, 256, 0, torch.float32, device, capability)
-        choice = planning.decide(problem, planning.machine())
         nowhere = "" if device == "cpu" or found["gpus"] else "no GPU is here; with one: "
-        found[f"{device}_tensors"] = f"{choice.backend} ({nowhere}{choice.why})"
+        try:
+            choice = planning.decide(problem, machine, *forced)
+            found[f"{device}_tensors"] = f"{choice.backend} ({nowhere}{choice.why})"
+        except RuntimeError as error:
+            found[f"{device}_tensors"] = f"none ({nowhere}{error})"
     if arguments.json:
         print(json.dumps(found, indent=1))
     else:
@@ -131,7 +140,7 @@ def run_gates(arguments: argparse.Namespace) -> int:
         paths = [arguments.out / f"{name.replace('.', '_')}.png" for name in pictures]
         for path, picture in zip(paths, pictures.values()):
             picture.savefig(path)
-    except (ImportError, OSError, ValueError) as error:
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     summary = record.summary()
@@ -163,7 +172,7 @@ def _character_model(path: Path) -> tuple[nn.Module, list[str]]:
         rnn = getattr(fusedrnn, found["cell"])(hidden, hidden, found["layers"])
         model = nn.Sequential(OrderedDict(embedding=nn.Embedding(len(characters), hidden), rnn=rnn))
         model.load_state_dict({k: w for k, w in found["state_dict"].items() if not k.startswith("head.")})
-    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, RuntimeError, ValueError) as error:
+    except (pickle.UnpicklingError, AttributeError, EOFError, KeyError, TypeError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} is no checkpoint of examples/char_lm.py: {error!r}") from error
     return model, characters
 

@@ -108,7 +108,9 @@ def layers(
     for name, t in given.items():
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
-    if len(weights) < 2 or weights[1].dim() != 2:
+    if batch_sizes is not None and not isinstance(batch_sizes, Tensor):
+        raise TypeError(f"batch_sizes must be a Tensor, got {type(batch_sizes).__name__}")
+    if len(weights) < 2 or weights[0].dim() != 2 or weights[1].dim() != 2:
         raise RuntimeError("weights must begin with w_ih and w_hh, each with 2 dimensions")
     for name, t in list(given.items())[1 : 2 + cell.has_cell_state]:
         if t.dim() != 3 or t.shape[0] != num_layers * directions:
@@ -207,6 +209,11 @@ def _masks(
         raise RuntimeError(f"resets must be a bool tensor, got {resets.dtype}")
     if resets.device != x.device:
         raise RuntimeError(f"resets must be on the device of the input, {x.device}, got {resets.device}")
+    if resets.layout != torch.strided:
+        raise RuntimeError(f"resets must be a dense tensor, got layout {resets.layout}")
+    if batch_sizes is not None and not torch.compiler.is_compiling():
+        # The op checks them too, but the mask is gathered by them before.
+        ops.check_batch_sizes(batch_sizes, x.shape[0], batch)
     steps = x.shape[0] if batch_sizes is None else batch_sizes.shape[0]
     want = (steps, batch) if time_first else (batch, steps)
     if tuple(resets.shape) != want:

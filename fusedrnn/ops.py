@@ -146,6 +146,8 @@ def check_batch_sizes(batch_sizes: Tensor, rows: int, batch: int) -> None:
     Reads the values, so it runs below the op only.
     """
     sizes = batch_sizes.tolist()
+    if not sizes:
+        raise RuntimeError("fusedrnn::sequence: Expected sequence length to be larger than 0 in RNN")
     if sizes[0] != batch:
         raise RuntimeError(f"fusedrnn::sequence: h0 must have batch size {sizes[0]}, got {batch}")
     for t, (before, size) in enumerate(zip([batch, *sizes], sizes)):

@@ -155,7 +155,8 @@ def _capability(index: int | None) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(index)
 
 
-def _parse(setting: str) -> tuple[str | None, str | None]:
+def parse(setting: str) -> tuple[str | None, str | None]:
+    """Backend and algorithm of a setting such as "triton:step"; None for what it leaves out. Raises ValueError."""
     name, _, algorithm = setting.partition(":")
     check_choice(name or None, algorithm or None)
     return name or None, algorithm or None
@@ -239,7 +240,7 @@ def _choose(*key) -> Choice:
 @functools.cache
 def _cached_choice(cell, input_size, hidden_size, proj_size, dtype, device, backend, algorithm, setting) -> Choice:
     if setting:
-        backend, algorithm = _parse(setting)
+        backend, algorithm = parse(setting)
     problem = Problem(
         cell,
         input_size,

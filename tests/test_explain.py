@@ -302,3 +302,19 @@ def test_info_says_what_would_run(capsys):
     assert found["threads"] >= 1
     assert len(found["gpus"]) == torch.cuda.device_count()
     assert found["gpus"] or "no GPU is here; with one: " in found["cuda_tensors"]
+
+
+@pytest.mark.parametrize(
+    "setting, code, text",
+    [
+        ("reference", 0, "reference (backend 'reference' was asked for)"),
+        ("cuda:sequence", 0, "none (backend 'cuda' was asked for but cannot run"),
+        ("cudnn", 2, "error: backend must be one of reference, cpu, triton, cuda, got 'cudnn'"),
+    ],
+)
+def test_info_obeys_the_environment(setting, code, text, capsys, monkeypatch):
+    monkeypatch.setattr(planning, "machine", lambda: planning.Machine())
+    monkeypatch.setenv("FUSEDRNN_BACKEND", setting)
+    assert main(["info"]) == code
+    printed = capsys.readouterr()
+    assert text in (printed.err if code else printed.out.split("cpu_tensors")[1].splitlines()[0])

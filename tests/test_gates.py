@@ -495,13 +495,21 @@ def test_command_with_wrong_input(plots, checkpoint, tmp_path, capsys, change, m
     assert message in capsys.readouterr().err
 
 
+def test_command_where_the_backend_cannot_run(plots, checkpoint, tmp_path, capsys):
+    command = ["gates", "--checkpoint", str(checkpoint("GRU")), "--text", "ab", "--out", str(tmp_path / "out")]
+    with fusedrnn.backend("cpu", "step"):
+        assert __main__.main(command) == 2
+    assert "error: " in capsys.readouterr().err
+
+
 def test_command_with_a_file_of_another_kind(plots, checkpoint, tmp_path, capsys):
     path = tmp_path / "other.pt"
     for content in (b"", b"not a checkpoint"):
         path.write_bytes(content)
         assert __main__.main(["gates", "--checkpoint", str(path), "--text", "ab"]) == 2
         assert f"{path} is no checkpoint of examples/char_lm.py" in capsys.readouterr().err
-    for content in ({"weight": torch.ones(2)}, [1, 2]):
+    no_state = {"characters": ["a"], "hidden": 8, "cell": "GRU", "layers": 1, "state_dict": [1]}
+    for content in ({"weight": torch.ones(2)}, [1, 2], no_state):
         torch.save(content, path)
         assert __main__.main(["gates", "--checkpoint", str(path), "--text", "ab"]) == 2
         assert f"{path} is no checkpoint of examples/char_lm.py" in capsys.readouterr().err

@@ -99,6 +99,7 @@ def test_wrong_resets_raise():
         (mask().float(), RuntimeError, "resets must be a bool tensor, got torch.float32"),
         (mask()[:-1], RuntimeError, rf"resets must have shape \[T, B\] = \[{T}, {B}\], got \[{T - 1}, {B}\]"),
         (mask().tolist(), TypeError, "resets must be a Tensor, got list"),
+        (mask().to_sparse(), RuntimeError, "resets must be a dense tensor, got layout torch.sparse_coo"),
         (mask().to("meta"), RuntimeError, "resets must be on the device of the input, cpu, got meta"),
     ):
         with pytest.raises(error, match=message):
@@ -108,6 +109,21 @@ def test_wrong_resets_raise():
     packed = pack_padded_sequence(x, [4, 7, 5], enforce_sorted=False)
     with pytest.raises(RuntimeError, match=r"resets must have shape \[T, B\]"):
         ours(packed, resets=mask()[:, :2])
+    weights, states = list(ours.parameters()), (torch.zeros(1, B, H, dtype=torch.float64),) * 2
+    with pytest.raises(RuntimeError, match="weights must begin with w_ih and w_hh, each with 2 dimensions"):
+        functional.lstm(x, states, [weights[2], *weights[1:]])
+    for sizes, error, message in (
+        ([3, 2], TypeError, "batch_sizes must be a Tensor, got list"),
+        (torch.tensor([3, 1]), RuntimeError, "batch_sizes must add up to the 5 rows of x, got 4"),
+        (torch.tensor([2, 3]), RuntimeError, "h0 must have batch size 2, got 3"),
+        (torch.tensor([3, -1]), RuntimeError, "batch_sizes must not increase and must be at least 1, got -1 at step 1"),
+        (torch.tensor([], dtype=torch.int64), RuntimeError, "Expected sequence length to be larger than 0"),
+    ):
+        with pytest.raises(error, match=message):
+            functional.lstm(
+                x[:2].flatten(0, 1)[:5], states, weights, batch_sizes=sizes,
+                resets=torch.zeros(len(sizes), len(states[0][0]), dtype=torch.bool),
+            )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CLASSES)
