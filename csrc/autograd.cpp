@@ -320,6 +320,7 @@ PyObject* layers(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   if (!call.read(arguments) || call.x.dim() != 3) Py_RETURN_NONE;
   const bool bias = arguments[6] == Py_True, batch_first = arguments[9] == Py_True;
   const int64_t num_layers = THPUtils_unpackLong(arguments[7]), directions = THPUtils_unpackLong(arguments[8]);
+  if (num_layers < 1 || directions < 1) Py_RETURN_NONE;
   const int64_t all = num_layers * directions, per = static_cast<int64_t>(call.weights.size()) / all;
   const int64_t out = call.weights[1].size(1), hidden = call.weights[1].size(0) / call.gates;
   const bool projection = per == 3 + 2 * bias;
@@ -332,7 +333,8 @@ PyObject* layers(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     if (bias) t[5] = w[2], t[6] = w[3];
     if (projection) t[7] = w[per - 1];
     const int64_t input = k < directions ? call.x.size(2) : directions * out;
-    if (!t[3].defined() || !t[4].defined() || !weights_fit(t, call.gates, input)) Py_RETURN_NONE;
+    if (std::any_of(w, w + per, [](const Tensor& each) { return !each.defined(); })) Py_RETURN_NONE;
+    if (!weights_fit(t, call.gates, input)) Py_RETURN_NONE;
     if (t[4].size(0) != call.gates * hidden || t[4].size(1) != out) Py_RETURN_NONE;
     sequences.push_back(std::move(t));
   }

@@ -151,7 +151,8 @@ class _Recurrent(nn.RNNBase):
 
     def _direct(self, input, hx):
         """What forward returns, in one call of C++; None where that does not apply."""
-        if self.backend is not None or self.algorithm is not None:
+        # A subclass may override what this way does not ask.
+        if self.backend is not None or self.algorithm is not None or type(self).__module__ != __name__:
             return None
         h0, c0 = hx, None
         if hx is not None and self.mode == "LSTM":
@@ -348,7 +349,8 @@ class _Cell(nn.RNNCellBase):
 
     def _direct(self, input: Tensor, h0: Tensor | None, c0: Tensor | None):
         """What forward returns, in one call of C++; None where that does not apply."""
-        if self.backend is not None or self.algorithm is not None:
+        # A subclass may override what this way does not ask.
+        if self.backend is not None or self.algorithm is not None or type(self).__module__ != __name__:
             return None
         cell = CELL_OF_MODE[self.mode].name
         return functional.direct("cell", cell, self._parameters, _CELL_WEIGHTS, input, h0, c0)

@@ -332,6 +332,19 @@ def test_direct_call_gives_way():
     assert module(x).grad_fn is not None
 
 
+def test_direct_call_gives_way_to_a_changed_layer():
+    module, _ = direct_pair("GRU", {}, torch.float32)
+    x = torch.randn(3, 2, 4)
+    module.num_layers = 0
+    assert module._direct(x, None) is None
+    module.num_layers = 1
+    assert module._direct(x, None) is not None
+    module.bias_ih_l0 = None
+    assert module._direct(x, None) is None
+    with pytest.raises(TypeError, match=r"weights\[2\] must be a Tensor, got NoneType"):
+        module(x)
+
+
 def test_direct_call_on_many_threads():
     module, _ = direct_pair("LSTM", {})
     x = torch.randn(3, 2, 4, dtype=torch.float64)

@@ -98,7 +98,7 @@ struct ForwardStep {
 };
 
 template <typename Cell, typename Type, int kTiles, bool kWhole>
-__global__ void __launch_bounds__(kThreads) step_forward(
+__global__ void __launch_bounds__(kThreads, 1) step_forward(
     const __grid_constant__ ForwardStep<typename Arithmetic<Type>::Scalar, typename Arithmetic<Type>::Accumulator> p) {
   using Math = Arithmetic<Type>;
   using Scalar = typename Math::Scalar;
@@ -224,7 +224,7 @@ __device__ __forceinline__ void backward_sums(Accumulator* sums, const Scalar* w
 }
 
 template <typename Type, int kTiles, bool kWhole>
-__global__ void __launch_bounds__(kThreads) step_linear(const Linear<typename Arithmetic<Type>::Scalar> p) {
+__global__ void __launch_bounds__(kThreads, 1) step_linear(const Linear<typename Arithmetic<Type>::Scalar> p) {
   using Math = Arithmetic<Type>;
   using Scalar = typename Math::Scalar;
   using Accumulator = typename Math::Accumulator;
@@ -260,7 +260,7 @@ struct Upstream {
 };
 
 template <typename Cell, typename Type, int kTiles, bool kWhole>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     step_backward(const __grid_constant__ FusedrnnBackward p, const Rows step, int64_t next_offset,
                   const Upstream<typename Arithmetic<Type>::Scalar> up) {
   using Math = Arithmetic<Type>;
