@@ -116,6 +116,15 @@ def test_tf32_keeps_wider_weights_in_registers(hidden, monkeypatch, poisoned):
     assert_agree(both(given, upstream, "persistent"), given, upstream, 2e-3)
 
 
+@pytest.mark.parametrize(
+    "dtype, hidden", [(torch.bfloat16, 250), (torch.bfloat16, 256), (torch.float32, 127), (torch.float32, 128)]
+)
+def test_rows_that_only_their_padding_makes_whole(dtype, hidden, poisoned):
+    """H rounded up to a packet fills the lanes' chunks exactly; H itself does not."""
+    given, upstream = draw(2, 3, 4, hidden, dtype)
+    assert_agree(both(given, upstream, "persistent"), given, upstream, 1e-5 if dtype == torch.float32 else 2e-2)
+
+
 def test_infinite_weights_do_not_look_like_a_missing_packet():
     given, _upstream = draw(3, 4, 5, 24, torch.float32)
     given[4][0, 0], given[4][0, 1] = float("inf"), float("-inf")

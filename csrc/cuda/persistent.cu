@@ -573,13 +573,14 @@ int launch(Kernel kernel, const Params& params, int units, int shared, cudaStrea
                                      dim3(kThreads), arguments, size_t(shared), stream);
 }
 
-// Calls run(chunks, whole) with the smallest compiled number of chunks that holds a row of weights.
+// Calls run(chunks, whole) with the smallest compiled number of chunks that holds a row of weights. even: H is a
+// multiple of a packet.
 template <int... kCompiled, typename Run>
-int with_chunks(int64_t row_bytes, const Run& run) {
+int with_chunks(int64_t row_bytes, bool even, const Run& run) {
   int result = cudaErrorInvalidValue;
   constexpr int kChunkBytes = 64 * kWarps;
   (void)((row_bytes <= kCompiled * kChunkBytes &&
-          (result = row_bytes == kCompiled * kChunkBytes
+          (result = even && row_bytes == kCompiled * kChunkBytes
                         ? run(std::integral_constant<int, kCompiled>(), std::true_type())
                         : run(std::integral_constant<int, kCompiled>(), std::false_type()),
            true)) ||
@@ -594,12 +595,13 @@ int forward(const Forward& p, cudaStream_t stream) {
   const auto run = [&](auto chunks, auto whole) {
     return launch(persistent_forward<Cell, Type, chunks(), whole()>, p, kForwardUnits, shared, stream);
   };
-  constexpr int kSize = sizeof(typename Math::Scalar);
-  const int64_t row_bytes = (p.hidden * kSize + 15) / 16 * 16;
-  if constexpr (kSize == 2)
-    return with_chunks<1, 2, 3, 4>(row_bytes, run);
+  constexpr int kPer = 16 / int(sizeof(typename Math::Scalar));
+  const int64_t row_bytes = (p.hidden + kPer - 1) / kPer * 16;
+  const bool even = p.hidden % kPer == 0;
+  if constexpr (kPer == 8)
+    return with_chunks<1, 2, 3, 4>(row_bytes, even, run);
   else
-    return with_chunks<2, 4, 6, 8>(row_bytes, run);
+    return with_chunks<2, 4, 6, 8>(row_bytes, even, run);
 }
 
 template <typename Cell, typename Type>
@@ -609,10 +611,11 @@ int backward(const Backward& p, cudaStream_t stream) {
     return launch(persistent_backward<Cell, Type, chunks(), whole()>, p, kBackwardUnits, 0, stream);
   };
   const int64_t row_bytes = (p.hidden + kPer - 1) / kPer * 16 * Cell::kAccumulators;
+  const bool even = p.hidden % kPer == 0;
   if constexpr (Arithmetic<Type>::kExact)
-    return with_chunks<4, 8, 12>(row_bytes, run);
+    return with_chunks<4, 8, 12>(row_bytes, even, run);
   else
-    return with_chunks<4, 8, 12, 16>(row_bytes, run);
+    return with_chunks<4, 8, 12, 16>(row_bytes, even, run);
 }
 
 #define FUSEDRNN_DISPATCH(FUNCTION, CELL)              \
