@@ -339,7 +339,7 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
   constexpr int kPer = 16 / sizeof(Scalar), kAccs = Cell::kAccumulators, kSaved = kSavedOrOne<Cell>;
   constexpr int kPackets = kBackwardUnits / kPer;  // of 16 units
   // Packets in flight: what the registers allow.
-  constexpr int kAhead = Math::kExact || kChunks < 16 ? kChunks : sizeof(Scalar) == 4 ? 8 : 12;
+  constexpr int kAhead = Math::kExact || kChunks < 16 ? kChunks : kWhole ? 12 : 7;
   constexpr int kStage = 4 * kAccs * kBackwardUnits;  // what a warp stages: 4 rows x accumulators x 16 units
   __shared__ __align__(16) Accumulator all_sums[2 * Sums::kSize];
   __shared__ __align__(16) Scalar stages[kWarps][kStage];
