@@ -33,7 +33,7 @@ class Environment:
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(Environment):
     """One measurement. Times in seconds of one call, ``speedup`` over torch.nn within the same rounds, memory in bytes.
 
     ``status`` is ok, wrong (the correctness gate refused it, nothing was timed), failed or unavailable (the provider
@@ -41,15 +41,6 @@ class Row:
     ``peak_*`` are the machine's, for the roofline: operations and bytes a second, and where they come from.
     """
 
-    device: str
-    torch: str
-    cuda: str
-    cudnn: str
-    driver: str
-    fusedrnn: str
-    commit: str
-    threads: int
-    tf32: bool
     suite: str
     cell: str
     T: int
