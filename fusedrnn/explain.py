@@ -222,13 +222,10 @@ def _pointwise_bytes(z: _Sizes, backward: bool, in_memory: bool) -> tuple[int, i
     return (z.state if in_memory else z.G * unit), z.B * z.P * z.s + saved + cells
 
 
-def _step_bytes(
-    z: _Sizes, backward: bool, units: int, rows: int, projection: tuple[int, int], through: int
-) -> tuple[int, int]:
+def _step_bytes(z: _Sizes, backward: bool, units: int, rows: int, projection: tuple[int, int]) -> tuple[int, int]:
     """A step kernel's reads and writes, projection included: every block reads its weights and its rows again.
 
     A block has ``units`` by ``rows``; in the product with W_hr (backward: with W_hh) ``projection`` says how many.
-    Backward multiplies ``through`` columns of dgates a unit by W_hh.
     """
 
     def product(columns: int, k: int, block: tuple[int, int], gates: int = 1) -> int:
@@ -244,16 +241,16 @@ def _step_bytes(
         return read, written
     written += z.A * z.B * z.H * z.s
     if not z.projected:
-        return read + product(z.H, through * z.H, (units, rows)), written
+        return read + product(z.H, z.G * z.H, (units, rows)), written
     total = z.B * z.P * z.s
-    return read + product(z.P, through * z.H, projection) + product(z.H, z.P, (units, rows)), written + total
+    return read + product(z.P, z.G * z.H, projection) + product(z.H, z.P, (units, rows)), written + total
 
 
 def _kept_bytes(z: _Sizes, backward: bool, exchanged_by: int) -> tuple[int, int]:
     """A step of a kernel that keeps W_hh: ``exchanged_by`` blocks of a slice each read its h, or its dgates."""
     read, written = _pointwise_bytes(z, backward, in_memory=False)
     unit = z.B * z.H * z.s
-    width = z.A if backward else 1
+    width = z.G if backward else 1
     return read + exchanged_by * width * unit, written + (z.A * unit if backward else 0)
 
 
@@ -349,13 +346,13 @@ def _registers(z: _Sizes, algorithm: str, backward: bool, capability: tuple[int,
             instances[int(match[1]), match[2] == "1"] = registers
     sizes = sorted({size for size, _ in instances})
     if algorithm == "persistent":
-        row = _blocks(z.H * z.s, 16) * 16 * (z.A if backward else 1)
+        row = _blocks(z.H * z.s, 16) * 16 * (z.G if backward else 1)
         size = next((n for n in sizes if row <= n * 64 * cuda_plan.WARPS), None)
-        whole = size is not None and row == size * 64 * cuda_plan.WARPS
+        whole = row == (size or 0) * 64 * cuda_plan.WARPS and z.H * z.s % 16 == 0
     else:
         tiles = 2 if z.B <= 16 else 4
         size = next((n for n in reversed(sizes) if n <= tiles), None)
-        k = (z.P if z.projected else z.A * z.H,) if backward else (z.I, z.P)
+        k = (z.P if z.projected else z.H if z.A > z.G else z.G * z.H,) if backward else (z.I, z.P)
         whole = all(n * z.s % 16 == 0 for n in k)
     registers = instances.get((size, whole))
     return registers, why if registers is None else f"sm_{arch} code of _cuda.so"
@@ -389,7 +386,7 @@ def _cuda(z: _Sizes, backward: bool, chip: cuda_plan.Chip, peaks: Peaks | None, 
         pair = z.A + z.A % 2
         forward_bytes = rows * cuda_plan.WARPS * cuda_plan.FORWARD_UNITS * pair * z.acc
         shared = cuda_plan.BACKWARD_SUMS // 2 // 4 * z.acc if backward else forward_bytes
-        read, written = _step_bytes(z, backward, units, rows, (cuda_plan.BACKWARD_UNITS, rows), z.A)
+        read, written = _step_bytes(z, backward, units, rows, (cuda_plan.BACKWARD_UNITS, rows))
     else:
         read, written = _kept_bytes(z, backward, grid[0])
     flops, outside = _matmul_flops(z, backward, inside=step)
@@ -411,7 +408,7 @@ def _triton(z: _Sizes, backward: bool, chip: triton.Chip, peaks: Peaks | None) -
     chosen = plan("auto")
     step = chosen.algorithm == "step"
     if step:  # the projection is torch's matmul: it reads its operands once
-        read, written = _step_bytes(z, backward, chosen.BU, chosen.BB, (z.P, z.B), z.G)
+        read, written = _step_bytes(z, backward, chosen.BU, chosen.BB, (z.P, z.B))
     else:
         read, written = _kept_bytes(z, backward, 0)
     flops, outside = _matmul_flops(z, backward, inside=step)

@@ -25,28 +25,31 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SEEDS = (1, 2, 3, 4, 5)
 
 
-def draw(steps, batch, inputs, hidden, dtype, sizes=None, seed=0):
+def draw(steps, batch, inputs, hidden, dtype, sizes=None, seed=0, cell=LSTM):
     generator = torch.Generator().manual_seed(seed)
     scale = hidden**-0.5
 
     def t(*shape, scale=1.0):
         return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype).to(DEVICE)
 
-    rows = (steps, batch) if sizes is None else (sum(sizes),)
+    rows, gates = (steps, batch) if sizes is None else (sum(sizes),), len(cell.gates)
     given = [
-        t(*rows, inputs), t(batch, hidden), t(batch, hidden), t(4 * hidden, inputs, scale=scale),
-        t(4 * hidden, hidden, scale=scale), t(4 * hidden, scale=0.1), t(4 * hidden, scale=0.1), None,
+        t(*rows, inputs), t(batch, hidden), t(batch, hidden), t(gates * hidden, inputs, scale=scale),
+        t(gates * hidden, hidden, scale=scale), t(gates * hidden, scale=0.1), t(gates * hidden, scale=0.1), None,
     ]  # fmt: skip
-    return given, (t(*rows, hidden), t(batch, hidden), t(batch, hidden))
+    upstream = [t(*rows, hidden), t(batch, hidden), t(batch, hidden)]
+    if not cell.has_cell_state:
+        given[2] = upstream[2] = None
+    return given, upstream
 
 
-def both(given, upstream, algorithm, sizes=None, reverse=False, module=cuda):
+def both(given, upstream, algorithm, sizes=None, reverse=False, module=cuda, cell=LSTM):
     """Outputs and gradients of one call."""
     sizes = None if sizes is None else torch.tensor(sizes)
     inputs = Inputs(*given, sizes, None, reverse)
-    y, h_n, c_n, gates, cells = module.forward(LSTM, inputs, algorithm, True, True)
+    y, h_n, c_n, gates, cells = module.forward(cell, inputs, algorithm, True, True)
     saved = Saved(y, gates, cells)
-    grads = module.backward(LSTM, Gradients(*upstream, None), inputs, saved, algorithm, [True] * 7 + [False])
+    grads = module.backward(cell, Gradients(*upstream, None), inputs, saved, algorithm, [True] * 7 + [False])
     return [y, h_n, c_n, cells, *grads[:7]]
 
 
@@ -54,13 +57,15 @@ def forward(given, algorithm, module=cuda):
     return module.forward(LSTM, Inputs(*given, None, None, False), algorithm, True, True)
 
 
-def assert_agree(got, given, upstream, tolerance, sizes=None, reverse=False):
+def assert_agree(got, given, upstream, tolerance, sizes=None, reverse=False, cell=LSTM):
     def up(ts):
         return [None if t is None else t.double() for t in ts]
 
-    want = both(up(given), up(upstream), "auto", sizes, reverse, reference)
+    want = both(up(given), up(upstream), "auto", sizes, reverse, reference, cell)
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
-        assert (a.double() - b).abs().max() <= tolerance * max(1.0, b.abs().max()), i
+        assert a.shape == b.shape, i
+        if a.numel():
+            assert (a.double() - b).abs().max() <= tolerance * max(1.0, b.abs().max()), i
 
 
 @simulated
@@ -105,24 +110,55 @@ def test_nan_of_any_bits_passes_through(dtype, tf32, monkeypatch):
         assert torch.equal(a[:, [0, 3]], b[:, [0, 3]])
 
 
-@pytest.mark.parametrize("hidden", [512, 500])
-def test_tf32_keeps_wider_weights_in_registers(hidden, monkeypatch, poisoned):
-    """tf32 goes on as far as H = 512 backward, float32 needs the registers for its shuffles."""
-    given, upstream = draw(2, 3, 4, hidden, torch.float32)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    with pytest.raises(RuntimeError, match="float32 fits up to H = 384"):
-        both(given, upstream, "persistent")
+@pytest.mark.parametrize("cell, hidden, limit", [("lstm", 512, 384), ("lstm", 500, 384), ("gru", 512, 512)])
+def test_backward_keeps_wide_weights_in_registers(cell, hidden, limit, monkeypatch, poisoned):
+    """tf32 goes as far as H = 512; float32 needs registers for its shuffles, a GRU has a gate less."""
+    cell = CELLS[cell]
+    given, upstream = draw(2, 3, 4, hidden, torch.float32, cell=cell)
+    if hidden > limit:
+        with pytest.raises(RuntimeError, match=f"float32 fits up to H = {limit}"):
+            both(given, upstream, "persistent", cell=cell)
+    else:
+        assert_agree(both(given, upstream, "persistent", cell=cell), given, upstream, 1e-5, cell=cell)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    assert_agree(both(given, upstream, "persistent"), given, upstream, 2e-3)
+    assert_agree(both(given, upstream, "persistent", cell=cell), given, upstream, 2e-3, cell=cell)
 
 
 @pytest.mark.parametrize(
-    "dtype, hidden", [(torch.bfloat16, 250), (torch.bfloat16, 256), (torch.float32, 127), (torch.float32, 128)]
+    "cell, dtype, hidden",
+    [(c, torch.float32, h) for c in CELLS for h in (127, 128)]
+    + [(c, torch.bfloat16, h) for c in ("lstm", "gru", "rnn_tanh") for h in (250, 256)],  # relu has kinks
 )
-def test_rows_that_only_their_padding_makes_whole(dtype, hidden, poisoned):
+def test_rows_that_only_their_padding_makes_whole(cell, dtype, hidden, poisoned):
     """H rounded up to a packet fills the lanes' chunks exactly; H itself does not."""
-    given, upstream = draw(2, 3, 4, hidden, dtype)
-    assert_agree(both(given, upstream, "persistent"), given, upstream, 1e-5 if dtype == torch.float32 else 2e-2)
+    cell = CELLS[cell]
+    given, upstream = draw(2, 3, 4, hidden, dtype, cell=cell)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    assert_agree(both(given, upstream, "persistent", cell=cell), given, upstream, tolerance, cell=cell)
+
+
+def pattern(t):
+    """Finite 0, infinity its sign, NaN 2."""
+    return torch.where(t.isnan(), 2, torch.where(t.isinf(), t.sign(), 0)).to(torch.int8)
+
+
+@pytest.mark.parametrize("hidden", [7, 24, 33])
+@pytest.mark.parametrize("algorithm", ["step", "persistent"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_infinite_gradients_become_nan_only_where_they_must(cell, algorithm, hidden, poisoned):
+    """No zero of a padded or an absent column meets an infinity, and NaN stays in its batch row."""
+    cell, inf = CELLS[cell], float("inf")
+    given, upstream = draw(4, 6, 3, hidden, torch.float32, cell=cell)
+    upstream[0][3, 0, 2], upstream[0][2, 1, 1], upstream[0][1, 2, hidden - 1] = inf, -inf, float("nan")
+    upstream[1][3, 0] = inf
+    got, want = (both(given, upstream, a, module=m, cell=cell) for a, m in ((algorithm, cuda), ("auto", reference)))
+    kinds = set()
+    for i, (a, b) in enumerate(zip(got, want, strict=True)):
+        assert torch.equal(pattern(a), pattern(b)), i
+        assert torch.allclose(a.nan_to_num(0, 0, 0), b.nan_to_num(0, 0, 0), rtol=1e-4, atol=1e-5), i
+        kinds |= set(pattern(b).unique().tolist())
+    # An LSTM's infinite gate gradients come in fours, of either sign: most of what they reach is NaN.
+    assert kinds >= ({0, 2} if cell is LSTM else {-1, 0, 1, 2})
 
 
 def test_infinite_weights_do_not_look_like_a_missing_packet():
@@ -195,6 +231,8 @@ def test_a_persistent_plan_is_resident_and_covers_the_batch(hidden, batch, backw
         ({"batch": 10_000}, H100, "rounds"),
         ({}, Chip("old", 80, 100_000, cooperative=False), "no cooperative launch"),
         ({"dtype": "float32", "hidden": 512, "backward": True}, H100, "fits up to H = 384"),
+        ({"cell": "gru", "dtype": "float32", "hidden": 513, "backward": True}, H100, "fits up to H = 512"),
+        ({"cell": "rnn_relu", "hidden": 2049, "backward": True}, H100, "fits up to H = 2048"),
     ],
 )
 def test_step_runs_otherwise_and_says_why(changes, chip, words):
@@ -203,6 +241,16 @@ def test_step_runs_otherwise_and_says_why(changes, chip, words):
     assert words in chosen.why
     with pytest.raises(RuntimeError, match="algorithm 'persistent' was asked for but cannot run"):
         plan(problem(**changes), chip, "persistent")
+
+
+@simulated
+def test_chips_are_those_of_the_simulator():
+    import ptxsim
+
+    table = ptxsim.chips()
+    for name, chip in CHIP_LIMITS.items():
+        known = table[name.replace("rtx-", "rtx")]
+        assert (chip.multiprocessors, chip.shared_per_block) == (known["sms"], known["shared_per_block"]), name
 
 
 # Planted bugs: each edit of the source must make the check below fail.
@@ -228,7 +276,7 @@ def build(folder, edit=None):
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     path = folder / "csrc" / "cuda" / "persistent.cu"
     text = re.sub(r"    case k(Float16|Tf32|Float32):.*?;[^;]*?\\\n", "", path.read_text(), flags=re.S)
-    text = re.sub(r"with_chunks<[\d, ]+>\(row_bytes", "with_chunks<1, 4>(row_bytes", text)
+    text = re.sub(r"with_chunks<[^>]+>\(row_bytes", "with_chunks<1, 4>(row_bytes", text)
     path.write_text(text)
     stubs = "".join(
         f'extern "C" int fusedrnn_step_{d.lower()}(const Fusedrnn{d}*, void*) {{ return 1; }}\n'

@@ -47,9 +47,8 @@ ALL = [*slow_unless_90("persistent"), *slow_unless_90("step")]
 def test_no_spills_no_stack(compiled, name, arch):
     kernels = KERNEL.findall(compiled(name, arch)[0])
     assert len(kernels) > 20
-    for kernel, stack, stores, loads, registers in kernels:
-        assert (stack, stores, loads) == ("0", "0", "0"), kernel
-        assert int(registers) <= 255, kernel
+    assert [k for k in kernels if k[1:4] != ("0", "0", "0")] == []
+    assert [k for k in kernels if int(k[4]) > 255] == []
 
 
 @pytest.mark.parametrize("name, arch", ALL)

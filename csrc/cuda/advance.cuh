@@ -41,6 +41,24 @@ __device__ constexpr bool has_gaps() {
   return Cell::kAccumulators % 2 != 0;
 }
 
+// The blocks of a row of dgates that W_hh multiplies: gate g's is block g, from gate kFirst on kWidth blocks on.
+template <typename Cell>
+struct Gap {
+  static constexpr int kFirst = [] {
+    int gate = 0;
+    while (gate < Cell::kGates && Cell::h_acc(gate) == gate) ++gate;
+    return gate;
+  }();
+  static constexpr bool kAny = kFirst < Cell::kGates;
+  static constexpr int kWidth = kAny ? Cell::h_acc(kFirst) - kFirst : 0;
+  static constexpr bool kOnlyOne = [] {
+    for (int gate = kFirst; gate < Cell::kGates; ++gate)
+      if (Cell::h_acc(gate) != gate + kWidth) return false;
+    return true;
+  }();
+  static_assert(kOnlyOne, "accumulators that h feeds are in the order of the gates, with at most one gap");
+};
+
 template <typename Cell>
 constexpr int kMTiles = (Cell::kAccumulators + 1) / 2;
 template <typename Cell>

@@ -53,8 +53,7 @@ typedef struct {
   const void* dy;         // T [N, P] or null
   const void* dh_n;       // T [B, P] or null
   const void* dc_n;       // T [B, H] or null
-  const void* w_hh_t;     // T [P, A * H], W_hh transposed, a column block an accumulator; persistent: [H, A,
-                          // Hp], zeros beyond H
+  const void* w_hh_t;     // T [P, G * H], W_hh transposed; persistent: [H, G, Hp], zeros beyond H
   const void* w_hr_t;     // T [H, P] or null, W_hr transposed; step
   const void* gates;      // T [N, H, S]
   const void* cells;      // Acc [N, H]

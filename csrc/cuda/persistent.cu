@@ -29,22 +29,24 @@ struct Timeline {
   }
 };
 
-// Where a lane's pieces of a row lie: piece c of n at 512 bytes * c, the row holds them if c < held.
-// kWhole: every lane's row holds all n.
-template <bool kWhole, int n>
+// Where a lane's pieces of a row lie: piece c of n at 512 bytes * c, from piece `near` on `gap` bytes further; the row
+// holds them if c < held. kWhole: every lane's row holds all n.
+template <bool kWhole, int n, bool kGap = false>
 struct Inbox {
-  int held;
+  int held, near = n, gap = 0;
 
-  __device__ static __forceinline__ Inbox of(int piece0, int pieces) { return {(pieces - piece0 + 31) >> 5}; }
+  __device__ static __forceinline__ int count(int piece0, int pieces) { return (pieces - piece0 + 31) >> 5; }
+
+  __device__ __forceinline__ const char* side(const char* at, int c) const { return kGap && c >= near ? at + gap : at; }
 
   template <int c, int end>
   __device__ __forceinline__ void fetch(const char* at, Piece (&p)[n]) const {
     if constexpr (c < end) {
       if constexpr (kWhole) {
-        p[c] = mailbox::take<512 * c>(at);
+        p[c] = mailbox::take<512 * c>(side(at, c));
       } else {
         p[c] = Piece{};
-        if (c < held) p[c] = mailbox::take<512 * c>(at);
+        if (c < held) p[c] = mailbox::take<512 * c>(side(at, c));
       }
       fetch<c + 1, end>(at, p);
     }
@@ -73,11 +75,13 @@ struct Inbox {
     if (recurrent) {
       uint32_t polls = 0;
 #pragma unroll 1
-      for (int c = 0; c < (kWhole ? n : min(n, held)); ++c)
-        while (mailbox::missing(mailbox::take<0>(at + 512 * c)))
+      for (int c = 0; c < (kWhole ? n : min(n, held)); ++c) {
+        const char* const packet = side(at, c) + 512 * c;
+        while (mailbox::missing(mailbox::take<0>(packet)))
           if (++polls > params.poll_limit)
             mailbox::give_up(params.fault, step,
-                             int((at - static_cast<const char*>(Params::exchanged(params))) / 16) + 32 * c);
+                             int((packet - static_cast<const char*>(Params::exchanged(params))) / 16));
+      }
     }
     __syncwarp();
   }
@@ -135,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_forward(const __grid_c
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int hidden = int(p.hidden), pitch = kWhole ? hidden : (hidden + kPer - 1) / kPer * kPer;
   const int pieces = pitch / kPer, piece0 = 4 * warp + (lane & 3);
-  const auto inbox = Inbox<kWhole, kChunks>::of(piece0, pieces);
+  const Inbox<kWhole, kChunks> inbox{Inbox<kWhole, kChunks>::count(piece0, pieces)};
 
   const int row_bytes = keep(pitch * int(sizeof(Scalar)));
 
@@ -339,16 +343,21 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
   constexpr int kPer = 16 / sizeof(Scalar), kAccs = Cell::kAccumulators, kSaved = kSavedOrOne<Cell>;
   constexpr int kPackets = kBackwardUnits / kPer;  // of 16 units
   // Packets in flight: what the registers allow.
-  constexpr int kAhead = Math::kExact || kChunks < 16 ? kChunks : kWhole ? 12 : 7;
+  constexpr int kAhead = Math::kExact || kChunks <= 12 ? kChunks : kWhole ? 12 : 7;
   constexpr int kStage = 4 * kAccs * kBackwardUnits;  // what a warp stages: 4 rows x accumulators x 16 units
   __shared__ __align__(16) Accumulator all_sums[2 * Sums::kSize];
   __shared__ __align__(16) Scalar stages[kWarps][kStage];
 
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int hidden = int(p.hidden), pitch = kWhole ? hidden : (hidden + kPer - 1) / kPer * kPer,
-            row_size = kAccs * pitch;
-  const int pieces = row_size / kPer, piece0 = 4 * warp + (lane & 3);
-  const auto inbox = Inbox<kWhole, kChunks>::of(piece0, pieces);
+            row_size = kAccs * pitch, weight_size = Cell::kGates * pitch;
+  const int pieces = weight_size / kPer, piece0 = 4 * warp + (lane & 3);
+  using DgatesBox = Inbox<kWhole, kChunks, Gap<Cell>::kAny>;
+  constexpr bool kEven = kWhole && kChunks % Cell::kGates == 0;  // a gate's block ends with a chunk
+  const DgatesBox inbox{
+      DgatesBox::count(piece0, pieces),
+      kEven ? kChunks / Cell::kGates * Gap<Cell>::kFirst : DgatesBox::count(piece0, Gap<Cell>::kFirst * (pitch / kPer)),
+      Gap<Cell>::kWidth * (kEven ? 512 * (kChunks / Cell::kGates) : pitch * int(sizeof(Scalar)))};
   const char* const inbound = keep(reinterpret_cast<const char*>(static_cast<const Scalar*>(p.dgates) + piece0 * kPer));
   const int row_bytes = keep(row_size * int(sizeof(Scalar)));
 
@@ -360,8 +369,8 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_backward(const __grid_
       const int row = int(blockIdx.x) * kBackwardUnits + (lane >> 2) + 8 * j;
       weights[c][j] = Piece{};
       if (row < hidden && piece0 + 32 * c < pieces) {
-        weights[c][j] = load_piece<true>(static_cast<const Scalar*>(p.w_hh_t) + int64_t(row) * row_size,
-                                         (piece0 + 32 * c) * kPer, row_size);
+        weights[c][j] = load_piece<true>(static_cast<const Scalar*>(p.w_hh_t) + int64_t(row) * weight_size,
+                                         (piece0 + 32 * c) * kPer, weight_size);
         Math::prepare(weights[c][j]);
       }
     }
@@ -610,12 +619,11 @@ int backward(const Backward& p, cudaStream_t stream) {
   const auto run = [&](auto chunks, auto whole) {
     return launch(persistent_backward<Cell, Type, chunks(), whole()>, p, kBackwardUnits, 0, stream);
   };
-  const int64_t row_bytes = (p.hidden + kPer - 1) / kPer * 16 * Cell::kAccumulators;
-  const bool even = p.hidden % kPer == 0;
-  if constexpr (Arithmetic<Type>::kExact)
-    return with_chunks<4, 8, 12>(row_bytes, even, run);
-  else
-    return with_chunks<4, 8, 12, 16>(row_bytes, even, run);
+  const int64_t row_bytes = (p.hidden + kPer - 1) / kPer * 16 * Cell::kGates;
+  // Four chunks a gate, at least 8, at most what the registers hold; 3 gates end with a chunk where 4 would not.
+  constexpr int kStep = Cell::kGates == 3 ? 3 : 4, kHeld = Arithmetic<Type>::kExact ? 12 : 16;
+  constexpr int kMost = Cell::kGates == 4 ? kHeld : Cell::kGates == 3 ? 12 : 8;
+  return with_chunks<kStep, 2 * kStep, kMost - kStep, kMost>(row_bytes, p.hidden % kPer == 0, run);
 }
 
 #define FUSEDRNN_DISPATCH(FUNCTION, CELL)              \

@@ -97,6 +97,7 @@ struct ForwardStep {
   int input, hidden, out, rows, before_rows, next_rows;
 };
 
+// Left to choose how many blocks share a multiprocessor, the compiler spills to fit one more.
 template <typename Cell, typename Type, int kTiles, bool kWhole>
 __global__ void __launch_bounds__(kThreads, 1) step_forward(
     const __grid_constant__ ForwardStep<typename Arithmetic<Type>::Scalar, typename Arithmetic<Type>::Accumulator> p) {
@@ -198,10 +199,11 @@ struct Linear {
   int rows, matmul_rows, also_from;
 };
 
-// The matmul of a tile of 16 rows of A by kTiles * 8 rows of `from`, its sums in shared memory.
-template <typename Math, int kTiles, bool kWhole, typename Scalar, typename Accumulator>
+// The matmul of a tile of 16 rows of A by kTiles * 8 rows of `from`, its sums in shared memory. kGap: rows of `from`
+// have `skip` columns that A has not, in front of A's column `near`.
+template <typename Math, int kTiles, bool kWhole, bool kGap = false, typename Scalar, typename Accumulator>
 __device__ __forceinline__ void backward_sums(Accumulator* sums, const Scalar* weights, int64_t n, int64_t k,
-                                              const Scalar* from, int rows) {
+                                              const Scalar* from, int rows, int64_t near = 0, int64_t skip = 0) {
   using Sums = BackwardSums<Accumulator>;
   const int lane = threadIdx.x & 31, first = int(blockIdx.y) * kTiles * 8;
   if (first < rows) {
@@ -213,9 +215,20 @@ __device__ __forceinline__ void backward_sums(Accumulator* sums, const Scalar* w
     }
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile)
-      b[tile] = from + int64_t(min(first + tile * 8 + (lane >> 2), rows - 1)) * k;
+      b[tile] = from + int64_t(min(first + tile * 8 + (lane >> 2), rows - 1)) * (kGap ? k + skip : k);
     Accumulator acc[kTiles][1][4] = {};
-    accumulate<Math, false, 2, kTiles, kWhole>(acc, a, b, k);
+    if constexpr (kGap) {
+#pragma unroll 1
+      for (int part = 0; part < 2; ++part) {
+        accumulate<Math, false, 2, kTiles, kWhole>(acc, a, b, int(part == 0 ? near : k - near));
+#pragma unroll
+        for (int j = 0; j < 2; ++j) a[j] += near;
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) b[tile] += near + skip;
+      }
+    } else {
+      accumulate<Math, false, 2, kTiles, kWhole>(acc, a, b, int(k));
+    }
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile)
       Sums::store(sums + Sums::lane_place() + tile * 8 * Sums::kPitch, acc[tile][0]);
@@ -270,7 +283,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr int kAccs = Cell::kAccumulators;
   extern __shared__ __align__(16) unsigned char shared[];
   Accumulator* const sums = reinterpret_cast<Accumulator*>(shared);
-  backward_sums<Math, kTiles, kWhole>(sums, up.a, p.hidden, up.k, up.from, up.matmul_rows);
+  // What W_hh does not multiply is passed over: zeros times an infinite gradient would be NaN.
+  backward_sums<Math, kTiles, kWhole, Gap<Cell>::kAny>(sums, up.a, p.hidden, up.k, up.from, up.matmul_rows,
+                                                       Gap<Cell>::kFirst * p.hidden, Gap<Cell>::kWidth * p.hidden);
 
   const int local = threadIdx.x >> 3, row = int(blockIdx.y) * kTiles * 8 + local;
   if (local >= kTiles * 8 || row >= step.rows) return;
@@ -454,7 +469,7 @@ int backward(const FusedrnnBackward& p, cudaStream_t stream) {
     up.plus = p.dy ? static_cast<const Scalar*>(p.dy) + step.offset * p.out : nullptr;
     up.start = static_cast<const Scalar*>(p.dh_n);
     up.cut = p.resets ? p.resets + step.before_offset : nullptr;
-    up.k = gate_columns;
+    up.k = Cell::kGates * p.hidden;
     up.matmul_rows = recurrent_rows;
     int error = cudaSuccess;
     if (p.w_hr_t) {
@@ -477,7 +492,7 @@ int backward(const FusedrnnBackward& p, cudaStream_t stream) {
       up.k = p.out;
       up.matmul_rows = step.rows;
     }
-    const bool is_whole = whole(up.a, up.k * kSize) && whole(up.from, 0);
+    const bool is_whole = whole(up.a, (Gap<Cell>::kAny ? p.hidden : up.k) * kSize) && whole(up.from, 0);
     if (error == cudaSuccess)
       error = with_tile(step.rows, is_whole, [&](auto tiles, auto is_whole) {
         constexpr int kTiles = decltype(tiles)::value;

@@ -287,17 +287,6 @@ def forward(
     )
 
 
-def _transposed(spec: Cell, w_hh: Tensor, hidden: int, pitch: int) -> Tensor:
-    """W_hh^T [P, A * pitch], the columns of a gate at its accumulator."""
-    count = len(spec.accumulators)
-    if spec.h_acc == tuple(range(count)) and pitch == hidden:
-        return w_hh.t().contiguous()
-    blocks = w_hh.new_zeros(w_hh.shape[1], count, pitch)
-    for gate, acc in enumerate(spec.h_acc):
-        blocks[:, acc, :hidden] = w_hh[gate * hidden : (gate + 1) * hidden].t()
-    return blocks.flatten(1)
-
-
 def _started(t: Tensor, batch: int, batch_sizes: Tensor | None, reverse: bool) -> Tensor:
     """The B rows of ``t`` [N, K] in which each sequence begins."""
     if not reverse:
@@ -351,7 +340,7 @@ def backward(
             pitch = _round_up(hidden, _per_packet(x.dtype))
             box = _mailbox(x, rows, count * pitch)
             tensors |= {
-                "w_hh_t": _padded(_transposed(cell, w_hh, hidden, pitch), count * pitch), "dgates": box,
+                "w_hh_t": _padded(w_hh.unflatten(0, (-1, hidden)).permute(2, 0, 1), pitch), "dgates": box,
                 "offsets_device": None if offsets is None else offsets.to(x.device, non_blocking=True),
                 "fault": torch.zeros(4, dtype=torch.int32, device=x.device),
             }  # fmt: skip
@@ -359,7 +348,7 @@ def backward(
             dgates = box if pitch == hidden else box.view(rows, count, pitch)[:, :, :hidden].reshape(rows, -1)
         else:
             tensors |= {
-                "w_hh_t": _transposed(cell, w_hh, hidden, hidden), "dgates": dgates, "dy_total": dy_total,
+                "w_hh_t": w_hh.t().contiguous(), "dgates": dgates, "dy_total": dy_total,
                 "w_hr_t": None if w_hr is None else w_hr.t().contiguous(), "offsets_host": offsets,
                 "state": x.new_empty(batch, hidden, dtype=acc_dtype),
             }  # fmt: skip
@@ -367,8 +356,8 @@ def backward(
     need_h0 = needs[1]
     dh0 = x.new_empty(0)
     if need_h0:
-        start = _started(dgates, batch, batch_sizes, reverse)
-        dh0 = start @ _transposed(cell, w_hh, hidden, hidden).t()
+        start = _started(dgates, batch, batch_sizes, reverse).unflatten(1, (count, hidden))
+        dh0 = start[:, list(cell.h_acc)].flatten(1) @ w_hh
         if resets is not None:
             dh0 = dh0.masked_fill(_started(resets.reshape(-1, 1), batch, batch_sizes, reverse), 0)
         if dh_direct is not None:

@@ -7,7 +7,8 @@ from fusedrnn.cells import CELLS
 FORWARD_UNITS, BACKWARD_UNITS = 8, 16
 FORWARD_ROWS, BACKWARD_ROWS = 64, 32
 WARPS = 8
-# Chunks of 64 bytes of every weight row that fit in a warp's registers beside the rest, by (backward, arithmetic).
+# Chunks of 64 bytes of every weight row that fit in a warp's registers beside the rest, by (backward, arithmetic);
+# backward, no kernel was made for more than 4 a gate, or 8.
 MOST_CHUNKS = {
     (False, "16-bit"): 4,
     (False, "tf32"): 8,
@@ -33,6 +34,7 @@ class Chip:
     cooperative: bool = True
 
 
+# Multiprocessors, and the shared memory that a block may ask for; tests/ptxsim/src/chips.cpp names the sources.
 CHIP_LIMITS = {
     "a100": Chip("a100", 108, 166_912),
     "h100-sxm": Chip("h100-sxm", 132, 232_448),
@@ -80,12 +82,15 @@ def _persistent(problem: Problem, chip: Chip) -> Plan | str:
     if not chip.cooperative:
         return f"{chip.name} has no cooperative launch"
     accumulators = len(CELLS[problem.cell].accumulators)
-    row_bytes = -(-problem.hidden * size // 16) * 16 * (accumulators if problem.backward else 1)
-    chunks = -(-row_bytes // (64 * WARPS))
+    # A row of W_hh, or of W_hh^T: its gates side by side, each a number of whole packets.
+    gates = len(CELLS[problem.cell].gates) if problem.backward else 1
+    chunks = -(-(-(-problem.hidden * size // 16) * 16 * gates) // (64 * WARPS))
     arithmetic = "16-bit" if size == 2 else "tf32" if problem.tf32 else "float32"
     most = MOST_CHUNKS[problem.backward, arithmetic]
+    if problem.backward:
+        most = min(most, max(8, 4 * gates))
     if chunks > most:
-        limit = most * 64 * WARPS // size // (accumulators if problem.backward else 1)
+        limit = most * 64 * WARPS // size // gates
         return f"a block's slice of W_hh does not fit in registers: {arithmetic} fits up to H = {limit}"
     units = BACKWARD_UNITS if problem.backward else FORWARD_UNITS
     blocks = -(-problem.hidden // units)
