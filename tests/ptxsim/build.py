@@ -156,13 +156,17 @@ def _includes(include_dirs):
 
 
 def _dependencies(sources, include_dirs):
-    """Content of the sources and of all headers of their folders and of include_dirs: small trees, so hash it all."""
-    parts = []
-    folders = {Path(s).resolve().parent for s in sources} | {Path(d).resolve() for d in include_dirs}
-    for folder in sorted(folders):
-        for path in sorted(folder.rglob("*")):
-            if path.suffix in (".cu", ".cuh", ".h", ".hpp", ".inc") and path.is_file():
-                parts += [str(path.relative_to(folder)), path.read_bytes()]
+    """Content of the sources and of the files that they include, at any depth; headers of the system are left out."""
+    parts, to_read, seen = [], [Path(s).resolve() for s in sources], set()
+    while to_read:
+        path = to_read.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        parts += [path.name, path.read_bytes()]
+        for name in re.findall(rb'^\s*#\s*include\s*["<]([^">]+)', parts[-1], re.M):
+            places = [folder / name.decode() for folder in (path.parent, *map(Path, include_dirs))]
+            to_read += [place.resolve() for place in places if place.is_file()][:1]
     return parts
 
 
@@ -233,14 +237,17 @@ def build_simulated_library(cu_sources, include_dirs=(), flags=(), arch="80"):
     """
     cu_sources = [Path(s).resolve() for s in cu_sources]
     objects, cudart = _objects()
-    names, flags = tuple(s.name for s in cu_sources), tuple(map(str, flags))
-    kernels_tag = _digest(*_dependencies(cu_sources, include_dirs), names, flags, arch, nvcc())
-    out = cache_dir() / f"library-{_digest(kernels_tag, objects[0].parent.name)}"
+    flags = tuple(map(str, flags))
+    # A changed source compiles alone, and a change of the simulator only links again.
+    kernels = [
+        cache_dir() / f"kernels-{_digest(*_dependencies([source], include_dirs), flags, arch, nvcc())}"
+        for source in cu_sources
+    ]
+    out = cache_dir() / f"library-{_digest(*[folder.name for folder in kernels], objects[0].parent.name)}"
     path = out / "libsimulated.so"
     if path.exists():
         return path
-    kernels = cache_dir() / f"kernels-{kernels_tag}"  # a change of the simulator alone only links again
-    for folder in (out, kernels):
+    for folder in (out, *kernels):
         folder.mkdir(parents=True, exist_ok=True)
     target = f"arch=compute_{arch},code=[compute_{arch},sm_{arch}]"
     options = [
@@ -259,12 +266,12 @@ def build_simulated_library(cu_sources, include_dirs=(), flags=(), arch="80"):
 
     def compile_one(i):
         # Another process that compiles the same just now is waited for.
-        with open(kernels / f"{i}.lock", "w") as lock:
+        with open(kernels[i] / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             return compile_alone(i)
 
     def compile_alone(i):
-        obj, report = (kernels / f"{i}-{cu_sources[i].stem}.{end}" for end in ("o", "txt"))
+        obj, report = (kernels[i] / f"{cu_sources[i].stem}.{end}" for end in ("o", "txt"))
         if not obj.exists() or not report.exists():
             temporary = obj.with_suffix(f".{os.getpid()}.o")
             text = _run([nvcc(), *options, *_includes(include_dirs), *flags, "-c", cu_sources[i], "-o", temporary])
