@@ -1,7 +1,8 @@
 // What real chips hold, and how many blocks of a kernel fit.
 //
-// Per compute capability: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability". SM
-// counts: NVIDIA's architecture whitepapers and data sheets, named in each row.
+// Per compute capability: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; NVIDIA's CCCL
+// holds the same numbers (libcudacxx/include/cuda/__device/arch_traits.h). SM counts: NVIDIA's architecture whitepapers
+// and data sheets, named in each row.
 
 #include <algorithm>
 #include <cstdio>
@@ -24,7 +25,8 @@ const Chip kChips[] = {
     {"h100-pcie", 90, 114, 2048, 32, 65536, 233472, 232448, 1024,
      "NVIDIA H100 Tensor Core GPU Architecture whitepaper"},
     {"h200", 90, 132, 2048, 32, 65536, 233472, 232448, 1024, "NVIDIA H200 data sheet: the GH100 of the H100 SXM"},
-    {"b200", 100, 148, 2048, 32, 65536, 233472, 232448, 1024, "NVIDIA Blackwell architecture: 148 SMs on two dies"},
+    {"b200", 100, 148, 2048, 32, 65536, 233472, 232448, 1024,
+     "74 SMs on each of two dies: Chips and Cheese, \"Nvidia's B200\""},
     {"rtx5090", 120, 170, 1536, 24, 65536, 102400, 101376, 1024, "NVIDIA RTX Blackwell GPU Architecture whitepaper"},
 };
 const int kChipCount = sizeof kChips / sizeof *kChips;
