@@ -22,13 +22,11 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-CAPABILITIES = ("portable", "avx2", "avx512") if platform.machine() in ("x86_64", "AMD64") else ("portable",)
-CAPABILITY_FLAGS = {
-    "recurrence_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-    # GCC 12 takes the undefined pass-through operands of its own intrinsics for a fault.
-    "recurrence_avx512.cpp": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl",
-                              "-Wno-uninitialized"],
-}  # fmt: skip
+CAPABILITIES = ("portable", "avx2", "avx512", "amx") if platform.machine() in ("x86_64", "AMD64") else ("portable",)
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+# GCC 12 takes the undefined pass-through operands of its own intrinsics for a fault.
+AVX512 = [*AVX2, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-Wno-uninitialized"]
+CAPABILITY_FLAGS = {"recurrence_avx2.cpp": AVX2, "recurrence_avx512.cpp": AVX512, "recurrence_amx.cpp": AVX512}
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
          "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # fmt: skip
 CUDA_ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0+PTX;9.0"

@@ -439,8 +439,11 @@ def _cpu(z: _Sizes, backward: bool) -> Pass:
     threads = 1 if product < too_small else available
     direct = z.T * z.B <= 64 and (not backward or 4 * z.B >= z.T)
     capability = _build.build_info()["cpu_capability"]
-    lanes = {"avx512": 64, "avx2": 32}.get(capability, 16) // z.acc
-    weights = z.G * _blocks(z.H, 2 * lanes) * 2 * lanes * z.P * z.acc
+    lanes = {"amx": 64, "avx512": 64, "avx2": 32}.get(capability, 16) // z.acc
+    if capability == "amx":
+        tiles = z.dtype is torch.bfloat16 and not direct
+        capability = "amx: bfloat16 tiles" if tiles else "avx512"
+    weights = z.G * _blocks(z.H, 2 * lanes) * 2 * lanes * z.P * (z.s if "tiles" in capability else z.acc)
     cache = _own_cache_bytes()
     if threads == 1:
         why = "one thread" + ("" if available == 1 else ": the product of a step is too small to share")

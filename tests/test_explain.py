@@ -222,6 +222,11 @@ def test_cpu(threads, batch, hidden, text, monkeypatch):
     assert one("cpu", steps=100, **sizes | {"batch": 1}, backward=True).panel_bytes
     share = threads if "units" in text else 1
     assert found.panel_bytes == 4 * hidden * hidden * 4 // share
+    monkeypatch.setattr(explain._build, "build_info", lambda: {"cpu_capability": "amx"})
+    tiles = one("cpu", steps=100, **sizes, dtype=torch.bfloat16)
+    assert "amx: bfloat16 tiles" in tiles.why
+    assert tiles.panel_bytes in (found.panel_bytes // 2, 4 * hidden * hidden * 2)  # half may fit where all did not
+    assert "avx512;" in one("cpu", steps=100, **sizes, dtype=torch.float16).why
     assert found.bound_us is None
     assert "no peaks" in found.bound_why
     assert one("cuda", chip=None, device="cpu").why == "it takes CUDA tensors, got cpu"
@@ -235,7 +240,7 @@ def test_cpu_rules_are_those_of_the_kernels():
         "if (step < (batch >= 2 * threads ? 32768.0 : (steps == 1 ? 65536.0 : 200000.0))) threads = 1;",
         "constexpr int64_t kFewRows = 64;",
         "return s.steps * s.batch <= kFewRows; }",
-        "is_short(problem.shape) && problem.shape.steps <= 4 * problem.shape.batch),",
+        "return is_short(problem.shape) && problem.shape.steps <= 4 * problem.shape.batch;",
         "by_rows = !direct && s.threads > 1 && s.batch >= 16 * s.threads && weight_bytes <= s.cache_bytes / 4 * 3;",
     ):
         assert line in text

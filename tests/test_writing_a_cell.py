@@ -57,8 +57,8 @@ def test_the_cell_of_the_page_runs_everywhere(checkout):
     for path, text in apply(checkout).items():
         path.write_text(text)
     setup = (checkout / "setup.py").read_text()
-    assert setup.count('("portable", "avx2", "avx512")') == 1
-    (checkout / "setup.py").write_text(setup.replace('("portable", "avx2", "avx512")', '("portable",)'))
+    assert setup.count('("portable", "avx2", "avx512", "amx")') == 1
+    (checkout / "setup.py").write_text(setup.replace('("portable", "avx2", "avx512", "amx")', '("portable",)'))
     (checkout / "fusedrnn" / "kernels").symlink_to("../kernels")
 
     environment = os.environ | {

@@ -1,5 +1,10 @@
 #include <stdlib.h>
 #include <string.h>
+#ifdef FUSEDRNN_HAS_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <stdexcept>
 #include <string>
@@ -14,6 +19,17 @@ struct Candidate {
   bool runs;
 };
 
+#ifdef FUSEDRNN_HAS_AMX
+// The processor has tiles of bfloat16, and Linux lets this process use them.
+bool has_tiles() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kNeeded = 1u << 22 | 1u << 24;  // AMX-BF16, AMX-TILE
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kNeeded) != kNeeded) return false;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
 // Ascending.
 const Candidate* candidates(int* count) {
 #if defined(__x86_64__)
@@ -23,6 +39,9 @@ const Candidate* candidates(int* count) {
   static const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                                  __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
 #endif
+#ifdef FUSEDRNN_HAS_AMX
+  static const bool has_amx = has_avx512 && has_tiles();
+#endif
   static const Candidate table[] = {
       {&portable::kernels, true},
 #ifdef FUSEDRNN_HAS_AVX2
@@ -30,6 +49,9 @@ const Candidate* candidates(int* count) {
 #endif
 #ifdef FUSEDRNN_HAS_AVX512
       {&avx512::kernels, has_avx512},
+#endif
+#ifdef FUSEDRNN_HAS_AMX
+      {&amx::kernels, has_amx},
 #endif
   };
   *count = sizeof(table) / sizeof(table[0]);
@@ -68,6 +90,9 @@ const char* compiled_capabilities() {
 #endif
 #ifdef FUSEDRNN_HAS_AVX512
          " avx512"
+#endif
+#ifdef FUSEDRNN_HAS_AMX
+         " amx"
 #endif
       ;
 }

@@ -79,6 +79,9 @@ extern const Kernels kernels;
 namespace avx512 {
 extern const Kernels kernels;
 }
+namespace amx {  // bfloat16 in tile registers, else as avx512
+extern const Kernels kernels;
+}
 
 // The best one that was compiled in and that this processor runs; FUSEDRNN_CPU_CAPABILITY lowers it. Throws
 // std::runtime_error where that names none.

@@ -7,6 +7,7 @@
 // Either way a thread only ever touches its own part of the carried c and dc.
 // Where too few steps follow to pay for the repacking, the weights are read where they lie: dot products along their
 // rows in forward, sums of their rows in backward.
+// With FUSEDRNN_TILES the products with W_hh run in the tile registers of AMX; only bfloat16 is compiled then.
 #pragma once
 
 #include <omp.h>
@@ -14,9 +15,12 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <type_traits>
+
 #include "../cells.h"
 #include "recurrence.h"
 #include "simd.h"
+#include "tiles.h"
 
 namespace fusedrnn::FUSEDRNN_CAPABILITY {
 
@@ -28,6 +32,11 @@ template <>
 struct Compute<double> {
   using Type = double;
 };
+
+// What the operands of the products with W_hh are: with tiles those of the tensors, else widened.
+constexpr bool kTiles = FUSEDRNN_TILES;
+template <typename E>
+using Operand = std::conditional_t<kTiles, E, typename Compute<E>::Type>;
 
 FUSEDRNN_INLINE constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 FUSEDRNN_INLINE constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -150,8 +159,8 @@ FUSEDRNN_INLINE void multiply_rows(int64_t count, Vec<C>* sums, const C* const* 
   multiply<kRows, kVectors, kStep>(sums, rows, skip, panel, step, depth);
 }
 
-// At most so many rows of sums wait in the first-level cache, beside a piece of the panel.
-constexpr int64_t kGroup = 48;
+// At most so many rows of sums wait in the first-level cache, beside a piece of the panel (two pairs of tiles).
+constexpr int64_t kGroup = kTiles ? 64 : 48;
 constexpr int64_t kPieceBytes = 24 * 1024;
 
 // As multiply, for any number of rows.
@@ -299,13 +308,14 @@ constexpr int64_t kRowsAtOnce = 64;
 template <typename Cell, typename E>
 struct Skeleton {
   using C = typename Compute<E>::Type;
+  using O = Operand<E>;
   using V = Vec<C>;
   static constexpr int kWidth = V::kWidth;
   static constexpr int kG = Cell::kGates;
   static constexpr int kA = Cell::kAccumulators;
   static constexpr int kS = Cell::kSaved;
   static constexpr int kPlain = 2;  // vectors of a panel whose columns are units or outputs, not gates
-  static constexpr bool kWide = sizeof(E) == sizeof(C);
+  static constexpr bool kWide = sizeof(E) == sizeof(O);  // products take h and dgates where they are stored
 
   const Shape& shape;
   const int64_t steps, batch, hidden, out;
@@ -313,8 +323,11 @@ struct Skeleton {
   const bool projected;
   const bool direct;  // the recurrent weights are read where they lie
   bool by_rows;
+  const int64_t laid_out_size;  // of a thread's rows as tiles
+  Buffer<O> laid_out;           // [threads][kGroup / 16][depth / 32][16][32], with tiles only
 
-  Skeleton(const Shape& s, bool projected, bool direct)
+  // depth: that of the products with W_hh, in `segments`.
+  Skeleton(const Shape& s, bool projected, bool direct, int segments, int64_t depth)
       : shape(s),
         steps(s.steps),
         batch(s.batch),
@@ -322,10 +335,19 @@ struct Skeleton {
         out(s.out),
         padded(divide_up(s.hidden, kPlain * kWidth) * kPlain * kWidth),
         projected(projected),
-        direct(direct) {
-    const int64_t weight_bytes = kG * padded * out * static_cast<int64_t>(sizeof(C));
+        direct(direct),
+        laid_out_size(kTiles ? segments * chunks(depth) * Tile::kDepth * kGroup : 0),
+        laid_out(s.threads * laid_out_size) {
+    const int64_t weight_bytes = kG * padded * out * static_cast<int64_t>(sizeof(O));
     by_rows = !direct && s.threads > 1 && s.batch >= 16 * s.threads && weight_bytes <= s.cache_bytes / 4 * 3;
   }
+
+  static int64_t chunks(int64_t depth) { return divide_up(depth, Tile::kDepth); }
+  // Elements of a panel of `vectors` columns of vectors whose depth comes in `segments` of `depth`.
+  static int64_t panel_size(int vectors, int segments, int64_t depth) {
+    return kTiles ? segments * chunks(depth) * vectors * Tile::kSize : segments * depth * vectors * kWidth;
+  }
+  O* laid_out_by(int thread) const { return laid_out + thread * laid_out_size; }
 
   int64_t offset(int64_t t) const { return shape.offsets[t]; }
   int64_t rows_at(int64_t t) const { return t < 0 || t >= steps ? 0 : shape.offsets[t + 1] - shape.offsets[t]; }
@@ -382,32 +404,36 @@ struct ForwardRun : Skeleton<Cell, E> {
   using Base::batch, Base::hidden, Base::kA, Base::kG, Base::kPlain, Base::kS, Base::kWide, Base::kWidth, Base::out,
       Base::padded, Base::projected, Base::steps;
   using C = typename Base::C;
+  using O = typename Base::O;
   using V = typename Base::V;
   const Forward& p;
   const int64_t unit_blocks, out_blocks;
-  Buffer<C> panels;      // [unit block][P][G][W]
+  Buffer<O> panels;      // [unit block][P][G][W], or tiles
   Buffer<C> out_panels;  // [out block][H][kPlain][W]
   Buffer<C> bias;        // [A][padded]
   Buffer<C> c;           // [B][padded]
   Buffer<C> h;           // [B][padded]: unprojected, with w_hr only
-  Buffer<C> exchange;    // [3][B][P]: h of the last two steps and h0, where E is narrower than C
-  Buffer<C> zeros;       // [padded]: what a row that is reset starts from
+  Buffer<O> exchange;    // [3][B][P]: h of the last two steps and h0, where E is narrower than O
+  Buffer<O> zeros;       // [padded]: what a row that is reset starts from
   Barrier barrier;
 
   explicit ForwardRun(const Forward& problem)
-      : Base(problem.shape, problem.w_hr != nullptr, is_short(problem.shape)),
+      : Base(problem.shape, problem.w_hr != nullptr, reads_weights(problem), 1, problem.shape.out),
         p(problem),
         unit_blocks(divide_up(hidden, kWidth)),
         out_blocks(projected ? divide_up(out, kPlain * kWidth) : 0),
-        panels(this->direct ? 0 : unit_blocks * out * kG * kWidth),
+        panels(this->direct ? 0 : unit_blocks * Base::panel_size(kG, 1, out)),
         out_panels(out_blocks * hidden * kPlain * kWidth),
         bias(kA * padded),
         c(batch * padded),
         h(projected ? batch * padded : 0),
         exchange(kWide ? 0 : 3 * batch * out),
         zeros(problem.shape.resets ? padded : 0) {
-    if (problem.shape.resets) memset(zeros, 0, padded * sizeof(C));
+    if (problem.shape.resets) memset(zeros, 0, padded * sizeof(O));
   }
+
+  // Whether the recurrent weights are read where they lie.
+  static bool reads_weights(const Forward& problem) { return is_short(problem.shape); }
 
   void run() {
     Base::parallel(this->shape.threads, [this](int thread, int threads) { work(thread, threads); });
@@ -415,6 +441,7 @@ struct ForwardRun : Skeleton<Cell, E> {
 
  private:
   void work(int thread, int threads) {
+    [[maybe_unused]] const TileRegisters registers;
     prepare(thread, threads);
     barrier.wait(threads);
     const auto units = this->blocks(unit_blocks, thread, threads);
@@ -422,8 +449,9 @@ struct ForwardRun : Skeleton<Cell, E> {
     for (int64_t s = 0; s < steps; ++s) {
       const int64_t t = this->shape.reverse ? steps - 1 - s : s;
       const int64_t rows = this->rows_at(t);
-      this->groups(rows, thread, threads,
-                   [&](int64_t first, int64_t stride, int64_t count) { advance(t, s, units, first, stride, count); });
+      this->groups(rows, thread, threads, [&](int64_t first, int64_t stride, int64_t count) {
+        advance(t, s, thread, units, first, stride, count);
+      });
       if (projected) {
         this->barrier_of_step(barrier, threads);
         this->groups(rows, thread, threads,
@@ -448,10 +476,13 @@ struct ForwardRun : Skeleton<Cell, E> {
     const auto units = Base::share_of(unit_blocks, thread, threads);
     for (int64_t block = units.begin; block < units.end; ++block) {
       const int64_t u = block * kWidth;
-      C* panel = panels + block * out * kG * kWidth;
       for (int g = 0; g < kG && !this->direct; ++g) {
-        pack_rows(panel + g * kWidth, kG * kWidth, static_cast<const E*>(p.w_hh) + (g * hidden + u) * out, out,
-                  hidden - u, out);
+        const E* of_gate = static_cast<const E*>(p.w_hh) + (g * hidden + u) * out;
+        if constexpr (kTiles) {
+          tiles_of_rows(panel_of(block) + g * Tile::kSize, kG, of_gate, out, hidden - u, out);
+        } else {
+          pack_rows(panel_of(block) + g * kWidth, kG * kWidth, of_gate, out, hidden - u, out);
+        }
       }
       for (int a = 0; a < kA; ++a) store(bias + a * padded + u, V(C(0)));
       for (int g = 0; g < kG; ++g) {
@@ -483,14 +514,16 @@ struct ForwardRun : Skeleton<Cell, E> {
     if (b) store(bias + at, load(bias + at) + load<C>(static_cast<const E*>(b) + from, count));
   }
 
+  O* panel_of(int64_t block) const { return panels + block * Base::panel_size(kG, 1, out); }
+
   // h that row b of step t starts from.
-  FUSEDRNN_INLINE const C* h_before(int64_t t, int64_t s, int64_t b) const {
+  FUSEDRNN_INLINE const O* h_before(int64_t t, int64_t s, int64_t b) const {
     const int64_t previous = this->before(t);
     const bool carried = b < this->rows_at(previous);
     if (this->reset(this->offset(t) + b)) return zeros;
     if constexpr (kWide) {
-      return carried ? static_cast<const C*>(p.y) + (this->offset(previous) + b) * out
-                     : static_cast<const C*>(p.h0) + b * out;
+      return carried ? static_cast<const O*>(p.y) + (this->offset(previous) + b) * out
+                     : static_cast<const O*>(p.h0) + b * out;
     } else {
       return exchange + ((carried ? (s - 1) & 1 : 2) * batch + b) * out;
     }
@@ -508,13 +541,15 @@ struct ForwardRun : Skeleton<Cell, E> {
   }
 
   // One step of `count` rows: for a block of units the matmul of all gates, then the cell.
-  void advance(int64_t t, int64_t s, typename Base::Range units, int64_t first, int64_t stride, int64_t count) {
-    const C* before[kGroup];
+  void advance(int64_t t, int64_t s, int thread, typename Base::Range units, int64_t first, int64_t stride,
+               int64_t count) {
+    const O* before[kGroup];
     const E* x[kGroup];
     for (int64_t i = 0; i < count; ++i) {
       before[i] = h_before(t, s, first + i * stride);
       x[i] = static_cast<const E*>(p.x) + (this->offset(t) + first + i * stride) * p.input;
     }
+    if constexpr (kTiles) lay_out(this->laid_out_by(thread), before, count, out, {0});
     this->sweep(units, s, [&](int64_t block) {
       // The cell reads a line here and a line there, which no prefetcher foresees.
       for (int64_t i = 0; i < count && p.gates_x; ++i) {
@@ -527,8 +562,10 @@ struct ForwardRun : Skeleton<Cell, E> {
       if (!p.gates_x) all_gates(sums_x, x, count, p.w_ih, block, p.input);
       if (this->direct) {
         all_gates(sums, before, count, p.w_hh, block, out);
+      } else if constexpr (kTiles) {
+        product<kG>(sums, this->laid_out_by(thread), count, panel_of(block), Base::chunks(out));
       } else {
-        product<kG>(sums, before, count, panels + block * out * kG * kWidth, out, {0});
+        product<kG>(sums, before, count, panel_of(block), out, {0});
       }
       for (int64_t i = 0; i < count; ++i) {
         apply_cell(t, s, first + i * stride, block * kWidth, before[i], sums_x + i * kG, sums + i * kG);
@@ -536,7 +573,7 @@ struct ForwardRun : Skeleton<Cell, E> {
     });
   }
 
-  void apply_cell(int64_t t, int64_t s, int64_t b, int64_t u, const C* before, const V* sums_x, const V* sums) {
+  void apply_cell(int64_t t, int64_t s, int64_t b, int64_t u, const O* before, const V* sums_x, const V* sums) {
     const int64_t row = this->offset(t) + b, count = hidden - u;
     V acc[kA], saved[kS > 0 ? kS : 1], h_new, c_new;
     FUSEDRNN_UNROLL
@@ -596,28 +633,28 @@ struct BackwardRun : Skeleton<Cell, E> {
   using Base::batch, Base::hidden, Base::kA, Base::kG, Base::kPlain, Base::kS, Base::kWide, Base::kWidth, Base::out,
       Base::padded, Base::projected, Base::steps;
   using C = typename Base::C;
+  using O = typename Base::O;
   using V = typename Base::V;
   const Backward& p;
   const int64_t unit_blocks, out_blocks;
   const int64_t first_packed;  // blocks below it are read where they lie: whole ones, if any is read at all
-  Buffer<C> panels;            // [out block - first_packed][G*H][kPlain][W] of W_hh
+  Buffer<O> panels;            // [out block - first_packed][G*H][kPlain][W] of W_hh, or tiles
   Buffer<V> recurred;          // [out block][kGroup][kPlain]: dgates W_hh of a step, where W_hh is read directly
   Buffer<C> hr_panels;         // [unit block][P][kPlain][W] of W_hr
   Buffer<C> dc;                // [B][padded]
   Buffer<C> dy;                // [B][P]: with w_hr only, the step's dy with what the recurrence brings back
   Buffer<C> dh_direct;         // [B][padded]: with kDirectH only
-  Buffer<C> exchange;          // [2][B][A*H]: dgates of the last two steps, where E is narrower than C
-  Buffer<C> zeros;             // [A*H]: what comes back from a step that was reset
+  Buffer<O> exchange;          // [2][B][A*H]: dgates of the last two steps, where E is narrower than O
+  Buffer<O> zeros;             // [A*H]: what comes back from a step that was reset
   Barrier barrier;
 
   explicit BackwardRun(const Backward& problem)
-      : Base(problem.shape, problem.w_hr != nullptr,
-             is_short(problem.shape) && problem.shape.steps <= 4 * problem.shape.batch),
+      : Base(problem.shape, problem.w_hr != nullptr, reads_weights(problem), kG, problem.shape.hidden),
         p(problem),
         unit_blocks(divide_up(hidden, kPlain * kWidth)),
         out_blocks(divide_up(out, kPlain * kWidth)),
         first_packed(steps == 1 && !problem.dh0 ? out_blocks : (this->direct ? out / (kPlain * kWidth) : 0)),
-        panels((out_blocks - first_packed) * kG * hidden * kPlain * kWidth),
+        panels((out_blocks - first_packed) * Base::panel_size(kPlain, kG, hidden)),
         recurred(this->direct ? out_blocks * kGroup * kPlain : 0),
         hr_panels(projected ? unit_blocks * out * kPlain * kWidth : 0),
         dc(batch * padded),
@@ -625,7 +662,11 @@ struct BackwardRun : Skeleton<Cell, E> {
         dh_direct(Cell::kDirectH ? batch * padded : 0),
         exchange(kWide ? 0 : 2 * batch * kA * hidden),
         zeros(problem.shape.resets ? kA * hidden : 0) {
-    if (problem.shape.resets) memset(zeros, 0, kA * hidden * sizeof(C));
+    if (problem.shape.resets) memset(zeros, 0, kA * hidden * sizeof(O));
+  }
+
+  static bool reads_weights(const Backward& problem) {
+    return is_short(problem.shape) && problem.shape.steps <= 4 * problem.shape.batch;
   }
 
   void run() {
@@ -634,6 +675,7 @@ struct BackwardRun : Skeleton<Cell, E> {
 
  private:
   void work(int thread, int threads) {
+    [[maybe_unused]] const TileRegisters registers;
     prepare(thread, threads);
     barrier.wait(threads);
     const auto units = this->blocks(unit_blocks, thread, threads);
@@ -644,7 +686,7 @@ struct BackwardRun : Skeleton<Cell, E> {
       const int64_t chained = min(rows, this->rows_at(this->after(t)));
       // Rows that a later step follows take its dgates, the others dh_n.
       this->groups(rows, thread, threads, [&](int64_t first, int64_t stride, int64_t count) {
-        gather(t, s, outs, first, stride, count, chained);
+        gather(t, s, thread, outs, first, stride, count, chained);
       });
       if (projected) {
         this->barrier_of_step(barrier, threads);
@@ -661,7 +703,16 @@ struct BackwardRun : Skeleton<Cell, E> {
     const auto outs = Base::share_of(out_blocks, thread, threads);
     for (int64_t block = max(outs.begin, first_packed); block < outs.end; ++block) {
       const int64_t u = block * kPlain * kWidth;
-      pack_columns<kPlain>(panel_of(block), static_cast<const E*>(p.w_hh) + u, out, out - u, kG * hidden);
+      if constexpr (kTiles) {
+        for (int i = 0; i < kG * kPlain; ++i) {
+          const int64_t g = i / kPlain, v = i % kPlain, first = u + v * kWidth;
+          O* const panel = panel_of(block) + Base::panel_size(kPlain, g, hidden) + v * Tile::kSize;
+          const E* const of_gate = static_cast<const E*>(p.w_hh) + g * hidden * out;
+          tiles_of_columns(panel, kPlain, of_gate + min(first, out), out, out - first, hidden);
+        }
+      } else {
+        pack_columns<kPlain>(panel_of(block), static_cast<const E*>(p.w_hh) + u, out, out - u, kG * hidden);
+      }
     }
     const auto units = Base::share_of(unit_blocks, thread, threads);
     for (int64_t block = units.begin; block < units.end; ++block) {
@@ -680,15 +731,31 @@ struct BackwardRun : Skeleton<Cell, E> {
     }
   }
 
-  // dgates W_hh of rows whose dgates begin at rows[i].
-  void recur(V* sums, const C* const* rows, int64_t count, int64_t block) const {
-    if (this->direct) {
+  // Before recur: what it needs of all rows whose dgates begin at rows[i].
+  void prepare_rows(const O* const* rows, int64_t count, int thread, typename Base::Range outs) const {
+    if constexpr (kTiles) {
+      lay_out(this->laid_out_by(thread), rows, count, hidden, skip_of_gates().of);
+    } else {
+      if (this->direct) recur_direct(rows, count, outs);
+    }
+  }
+  // dgates W_hh of those rows.
+  void recur(V* sums, const O* const* rows, int64_t count, int thread, int64_t block) const {
+    if constexpr (kTiles) {
+      product<kPlain>(sums, this->laid_out_by(thread), count, panel_of(block), kG * Base::chunks(hidden));
+    } else if (this->direct) {
       for (int64_t i = 0; i < count * kPlain; ++i) sums[i] = recurred[block * kGroup * kPlain + i];
     } else {
-      int64_t skip[kG];
-      for (int g = 0; g < kG; ++g) skip[g] = Cell::h_acc(g) * hidden;
-      product<kPlain>(sums, rows, count, panel_of(block), hidden, skip);
+      product<kPlain>(sums, rows, count, panel_of(block), hidden, skip_of_gates().of);
     }
+  }
+  struct Skips {
+    int64_t of[kG];
+  };
+  Skips skip_of_gates() const {
+    Skips skip;
+    for (int g = 0; g < kG; ++g) skip.of[g] = Cell::h_acc(g) * hidden;
+    return skip;
   }
   // The same for all of `outs`, into recurred. A few rows of W_hh are read for all columns before the next ones, so
   // their pages stay at hand.
@@ -710,31 +777,31 @@ struct BackwardRun : Skeleton<Cell, E> {
       }
     }
   }
-  C* panel_of(int64_t block) const { return panels + (block - first_packed) * kG * hidden * kPlain * kWidth; }
+  O* panel_of(int64_t block) const { return panels + (block - first_packed) * Base::panel_size(kPlain, kG, hidden); }
 
-  FUSEDRNN_INLINE const C* dgates_of(int64_t row, int64_t slot, int64_t b) const {
+  FUSEDRNN_INLINE const O* dgates_of(int64_t row, int64_t slot, int64_t b) const {
     if constexpr (kWide) {
-      return static_cast<const C*>(p.dgates) + row * kA * hidden;
+      return static_cast<const O*>(p.dgates) + row * kA * hidden;
     } else {
       return exchange + (slot * batch + b) * kA * hidden;
     }
   }
 
   // The gradient of y of this step, and without projection at once the cell's backward.
-  void gather(int64_t t, int64_t s, typename Base::Range outs, int64_t first, int64_t stride, int64_t count,
+  void gather(int64_t t, int64_t s, int thread, typename Base::Range outs, int64_t first, int64_t stride, int64_t count,
               int64_t chained) {
     const int64_t with = min(count, chained > first ? divide_up(chained - first, stride) : 0);
-    const C* rows[kGroup];
+    const O* rows[kGroup];
     for (int64_t i = 0; i < with; ++i) {
       const int64_t b = first + i * stride;
       const int64_t row = this->offset(this->after(t)) + b;
       rows[i] = this->reset(row) ? zeros : dgates_of(row, (s - 1) & 1, b);
     }
-    if (this->direct) recur_direct(rows, with, outs);
+    prepare_rows(rows, with, thread, outs);
     this->sweep(outs, s, [&](int64_t block) {
       for (int64_t i = 0; i < count; ++i) foresee(t, first + i * stride, block * kPlain * kWidth);
       V sums[kGroup * kPlain];
-      recur(sums, rows, with, block);
+      recur(sums, rows, with, thread, block);
       for (int64_t i = with * kPlain; i < count * kPlain; ++i) sums[i] = V(C(0));
       for (int64_t i = 0; i < count; ++i) take(t, s, first + i * stride, block, sums + i * kPlain, i < with);
     });
@@ -838,7 +905,7 @@ struct BackwardRun : Skeleton<Cell, E> {
     if (p.dh0) {
       const auto outs = this->blocks(out_blocks, thread, threads);
       this->groups(batch, thread, threads,
-                   [&](int64_t first, int64_t stride, int64_t count) { start(outs, first, stride, count); });
+                   [&](int64_t first, int64_t stride, int64_t count) { start(thread, outs, first, stride, count); });
     }
     if constexpr (Cell::kHasCellState) {
       if (!p.dc0) return;
@@ -850,17 +917,17 @@ struct BackwardRun : Skeleton<Cell, E> {
     }
   }
 
-  void start(typename Base::Range outs, int64_t first, int64_t stride, int64_t count) {
-    const C* rows[kGroup];
+  void start(int thread, typename Base::Range outs, int64_t first, int64_t stride, int64_t count) {
+    const O* rows[kGroup];
     for (int64_t i = 0; i < count; ++i) {
       const int64_t b = first + i * stride;
       const int64_t row = this->edge_row(b, true);
       rows[i] = this->reset(row) ? zeros : dgates_of(kWide ? row : 0, 0, b);
     }
-    if (this->direct) recur_direct(rows, count, outs);
+    prepare_rows(rows, count, thread, outs);
     this->sweep(outs, steps, [&](int64_t block) {
       V sums[kGroup * kPlain];
-      recur(sums, rows, count, block);
+      recur(sums, rows, count, thread, block);
       for (int64_t i = 0; i < count; ++i) {
         const int64_t b = first + i * stride;
         for (int v = 0; v < kPlain; ++v) {
@@ -875,8 +942,19 @@ struct BackwardRun : Skeleton<Cell, E> {
   }
 };
 
+#if FUSEDRNN_TILES
+inline void run_without_tiles(const Forward& problem) { avx512::kernels.forward(problem); }
+inline void run_without_tiles(const Backward& problem) { avx512::kernels.backward(problem); }
+#endif
+
 template <template <typename, typename> class Run, typename Cell, typename Problem>
 void run_dtype(const Problem& problem) {
+#if FUSEDRNN_TILES
+  // What tiles are not for is left to vectors.
+  if (problem.shape.dtype != Dtype::kBfloat16 || Run<Cell, Bfloat16>::reads_weights(problem))
+    return run_without_tiles(problem);
+  return Run<Cell, Bfloat16>(problem).run();
+#else
   switch (problem.shape.dtype) {
     case Dtype::kFloat32:
       return Run<Cell, float>(problem).run();
@@ -887,6 +965,7 @@ void run_dtype(const Problem& problem) {
     case Dtype::kFloat16:
       return Run<Cell, Half>(problem).run();
   }
+#endif
 }
 
 template <template <typename, typename> class Run, typename Problem>
