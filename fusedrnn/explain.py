@@ -434,16 +434,17 @@ def _cpu(z: _Sizes, backward: bool) -> Pass:
     """How csrc/cpu shares a sequence among threads: Sizes in sequence.cpp, Skeleton in recurrence_kernels.h."""
     available = torch.get_num_threads()
     product = z.B * z.G * z.H * z.P
-    few_rows = 2 * available > z.B
-    too_small = (65536 if z.T == 1 else 200000) if few_rows else 32768
+    little = 2 * available > z.B
+    too_small = (65536 if z.T == 1 else 200000) if little else 32768
     threads = 1 if product < too_small else available
-    direct = z.T * z.B <= 64 and (not backward or 4 * z.B >= z.T)
     capability = _build.build_info()["cpu_capability"]
+    tiles = capability == "amx" and z.dtype is torch.bfloat16
+    rows = z.T * z.B
+    direct = rows <= (8 if tiles else 64) and (not backward or 4 * z.B >= z.T)
     lanes = {"amx": 64, "avx512": 64, "avx2": 32}.get(capability, 16) // z.acc
     if capability == "amx":
-        tiles = z.dtype is torch.bfloat16 and not direct
-        capability = "amx: bfloat16 tiles" if tiles else "avx512"
-    weights = z.G * _blocks(z.H, 2 * lanes) * 2 * lanes * z.P * (z.s if "tiles" in capability else z.acc)
+        capability = "amx: bfloat16 tiles" if tiles and not direct else "avx512"
+    weights = z.G * _blocks(z.H, 2 * lanes) * 2 * lanes * z.P * (z.s if tiles else z.acc)
     cache = _own_cache_bytes()
     if threads == 1:
         why = "one thread" + ("" if available == 1 else ": the product of a step is too small to share")

@@ -234,12 +234,12 @@ def test_cpu(threads, batch, hidden, text, monkeypatch):
 
 def test_cpu_rules_are_those_of_the_kernels():
     """explain._cpu repeats what these lines of C++ decide: change them together."""
-    text = "".join((CPU / name).read_text() for name in ("sequence.cpp", "recurrence_kernels.h"))
+    text = "".join((CPU / name).read_text() for name in ("sequence.cpp", "recurrence.h", "recurrence_kernels.h"))
     for line in (
         "const double step = static_cast<double>(batch) * cell.gates * hidden * out;",
         "if (step < (batch >= 2 * threads ? 32768.0 : (steps == 1 ? 65536.0 : 200000.0))) threads = 1;",
-        "constexpr int64_t kFewRows = 64;",
-        "return s.steps * s.batch <= kFewRows; }",
+        "constexpr int64_t kFewRows = 64, kFewRowsOfTiles = 8;",
+        "return s.steps * s.batch <= (kTiles ? kFewRowsOfTiles : kFewRows); }",
         "return is_short(problem.shape) && problem.shape.steps <= 4 * problem.shape.batch;",
         "by_rows = !direct && s.threads > 1 && s.batch >= 16 * s.threads && weight_bytes <= s.cache_bytes / 4 * 3;",
     ):

@@ -63,8 +63,12 @@ struct Backward {
   void* h;             // E [N, H]: the unprojected output; with w_hr only
 };
 
+// Up to so many rows, steps times batch, reading the weights where they lie beats repacking them.
+constexpr int64_t kFewRows = 64, kFewRowsOfTiles = 8;
+
 struct Kernels {
   const char* name;
+  bool tiles;  // of bfloat16
   void (*forward)(const Forward&);
   void (*backward)(const Backward&);
 };

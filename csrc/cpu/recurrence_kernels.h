@@ -298,9 +298,7 @@ void convert(C* to, const E* from, int64_t count) {
   }
 }
 
-// Up to so many rows, steps times batch, reading the weights directly beats repacking them.
-constexpr int64_t kFewRows = 64;
-FUSEDRNN_INLINE bool is_short(const Shape& s) { return s.steps * s.batch <= kFewRows; }
+FUSEDRNN_INLINE bool is_short(const Shape& s) { return s.steps * s.batch <= (kTiles ? kFewRowsOfTiles : kFewRows); }
 // So many rows of a weight are read for all columns before the next ones.
 constexpr int64_t kRowsAtOnce = 64;
 
@@ -985,7 +983,7 @@ void run_cell(const Problem& problem) {
 #define FUSEDRNN_STRING(name) #name
 #define FUSEDRNN_NAME(name) FUSEDRNN_STRING(name)
 
-extern const Kernels kernels = {FUSEDRNN_NAME(FUSEDRNN_CAPABILITY), run_cell<ForwardRun, Forward>,
+extern const Kernels kernels = {FUSEDRNN_NAME(FUSEDRNN_CAPABILITY), kTiles, run_cell<ForwardRun, Forward>,
                                 run_cell<BackwardRun, Backward>};
 
 }  // namespace fusedrnn::FUSEDRNN_CAPABILITY

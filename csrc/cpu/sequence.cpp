@@ -277,7 +277,8 @@ Outputs sequence_cpu(c10::string_view cell, const Tensor& x, const Tensor& h0, c
   // Where as many gates are saved as come in, the cell replaces the one by the other in place.
   const bool in_place = save_gates && s.cell.saved == s.cell.gates;
   // In a step of few rows the kernel multiplies x by W_ih as well: a GEMM of its own would take longer.
-  const bool one_kernel = s.steps == 1 && s.batch <= 64;
+  const bool in_tiles = kernels().tiles && x.scalar_type() == at::kBFloat16;
+  const bool one_kernel = s.steps == 1 && s.batch <= (in_tiles ? kFewRowsOfTiles : kFewRows);
   Tensor gates_x =
       in_place ? gates.view({s.rows, -1}) : at::empty({one_kernel ? 0 : s.rows, s.cell.gates * s.hidden}, options);
   const Tensor xc = one_kernel ? x.contiguous() : x, w_ihc = one_kernel ? w_ih.contiguous() : w_ih;
