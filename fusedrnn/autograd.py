@@ -8,7 +8,7 @@ anybody asks is not guessed from the grad mode, which is on inside every torch.f
 import torch
 from torch import Tensor
 
-from fusedrnn import ops
+from fusedrnn import batching, ops
 from fusedrnn.backends import reference
 from fusedrnn.backends.common import Inputs
 from fusedrnn.cells import CELLS
@@ -57,6 +57,10 @@ class RecurrenceFunction(torch.autograd.Function):
             *grads, *tensors, ctx.reverse, y, gates, cells, ctx.cell, ctx.backend, ctx.algorithm, ctx.recompute, needs
         )
         return (*(g if need else None for g, need in zip(found, needs, strict=True)), *(None,) * 8)
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return batching.sequence(RecurrenceFunction.apply, 0, info, in_dims, *args)
 
 
 class RecurrenceBackwardFunction(torch.autograd.Function):
@@ -114,3 +118,7 @@ class RecurrenceBackwardFunction(torch.autograd.Function):
         for place, g in zip([*arrived, *(4 + k for k in present)], second, strict=True):
             result[place] = g if ctx.needs_input_grad[place] else None
         return tuple(result)
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return batching.sequence_backward(RecurrenceBackwardFunction.apply, 0, info, in_dims, *args)

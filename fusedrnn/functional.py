@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from fusedrnn import _build, ops, planning
 from fusedrnn.autograd import RecurrenceFunction
+from fusedrnn.backends import reference
 from fusedrnn.backends.common import Inputs, neighbours
 from fusedrnn.cells import CELLS, Cell
 
@@ -54,7 +55,10 @@ def recurrence(
     """One direction of one layer: y, h_n, c_n, cells. Saves for backward only when a gradient will be asked for."""
     mine = [callback for thread, callback in _recorders if thread == threading.get_ident()] if _recorders else []
     tensors = inputs[:8]
-    if (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)) or _has_tangent(tensors):
+    if _has_tangent(tensors):
+        backend = "reference"
+        y, h_n, c_n, gates, cells = _in_plain_torch(cell, inputs)
+    elif torch.is_grad_enabled() and (_under_transform() or any(t is not None and t.requires_grad for t in tensors)):
         y, h_n, c_n, gates, cells = RecurrenceFunction.apply(
             *inputs, cell.name, backend, algorithm, recompute and not mine, keep_cells
         )
@@ -75,11 +79,27 @@ def recurrence(
     return y, h_n, c_n, cells
 
 
+def _under_transform() -> bool:
+    """Whether a transform of torch.func is on: its tensors do not tell what the ones they stand for require."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def _has_tangent(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether forward-mode derivatives are asked for: the Function raises on them, the bare op would give zeros."""
+    """Whether forward-mode derivatives may be asked for: the bare op would give zeros."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return False
-    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+    return _under_transform() or any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def _in_plain_torch(cell: Cell, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
+    """What the op returns with everything kept, from operations that torch can differentiate in any way."""
+    ops.check_sequence(cell.name, inputs, "reference", "auto")
+    if inputs.batch_sizes is not None:
+        ops.check_batch_sizes(inputs.batch_sizes, inputs.x.shape[0], inputs.h0.shape[0])
+    with ops.without_autocast(inputs.x):
+        y, h_n, c_n, gates, cells = reference.recurrence(cell, inputs)
+    gates, cells = (t.view(*y.shape[:-1], t.shape[-1]) if t is not None and t.dim() == 2 else t for t in (gates, cells))
+    return y, h_n, c_n, gates, cells
 
 
 def layers(

@@ -13,13 +13,14 @@ in the accumulation dtype) with ``keep_cells``; both are empty otherwise. cells 
 """
 
 import contextlib
+import functools
 import importlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fusedrnn import _build
+from fusedrnn import _build, batching
 from fusedrnn.backends.common import Gradients, Inputs, Saved, rows_of, started_from
 from fusedrnn.cells import CELLS, accumulation_dtype
 
@@ -165,7 +166,7 @@ def _backend(name: str):
     return importlib.import_module(f"fusedrnn.backends.{name}")
 
 
-def _without_autocast(x: Tensor):
+def without_autocast(x: Tensor):
     """The dtypes of an op are settled when it is called; autocast would reach into its products."""
     device = x.device.type
     on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
@@ -177,7 +178,7 @@ def _sequence_python(cell, *arguments):
     check_sequence(cell, inputs, backend, algorithm)
     if inputs.batch_sizes is not None:
         check_batch_sizes(inputs.batch_sizes, inputs.x.shape[0], inputs.h0.shape[0])
-    with _without_autocast(inputs.x):
+    with without_autocast(inputs.x):
         return _backend(backend).forward(CELLS[cell], inputs, algorithm, keep_gates, keep_cells)
 
 
@@ -193,7 +194,7 @@ def _sequence_backward_python(cell, *arguments):
         check_batch_sizes(inputs.batch_sizes, inputs.x.shape[0], inputs.h0.shape[0])
     # An input that is absent has no gradient to compute, whatever was asked.
     needs = [need and t is not None for need, t in zip(needs, inputs[:8])]
-    with _without_autocast(inputs.x):
+    with without_autocast(inputs.x):
         return _backend(backend).backward(CELLS[cell], grads, inputs, saved, algorithm, needs)
 
 
@@ -271,6 +272,8 @@ for _name, _kernel, _fake in (
 
 sequence = torch.ops.fusedrnn.sequence.default
 sequence_backward = torch.ops.fusedrnn.sequence_backward.default
+for _op, _rule in ((sequence, batching.sequence), (sequence_backward, batching.sequence_backward)):
+    torch.library.register_vmap(_op, functools.partial(_rule, _op, 1), lib=_lib)
 
 
 def rebuilt_gates(cell: str, inputs: Inputs, y: Tensor, backend: str, algorithm: str) -> Tensor:

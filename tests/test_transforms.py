@@ -1,4 +1,4 @@
-"""torch.compile, double backward, opcheck: what the autograd layer and the fake kernels promise."""
+"""torch.compile, torch.func, double backward, opcheck: what the layer above the kernels promises."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -174,16 +174,6 @@ def test_backward_under_autocast_is_that_of_the_forward(backend):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("frozen", [True, False])
-def test_forward_mode_raises_and_is_never_silently_zero(frozen):
-    lstm = fusedrnn.LSTM(4, 6).requires_grad_(not frozen)
-    x = torch.randn(3, 2, 4)
-    with pytest.raises(NotImplementedError, match="jvp"):
-        torch.func.jvp(lambda a: lstm(a)[0], (x,), (torch.ones_like(x),))
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
-        lstm(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
-
-
 # What a plain call is computed by: one call of C++, with a backend asked for the way through Python.
 DIRECT = [
     *((name + "Cell", {}, shape) for name in ("LSTM", "GRU", "RNN") for shape in ((3, 4), (4,))),
@@ -357,3 +347,181 @@ def test_direct_call_on_many_threads():
         found = list(pool.map(gradient, range(20)))
     for k, grad in enumerate(found):
         assert torch.equal(grad, gradient(k))
+
+
+# torch.func over modules: name, options, shape of the input.
+FUNC = [
+    *((name + "Cell", {}, shape) for name in ("LSTM", "GRU", "RNN") for shape in ((3, 4), (4,))),
+    ("LSTM", {"num_layers": 2, "bidirectional": True, "proj_size": 2, "batch_first": True}, (3, 2, 4)),
+    ("LSTM", {"recompute": True, "bias": False}, (2, 3, 4)),
+    ("GRU", {"num_layers": 2, "bidirectional": True}, (2, 3, 4)),
+    ("GRU", {"recompute": True}, (2, 4)),
+    ("RNN", {"nonlinearity": "relu"}, (2, 3, 4)),
+]
+
+
+def func_of(name, options, backend=None):
+    """A module, its parameters, and a function of (parameters, x, *states) that gives all outputs."""
+    module = getattr(fusedrnn, name)(4, 5, dtype=torch.float64, backend=backend, **options)
+
+    def call(weights, x, *states):
+        hx = None if not states else states if len(states) > 1 else states[0]
+        return tuple(flat(torch.func.functional_call(module, weights, (x, hx))))
+
+    return module, {k: w.detach() for k, w in module.named_parameters()}, call
+
+
+def looped(function, in_dims, *args):
+    """What torch.func.vmap(function, in_dims) gives, by a loop."""
+    leaves, spec = torch.utils._pytree.tree_flatten(args)
+    dims = torch.utils._pytree.tree_leaves(
+        tuple(torch.utils._pytree.tree_map(lambda _, d=d: d, a) for a, d in zip(args, in_dims)),
+        is_leaf=lambda d: d is None,
+    )
+    count = next(t.shape[d] for t, d in zip(leaves, dims) if d is not None)
+    each = [
+        function(*spec.unflatten([t if d is None else t.select(d, k) for t, d in zip(leaves, dims)]))
+        for k in range(count)
+    ]
+    return torch.utils._pytree.tree_map(lambda *ts: torch.stack(ts), *each)
+
+
+def assert_same(got, want):
+    got, want = (torch.utils._pytree.tree_leaves(found) for found in (got, want))
+    assert len(got) == len(want) > 0
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+def squared(call):
+    return lambda *args: sum((y * y).sum() for y in call(*args))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("name, options, shape", FUNC)
+@pytest.mark.filterwarnings("error:.*performance drop.*")
+def test_vmap(name, options, shape, backend):
+    need(backend)
+    module, weights, call = func_of(name, options, backend)
+    x = torch.randn(2, *shape, dtype=torch.float64)
+    # states_of takes a 2-D x for a cell's batch.
+    unbatched_layer = "Cell" not in name and len(shape) == 2
+    states = [] if unbatched_layer else [s.detach() for s in states_of(module, x[0])[0]]
+    members = {k: torch.stack([w, 0.5 * w, -w]) for k, w in weights.items()}
+    cases = [
+        ((None, 0), (weights, x)),
+        ((None, 1), (weights, x.movedim(0, 1))),
+        ((0, None), (members, x[0])),
+        ((0, 0), (members, torch.cat([x, x[:1] + 1]))),
+    ]
+    if states:
+        some = [torch.stack([s, 2 * s], -1) for s in states]
+        cases.append(((None, None, *(-1 for _ in some)), (weights, x[0], *some)))
+        cases.append(((None, 0, *(None for _ in states)), (weights, x, *states)))
+    for dims, args in cases:
+        for function in (call, torch.func.grad(squared(call), argnums=(0, 1))):
+            want = looped(function, dims, *args)
+            assert_same(torch.func.vmap(function, dims)(*args), want)
+            if function is call:
+                with torch.no_grad():
+                    assert_same(torch.func.vmap(function, dims)(*args), want)
+    # The gradient of a map: by torch.func, and by autograd as in the training of an ensemble.
+    mapped = squared(torch.func.vmap(call, (0, None)))
+    want = torch.func.grad(squared(lambda *args: looped(call, (0, None), *args)), argnums=(0, 1))(members, x[0])
+    assert_same(torch.func.grad(mapped, argnums=(0, 1))(members, x[0]), want)
+    leaves = {k: w.clone().requires_grad_() for k, w in members.items()}
+    point = x[0].clone().requires_grad_()
+    got = torch.autograd.grad(mapped(leaves, point), [*leaves.values(), point])
+    assert_same(got, [*want[0].values(), want[1]])
+    # Two maps.
+    twice = torch.func.vmap(torch.func.vmap(call, (None, 0)), (0, None))(members, x)
+    assert_same(twice, looped(lambda m, a: looped(call, (None, 0), m, a), (0, None), members, x))
+
+
+@pytest.mark.parametrize("name, options, shape", FUNC)
+def test_jacobians_and_hessians(name, options, shape):
+    """Forward mode and reverse mode, and one on the other, agree with torch.nn's reverse mode and with each other."""
+    func = torch.func
+    module, weights, call = func_of(name, options)
+    theirs = getattr(torch.nn, name)(
+        4, 5, dtype=torch.float64, **{k: o for k, o in options.items() if k != "recompute"}
+    )
+    theirs.load_state_dict(module.state_dict())
+    x = torch.randn(shape, dtype=torch.float64)
+    want = func.jacrev(lambda a: tuple(flat(theirs(a))), chunk_size=1)(x)
+    for jacobian in (func.jacrev, func.jacfwd):
+        assert_same(jacobian(lambda a: call(weights, a))(x), want)
+    assert all(j.abs().max() > 0 for j in want)
+    loss = squared(call)
+    reverse = func.jacrev(func.jacrev(loss, argnums=1), argnums=1)(weights, x)
+    assert reverse.abs().max() > 0
+    for second in (
+        func.jacfwd(func.jacrev(loss, argnums=1), argnums=1),
+        func.jacrev(func.jacfwd(loss, argnums=1), argnums=1),
+        func.jacfwd(func.jacfwd(loss, argnums=1), argnums=1),
+    ):
+        assert_same(second(weights, x), reverse)
+    if "Cell" not in name and shape == (2, 3, 4):
+        tangent = {k: torch.randn_like(w) for k, w in weights.items()}
+        got = func.jvp(func.grad(loss), (weights, x), (tangent, torch.zeros_like(x)))[1]
+        _, pullback = func.vjp(lambda w: func.grad(loss)(w, x), weights)
+        assert_same(got, pullback(tangent)[0])  # a Hessian is symmetric
+
+
+@pytest.mark.parametrize("wrt", ["x", "h0", "b_hh"])
+def test_forward_mode_is_never_silently_zero(wrt):
+    forward_ad = torch.autograd.forward_ad
+    given = {"x": torch.randn(3, 2, 4), "h0": torch.randn(1, 2, 6)}
+    gru = fusedrnn.GRU(4, 6).requires_grad_(False)
+    weights = dict(gru.named_parameters())
+    point = given.get(wrt, weights["bias_hh_l0"])
+
+    def call(t):
+        inputs = given | {wrt: t}
+        changed = weights | ({"bias_hh_l0": t} if wrt == "b_hh" else {})
+        return torch.func.functional_call(gru, changed, (inputs["x"], inputs["h0"]))[0]
+
+    tangent = torch.randn_like(point)
+    want = torch.autograd.functional.jvp(call, point, tangent)[1]  # by a double backward
+    assert want.abs().max() > 0
+    torch.testing.assert_close(torch.func.jvp(call, (point,), (tangent,))[1], want)
+    with forward_ad.dual_level():
+        y = forward_ad.unpack_dual(call(forward_ad.make_dual(point, tangent)))
+        torch.testing.assert_close(y.tangent, want)
+        torch.testing.assert_close(y.primal, call(point))
+
+
+def test_vmap_over_packed_input_resets_and_every_state():
+    lstm = fusedrnn.LSTM(4, 5, bidirectional=True, dtype=torch.float64)
+    x = torch.randn(3, 7, 4, dtype=torch.float64)
+    sizes = torch.tensor([3, 2, 2])
+
+    def packed(a):
+        y, states = lstm(torch.nn.utils.rnn.PackedSequence(a, sizes))
+        return y.data, *states
+
+    def grad(a):
+        return torch.func.grad(lambda b: squared(packed)(b))(a)
+
+    assert_same(torch.func.vmap(packed)(x), looped(packed, (0,), x))
+    assert_same(torch.func.vmap(grad)(x), looped(grad, (0,), x))
+    assert_same(torch.func.jacfwd(packed)(x[0]), torch.func.jacrev(packed)(x[0]))
+    resets = torch.rand(3, 7, 1) < 0.4
+
+    def every(a, mask):
+        return tuple(flat(lstm(a[:, None], resets=mask, return_all_states=True)))
+
+    def gradient(a, mask):
+        return torch.func.grad(squared(every))(a, mask)
+
+    for function in (every, gradient):
+        for dims, args in (((0, 0), (x, resets)), ((0, None), (x, resets[0])), ((None, 0), (x[0], resets))):
+            assert_same(torch.func.vmap(function, dims)(*args), looped(function, dims, *args))
+
+
+def test_vmap_of_nothing():
+    cell = fusedrnn.GRUCell(4, 5)
+    assert torch.func.vmap(cell)(torch.zeros(2, 0, 4)).shape == (2, 0, 5)
+    loss = torch.func.vmap(torch.func.grad(lambda w, x: torch.func.functional_call(cell, w, x).sum()), (None, 0))
+    with pytest.raises(RuntimeError, match="over 0"):
+        loss(dict(cell.named_parameters()), torch.zeros(0, 3, 4))
