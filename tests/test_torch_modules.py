@@ -297,6 +297,17 @@ def test_an_empty_batch(name):
     assert_same(theirs, ours, x, states_of(name, wide(0, 4)))
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", CELLS)
+def test_a_cell_without_features(name, bias):
+    for backend in (None, "reference"):
+        theirs, ours = pair(name, 0, 4, bias=bias, dtype=torch.float64)
+        ours.backend = backend
+        for lead in ((3,), (), (0,), (70,)):
+            assert_same(theirs, ours, wide(*lead, 0))
+            assert_same(theirs, ours, wide(*lead, 0), states_of(name, wide(*lead, 4)))
+
+
 @pytest.mark.parametrize("name", CELLS)
 def test_cells_of_hidden_size_zero(name):
     theirs, ours = pair(name, 3, 0, dtype=torch.float64)

@@ -188,7 +188,7 @@ void* writable(const Tensor& t) { return t.numel() ? t.mutable_data_ptr() : null
 
 OptionalTensor contiguous(const OptionalTensor& t) { return t ? OptionalTensor(t->contiguous()) : std::nullopt; }
 
-Tensor rows_of(const Tensor& t) { return t.contiguous().view({-1, t.size(-1)}); }
+Tensor rows_of(const Tensor& t) { return t.contiguous().flatten(0, -2); }
 
 // For every row the h its step started from.
 Tensor previous_rows(const Sizes& sizes, const Tensor& h0, const Tensor& y, const OptionalTensor& resets,

@@ -89,7 +89,7 @@ def step_rows(x: Tensor, batch_sizes: Tensor | None) -> list[tuple[int, int]]:
 
 def rows_of(t: Tensor) -> Tensor:
     """[T, B, K] or [N, K] as [N, K]."""
-    return t.reshape(-1, t.shape[-1])
+    return t.flatten(0, -2)
 
 
 def neighbours(batch_sizes: Tensor, rows: int, offset: int) -> tuple[Tensor, Tensor, Tensor]:
