@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-import os
 import pickle
 import sys
 from collections import OrderedDict
@@ -24,7 +23,7 @@ def info(arguments: argparse.Namespace) -> int:
     """What was built, what is here, and which backend would run for tensors on the CPU and on a GPU, and why."""
     try:
         found = build_info() | {"threads": torch.get_num_threads(), "gpus": []}
-        machine, forced = planning.machine(), planning.parse(os.environ.get(planning.ENVIRONMENT_VARIABLE, ""))
+        machine, forced = planning.machine(), planning.asked_for()
     except (RuntimeError, ValueError) as error:  # an environment variable that says nothing sensible
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -51,9 +51,13 @@ PEAKS = {
     "a100": Peaks((8, 0), 19.5, 19.5, 156.0, 312.0, 2.039, 40 << 20, ("A100",)),
     # NVIDIA H100 data sheet; L2: NVIDIA H100 Tensor Core GPU Architecture (whitepaper).
     "h100-sxm": Peaks((9, 0), 67.0, 67.0, 494.7, 989.5, 3.35, 50 << 20, ("H100 80GB HBM3",)),
-    "h100-pcie": Peaks((9, 0), 51.0, 51.0, 378.0, 756.5, 2.0, 50 << 20, ("H100 PCIe",)),
-    # NVIDIA Blackwell Architecture Technical Brief, HGX B200. It does not give the size of L2.
-    "b200": Peaks((10, 0), 40.0, 80.0, 1100.0, 2250.0, 8.0, None, ("B200",)),
+    "h100-pcie": Peaks((9, 0), 51.2, 51.2, 378.0, 756.5, 2.0, 50 << 20, ("H100 PCIe",)),
+    # NVIDIA H200 data sheet: the rates of the H100 SXM. It does not give the size of L2, which is all of GH100's at
+    # most: NVIDIA H100 Tensor Core GPU Architecture (whitepaper). Not GH200, whose memory is another.
+    "h200": Peaks((9, 0), 67.0, 67.0, 494.7, 989.5, 4.8, 60 << 20, ("NVIDIA H200",)),
+    # NVIDIA Blackwell Architecture Technical Brief, HGX B200; tf32 as half of 16 bits, of which it gives two digits. It
+    # does not give the size of L2. Not GB200, whose rates are higher.
+    "b200": Peaks((10, 0), 40.0, 80.0, 1125.0, 2250.0, 8.0, None, ("NVIDIA B200",)),
     # NVIDIA Ada GPU Architecture (whitepaper); its float64 runs at 1/64 of float32.
     "rtx-4090": Peaks((8, 9), 1.29, 82.6, 82.6, 165.2, 1.008, 72 << 20, ("RTX 4090",)),
 }
@@ -370,11 +374,11 @@ def _others(plan: Callable[[str], object], algorithms: tuple[str, ...], taken: s
     return tuple(found)
 
 
-def _cuda(z: _Sizes, backward: bool, chip: cuda_plan.Chip, peaks: Peaks | None, capability) -> Pass:
+def _cuda(z: _Sizes, backward: bool, algorithm: str, chip: cuda_plan.Chip, peaks: Peaks | None, capability) -> Pass:
     dtype = str(z.dtype).removeprefix("torch.")
     problem = cuda_plan.Problem(z.cell.name, dtype, z.B, z.H, z.projected, backward, z.tf32)
     plan = functools.partial(cuda_plan.plan, problem, chip)
-    chosen = plan("auto")
+    chosen = plan(algorithm)
     step = chosen.algorithm == "step"
     grid, shared = chosen.grid, chosen.shared_bytes
     units = cuda_plan.BACKWARD_UNITS if backward else cuda_plan.FORWARD_UNITS
@@ -400,12 +404,12 @@ def _cuda(z: _Sizes, backward: bool, chip: cuda_plan.Chip, peaks: Peaks | None, 
     )  # fmt: skip
 
 
-def _triton(z: _Sizes, backward: bool, chip: triton.Chip, peaks: Peaks | None) -> Pass:
+def _triton(z: _Sizes, backward: bool, algorithm: str, chip: triton.Chip, peaks: Peaks | None) -> Pass:
     plan = lambda algorithm: triton.plan(
         z.cell, z.B, z.I, z.H, z.P if z.projected else 0, z.dtype,
         algorithm=algorithm, backward=backward, tf32=z.tf32, chip=chip,
     )  # fmt: skip
-    chosen = plan("auto")
+    chosen = plan(algorithm)
     step = chosen.algorithm == "step"
     if step:  # the projection is torch's matmul: it reads its operands once
         read, written = _step_bytes(z, backward, chosen.BU, chosen.BB, (z.P, z.B))
@@ -507,6 +511,8 @@ def explain(
 ) -> Explanation:
     """What would run for these sizes, and why: plans, grids, memory, operations, bounds. Computes nothing.
 
+    A backend that is forced, by :func:`fusedrnn.backend` or FUSEDRNN_BACKEND, is what runs; where it cannot, none does.
+
     Args:
         cell: "lstm", "gru", "rnn_tanh" or "rnn_relu".
         steps, batch, input_size, hidden_size, proj_size, num_layers, bidirectional: T, B, I, H, P, L and D as in
@@ -515,18 +521,22 @@ def explain(
         tf32: products of float32 are rounded to tf32, as ``torch.backends.cudnn.allow_tf32`` asks for.
         training: gates are saved, and backward is explained as well.
         device: of this machine; by default the GPU if there is one, else the CPU.
-        chip: instead of a device, the name of a GPU that need not be here: a100, h100-sxm, h100-pcie, b200, rtx-4090.
+        chip: instead of a device, the name of a GPU that need not be here: a100, h100-sxm, h100-pcie, h200, b200,
+            rtx-4090.
 
     Returns:
         The explanation, for each size of layer one ``Sequence`` with a ``Pass`` for each backend and direction.
 
     Raises:
-        ValueError: there is no such cell or chip, or the sizes are wrong.
+        ValueError: there is no such cell or chip, the sizes are wrong, the device is meta, or FUSEDRNN_BACKEND names no
+            backend.
         RuntimeError: the device is not here.
     """
     _check(cell, steps, batch, input_size, hidden_size, proj_size, num_layers, dtype, tf32, device, chip)
     if chip is None:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "meta":
+            raise ValueError("device must be one that computes, got 'meta': its tensors have no data, nothing runs")
         torch.empty(0, device=device)
     on_gpu = chip is not None or device.type == "cuda"
     limits = peaks = gpu = capability = None
@@ -547,7 +557,11 @@ def explain(
 
     kind = "cuda" if on_gpu else device.type
     problem = planning.Problem(cell, input_size, hidden_size, proj_size, dtype, kind, capability)
-    choice = planning.decide(problem, machine)
+    asked = planning.asked_for()
+    try:
+        choice = planning.decide(problem, machine, *asked)
+    except RuntimeError as error:  # what was asked for cannot run there
+        choice = planning.Choice("none", "auto", str(error))
 
     def passes(inputs: int) -> tuple[Pass, ...]:
         P = proj_size or hidden_size
@@ -558,14 +572,18 @@ def explain(
             if reason is None and backend in machine.on_cpu and not on_gpu:
                 reason = "it would run in the simulator or the interpreter, to be checked, not to be fast"
             for backward in (False, True) if training else (False,):
-                if reason is not None:
-                    found.append(Pass(backend, backward, None, reason))
-                elif backend == "cuda":
-                    found.append(_cuda(z, backward, limits, peaks, capability))
-                elif backend == "triton":
-                    found.append(_triton(z, backward, gpu, peaks))
-                else:
-                    found.append(_cpu(z, backward))
+                algorithm = choice.algorithm if backend == choice.backend else "auto"
+                try:
+                    if reason is not None:
+                        found.append(Pass(backend, backward, None, reason))
+                    elif backend == "cuda":
+                        found.append(_cuda(z, backward, algorithm, limits, peaks, capability))
+                    elif backend == "triton":
+                        found.append(_triton(z, backward, algorithm, gpu, peaks))
+                    else:
+                        found.append(_cpu(z, backward))
+                except (RuntimeError, ValueError) as error:  # not the algorithm that was asked for, for these sizes
+                    found.append(Pass(backend, backward, None, str(error)))
         return tuple(found)
 
     directions = 2 if bidirectional else 1

@@ -213,6 +213,12 @@ def _innermost(blocks: tuple, backend: str | None, algorithm: str | None) -> tup
     return mine[-1] if mine and mine[-1] != (None, None) else (backend, algorithm)
 
 
+def asked_for() -> tuple[str | None, str | None]:
+    """The backend and algorithm that this thread's innermost block or the environment forces. Raises ValueError."""
+    asked = _innermost(tuple(_forced), None, None)
+    return asked if asked != (None, None) else parse(os.environ.get(ENVIRONMENT_VARIABLE, ""))
+
+
 def choose(
     cell: str,
     *,

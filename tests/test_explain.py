@@ -256,7 +256,7 @@ def test_own_cache_is_the_second_level():
 @pytest.mark.parametrize(
     "given, message",
     [
-        ({"chip": "h100"}, "chip must be one of a100, h100-sxm, h100-pcie, b200, rtx-4090, got 'h100'"),
+        ({"chip": "h100"}, "chip must be one of a100, h100-sxm, h100-pcie, h200, b200, rtx-4090, got 'h100'"),
         ({"cell": "qrnn"}, "cell must be one of lstm, gru, rnn_tanh, rnn_relu, got 'qrnn'"),
         ({"batch": 0}, "batch must be at least 1, got 0"),
         ({"num_layers": -1}, "num_layers must be at least 1, got -1"),
@@ -264,6 +264,7 @@ def test_own_cache_is_the_second_level():
         ({"proj_size": 64}, "proj_size must be at least 0 and less than hidden_size=64, got 64"),
         ({"dtype": torch.int64}, "dtype must be one of .*, got torch.int64"),
         ({"dtype": BF16, "tf32": True}, "tf32 is a way to multiply float32, got torch.bfloat16"),
+        ({"device": "meta", "chip": None}, "device must be one that computes, got 'meta'"),
         ({"device": "cpu"}, "either a chip or a device of this machine, got chip='h100-sxm' and device='cpu'"),
     ],
 )
@@ -293,7 +294,7 @@ def test_command(capsys):
 def test_command_says_what_is_wrong(capsys):
     assert main(["explain", "--chip", "gtx-1080"]) == 2
     assert capsys.readouterr().err == (
-        "error: chip must be one of a100, h100-sxm, h100-pcie, b200, rtx-4090, got 'gtx-1080'\n"
+        "error: chip must be one of a100, h100-sxm, h100-pcie, h200, b200, rtx-4090, got 'gtx-1080'\n"
     )
     with pytest.raises(SystemExit):
         main(["explain", "qrnn"])
@@ -323,3 +324,37 @@ def test_info_obeys_the_environment(setting, code, text, capsys, monkeypatch):
     assert main(["info"]) == code
     printed = capsys.readouterr()
     assert text in (printed.err if code else printed.out.split("cpu_tensors")[1].splitlines()[0])
+
+
+@pytest.mark.parametrize(
+    "setting, code, runs, algorithms",
+    [
+        ("", 0, "cuda (cuda is the first choice for cuda tensors)", {"cuda": "persistent", "triton": "step"}),
+        ("cuda:step", 0, "cuda (backend 'cuda' was asked for)", {"cuda": "step", "triton": "step"}),
+        ("triton:sequence", 0, "triton (backend 'triton' was asked for)", {"cuda": "persistent", "triton": None}),
+        ("reference", 0, "reference (backend 'reference' was asked for)", {"cuda": "persistent", "triton": "step"}),
+        ("cpu", 0, "none (backend 'cpu' was asked for but cannot run", {"cuda": "persistent", "triton": "step"}),
+        ("cudnn", 2, "error: backend must be one of reference, cpu, triton, cuda, got 'cudnn'", {}),
+    ],
+)
+def test_explain_obeys_the_environment(setting, code, runs, algorithms, capsys, monkeypatch):
+    monkeypatch.setenv("FUSEDRNN_BACKEND", setting)
+    arguments = ["explain", "--chip", "h200", "-H", "768", "--dtype", "float16"]
+    assert main(arguments) == code
+    printed = capsys.readouterr()
+    assert runs in (printed.err if code else printed.out.splitlines()[1])
+    if algorithms:
+        assert main([*arguments, "--json"]) == 0
+        passes = json.loads(capsys.readouterr().out)["sequences"][0]["passes"]
+        assert {p["backend"]: p["algorithm"] for p in passes if p["backend"] != "cpu"} == algorithms
+
+
+def test_explain_obeys_a_block():
+    with fusedrnn.backend("triton"):
+        found = fusedrnn.explain(steps=2, batch=2, input_size=4, hidden_size=8, chip="a100")
+    assert (found.backend, found.why) == ("triton", "backend 'triton' was asked for")
+
+
+@pytest.mark.parametrize("name, chip", [("NVIDIA H200", "h200"), ("NVIDIA B200", "b200"), ("NVIDIA GH200 480GB", None)])
+def test_a_chip_is_known_by_its_name(name, chip):
+    assert [key for key, p in explain.PEAKS.items() if any(d in name for d in p.devices)] == [chip] * (chip is not None)
