@@ -55,6 +55,13 @@ Outputs run(c10::string_view cell, const Tensors& t, bool reverse, bool keep) {
   return {y, with_dims(h_n, h0.dim()), c0.defined() ? with_dims(c_n, c0.dim()) : c_n, gates, cells};
 }
 
+// A fused operation would drop a tangent without a word. There is one level of dual tensors at most.
+void check_no_tangent(const Tensor& t) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!t.defined() || !t._fw_grad(0).defined(),
+                              "fusedrnn: forward mode (jvp) reaches neither torch.ops.fusedrnn.* nor the gradient of a "
+                              "layer that was called outside of it; call the layer inside");
+}
+
 pybind11::object wrap(const Tensor& t) {
   return t.defined() ? pybind11::reinterpret_steal<pybind11::object>(THPVariable_Wrap(t)) : pybind11::none();
 }
@@ -136,6 +143,7 @@ struct Recurrence : torch::autograd::Function<Recurrence> {
     for (size_t k = dims[0] == 3 ? 0 : 1, g = 0; g < grads.size(); ++k, ++g) {
       d[k] = grads[g];
       any |= d[k].defined();
+      check_no_tangent(d[k]);
     }
     if (!any) return result;
     const std::string& cell = ctx->saved_data["cell"].toStringRef();
@@ -202,6 +210,19 @@ bool is_plain(PyObject* object) {
   return keys == recorded || keys == cpu;
 }
 
+// What a module's __dict__ has under a name, or nullptr.
+PyObject* attribute(PyObject* module, PyObject* name) {
+  PyObject* found = PyDict_GetItemWithError(module, name);
+  if (found == nullptr && PyErr_Occurred()) throw python_error();
+  return found;
+}
+
+// A module's integer; -1 where it is none.
+int64_t size_attribute(PyObject* module, PyObject* name) {
+  PyObject* found = attribute(module, name);
+  return found != nullptr && THPUtils_checkLong(found) ? THPUtils_unpackLong(found) : -1;
+}
+
 bool has_shape(const Tensor& t, at::IntArrayRef shape, const Tensor& x) {
   return t.sizes() == shape && t.scalar_type() == x.scalar_type();
 }
@@ -209,7 +230,7 @@ bool has_shape(const Tensor& t, at::IntArrayRef shape, const Tensor& x) {
 // The arguments that both calls begin with.
 struct Call {
   c10::string_view cell;
-  int64_t gates;
+  int64_t gates, hidden_size;
   bool has_c;
   Tensor x, h0, c0;
   std::vector<Tensor> weights;
@@ -221,7 +242,13 @@ struct Call {
     if (name == nullptr) throw python_error();
     cell = {name, static_cast<size_t>(length)};
     std::tie(gates, has_c) = gates_and_c(cell);
-    if (!nothing_special() || !PyDict_CheckExact(arguments[1]) || !is_plain(arguments[3])) return false;
+    static PyObject* const parameters_name = PyUnicode_InternFromString("_parameters");
+    static PyObject* const hidden_size_name = PyUnicode_InternFromString("hidden_size");
+    PyObject* module = arguments[1];
+    if (!nothing_special() || !PyDict_CheckExact(module) || !is_plain(arguments[3])) return false;
+    PyObject* parameters = attribute(module, parameters_name);
+    if (parameters == nullptr || !PyDict_CheckExact(parameters)) return false;
+    hidden_size = size_attribute(module, hidden_size_name);
     x = THPVariable_Unpack(arguments[3]);
     const auto dtype = x.scalar_type();
     if (dtype != at::kFloat && dtype != at::kDouble && dtype != at::kBFloat16 && dtype != at::kHalf) return false;
@@ -236,10 +263,12 @@ struct Call {
     if (!names) throw python_error();
     weights.reserve(PySequence_Fast_GET_SIZE(names.ptr()));
     for (Py_ssize_t k = 0; k < PySequence_Fast_GET_SIZE(names.ptr()); ++k) {
-      // Not there: a parametrization computes it.
-      PyObject* weight = PyDict_GetItemWithError(arguments[1], PySequence_Fast_GET_ITEM(names.ptr(), k));
-      if (weight == nullptr && PyErr_Occurred()) throw python_error();
-      if (weight == nullptr || !(weight == Py_None || is_plain(weight))) return false;
+      // No parameter: a parametrization computes it. An attribute of that name comes before the parameter.
+      PyObject* name = PySequence_Fast_GET_ITEM(names.ptr(), k);
+      PyObject* weight = attribute(parameters, name);
+      if (weight == nullptr || !(weight == Py_None || is_plain(weight)) || attribute(module, name) != nullptr) {
+        return false;
+      }
       weights.push_back(weight == Py_None ? Tensor() : THPVariable_Unpack(weight));
     }
     return weights.size() >= 2 && weights[0].defined() && weights[1].defined() && weights[1].dim() == 2 &&
@@ -298,6 +327,8 @@ PyObject* cell(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   const int64_t dims = call.x.dim();
   if (dims != 1 && dims != 2) Py_RETURN_NONE;
   const Tensor& w_hh = call.weights[1];
+  // Zeros have the size that the module says.
+  if (!call.h0.defined() && call.hidden_size != w_hh.size(1)) Py_RETURN_NONE;
   std::vector<int64_t> lead;
   if (dims == 2) lead.push_back(call.x.size(0));
   if (!call.settle_states(lead, w_hh.size(1), w_hh.size(1))) Py_RETURN_NONE;
@@ -325,6 +356,13 @@ PyObject* layers(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   const int64_t out = call.weights[1].size(1), hidden = call.weights[1].size(0) / call.gates;
   const bool projection = per == 3 + 2 * bias;
   if (per * all != static_cast<int64_t>(call.weights.size()) || per != 2 + 2 * bias + projection) Py_RETURN_NONE;
+  static PyObject* const input_size_name = PyUnicode_InternFromString("input_size");
+  static PyObject* const proj_size_name = PyUnicode_InternFromString("proj_size");
+  const int64_t projected = size_attribute(arguments[1], proj_size_name);
+  if (size_attribute(arguments[1], input_size_name) != call.x.size(2) || call.hidden_size != hidden ||
+      (projected ? projected : hidden) != out) {
+    Py_RETURN_NONE;
+  }
   if (!call.settle_states({all, call.x.size(batch_first ? 0 : 1)}, out, hidden)) Py_RETURN_NONE;
   std::vector<Tensors> sequences;
   for (int64_t k = 0; k < all; ++k) {
@@ -368,10 +406,10 @@ PyObject* layers(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 
 void not_differentiable(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   variable_list inputs;
-  if (at::GradMode::is_enabled()) {
-    for (const c10::IValue& value : torch::jit::last(*stack, op.schema().arguments().size())) {
-      if (value.isTensor() && value.toTensor().requires_grad()) inputs.push_back(value.toTensor());
-    }
+  for (const c10::IValue& value : torch::jit::last(*stack, op.schema().arguments().size())) {
+    if (!value.isTensor()) continue;
+    check_no_tangent(value.toTensor());
+    if (at::GradMode::is_enabled() && value.toTensor().requires_grad()) inputs.push_back(value.toTensor());
   }
   {
     const at::AutoDispatchBelowAutograd guard;

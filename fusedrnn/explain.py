@@ -583,7 +583,7 @@ def explain(
                     else:
                         found.append(_cpu(z, backward))
                 except (RuntimeError, ValueError) as error:  # not the algorithm that was asked for, for these sizes
-                    found.append(Pass(backend, backward, None, str(error)))
+                    found.append(Pass(backend, backward, None, str(error).split("cannot run: ")[-1]))
         return tuple(found)
 
     directions = 2 if bidirectional else 1

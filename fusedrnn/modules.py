@@ -160,7 +160,7 @@ class _Recurrent(nn.RNNBase):
                 return None
             h0, c0 = hx
         found = functional.direct(
-            "layers", CELL_OF_MODE[self.mode].name, self._parameters, self._flat_weights_names, input, h0, c0,
+            "layers", CELL_OF_MODE[self.mode].name, self.__dict__, self._flat_weights_names, input, h0, c0,
             self.bias, self.num_layers, 2 if self.bidirectional else 1, self.batch_first,
         )  # fmt: skip
         return found if found is None or len(found) == 2 else (found[0], found[1:])
@@ -270,7 +270,7 @@ class _OneState(_Recurrent):
         super().__init__(mode, *args, **kwargs)
 
     def _state_sizes(self) -> tuple[int]:
-        return (self.hidden_size,)
+        return (self.proj_size or self.hidden_size,)
 
     def _states(self, hx) -> tuple[Tensor]:
         if not isinstance(hx, Tensor):
@@ -353,15 +353,16 @@ class _Cell(nn.RNNCellBase):
         if self.backend is not None or self.algorithm is not None or type(self).__module__ != __name__:
             return None
         cell = CELL_OF_MODE[self.mode].name
-        return functional.direct("cell", cell, self._parameters, _CELL_WEIGHTS, input, h0, c0)
+        return functional.direct("cell", cell, self.__dict__, _CELL_WEIGHTS, input, h0, c0)
 
     def _step(self, input: Tensor, states: tuple[Tensor, ...] | None) -> list[Tensor]:
         batched = input.dim() == 2
         cell = CELL_OF_MODE[self.mode]
         if not batched:
             input = input.unsqueeze(0)
-        if input.size(1) != self.input_size:
-            raise RuntimeError(f"input has inconsistent input_size: got {input.size(1)} expected {self.input_size}")
+        input_size, hidden_size = self.weight_ih.size(1), self.weight_hh.size(1)
+        if input.size(1) != input_size:
+            raise RuntimeError(f"input has inconsistent input_size: got {input.size(1)} expected {input_size}")
         if states is None:
             # Not one tensor twice: Dynamo refuses that.
             states = tuple(input.new_zeros(input.size(0), self.hidden_size) for _ in range(1 + cell.has_cell_state))
@@ -372,10 +373,10 @@ class _Cell(nn.RNNCellBase):
                 raise RuntimeError(
                     f"Input batch size {input.size(0)} doesn't match hidden{k} batch size {state.size(0)}"
                 )
-            if state.dim() != 2 or state.size(1) != self.hidden_size:
+            if state.dim() != 2 or state.size(1) != hidden_size:
                 got = state.size(1) if state.dim() > 1 else f"{state.dim()}D"
-                raise RuntimeError(f"hidden{k} has inconsistent hidden_size: got {got}, expected {self.hidden_size}")
-        if self.hidden_size == 0:
+                raise RuntimeError(f"hidden{k} has inconsistent hidden_size: got {got}, expected {hidden_size}")
+        if hidden_size == 0:
             # torch.nn's cells take it. Empty sums keep everything in the graph.
             nothing = sum(t.sum() for t in (input, *self._weights()) if t is not None)
             return [(s if batched else s.squeeze(0)) + nothing for s in states]

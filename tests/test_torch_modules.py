@@ -1,5 +1,6 @@
 """Our six classes beside torch.nn's: every input and error input of torch's module database, and what it leaves out."""
 
+import contextlib
 import copy
 import io
 import pickle
@@ -295,6 +296,42 @@ def test_an_empty_batch(name):
     x = wide(0, 3) if name in CELLS else wide(5, 0, 3)
     assert_same(theirs, ours, x)
     assert_same(theirs, ours, x, states_of(name, wide(0, 4)))
+
+
+@pytest.mark.parametrize("given_states", [True, False])
+@pytest.mark.parametrize("size", ["input_size", "hidden_size", "proj_size"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_size_that_was_changed_by_hand(name, size, given_states):
+    """A layer raises where torch.nn's does, a cell asks its weights, except for the size of its first zeros."""
+    theirs, ours = pair(name, 3, 4)
+    x = torch.randn(2, 3) if name in CELLS else torch.randn(5, 2, 3)
+    hx = states_of(name, torch.randn(2, 4)) if given_states else None
+    for module in (theirs, ours):
+        setattr(module, size, 2)
+    # On a CPU torch.nn.LSTM's library does not see that its zeros are too few.
+    unseen = (name, size, given_states) == ("LSTM", "hidden_size", False)
+    if name in CELLS and (given_states or size != "hidden_size"):
+        torch.testing.assert_close(tensors_of(ours(x, hx)), tensors_of(theirs(x, hx)))
+    else:
+        with contextlib.nullcontext() if unseen else pytest.raises(RuntimeError):
+            theirs(x, hx)
+        with pytest.raises(RuntimeError, match=r"[Ee]xpected|must have shape"):
+            ours(x, hx)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_attribute_comes_before_the_parameter(name):
+    theirs, ours = pair(name, 3, 4)
+    x = torch.randn(2, 3) if name in CELLS else torch.randn(5, 2, 3)
+    hx = states_of(name, torch.randn(2, 4))
+    before = tensors_of(ours(x, hx))
+    weight = "weight_hh" if name in CELLS else "weight_hh_l0"
+    for module in (theirs, ours):
+        module.__dict__[weight] = torch.zeros_like(getattr(module, weight))
+        if name not in CELLS:
+            module._flat_weights = [getattr(module, w) for w in module._flat_weights_names]
+    torch.testing.assert_close(tensors_of(ours(x, hx)), tensors_of(theirs(x, hx)))
+    assert not torch.equal(tensors_of(ours(x, hx))[0], before[0])
 
 
 @pytest.mark.parametrize("bias", [True, False])

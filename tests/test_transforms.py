@@ -491,6 +491,23 @@ def test_forward_mode_is_never_silently_zero(wrt):
         torch.testing.assert_close(y.primal, call(point))
 
 
+@pytest.mark.parametrize("backend", [None, "cpu", "reference"])
+@pytest.mark.parametrize("create_graph", [True, False])
+def test_forward_mode_raises_where_it_does_not_reach(backend, create_graph):
+    """The gradient of a layer that was called before, and the raw op."""
+    need("cpu")
+    gru, x = fusedrnn.GRU(4, 6, backend=backend), torch.randn(3, 2, 4, requires_grad=True)
+    y = gru(x)[0]
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(torch.ones_like(y), torch.ones_like(y))
+        with pytest.raises(NotImplementedError, match="jvp"):
+            torch.autograd.grad(y, x, dual, create_graph=create_graph)
+        args = list(forward_args(CASES[0], backend or "cpu", False)[0])
+        args[1] = torch.autograd.forward_ad.make_dual(args[1], args[1])
+        with pytest.raises(NotImplementedError, match="jvp"):
+            ops.sequence(*args)
+
+
 def test_vmap_over_packed_input_resets_and_every_state():
     lstm = fusedrnn.LSTM(4, 5, bidirectional=True, dtype=torch.float64)
     x = torch.randn(3, 7, 4, dtype=torch.float64)
