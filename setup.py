@@ -214,9 +214,9 @@ else:
 setup(
     version=version,
     install_requires=[requires],
-    packages=["fusedrnn", "fusedrnn.backends", "fusedrnn.benchmarks", "fusedrnn.kernels"],
+    packages=["fusedrnn", "fusedrnn.backends", "fusedrnn.benchmarks", "fusedrnn.benchmarks.data", "fusedrnn.kernels"],
     package_dir={"fusedrnn": "fusedrnn", "fusedrnn.benchmarks": "benchmarks", "fusedrnn.kernels": "kernels"},
-    package_data={"fusedrnn": ["py.typed"], "fusedrnn.benchmarks": ["data/*.csv"]},
+    package_data={"fusedrnn": ["py.typed"], "fusedrnn.benchmarks.data": ["*.csv"]},
     ext_modules=extensions,
     cmdclass={"build_ext": BuildExt, "build_py": BuildPy},
 )

@@ -15,7 +15,7 @@ TORCH_BEYOND = (2, 15)
 TORCH_RANGE = f">={TORCH_MIN[0]}.{TORCH_MIN[1]},<{TORCH_BEYOND[0]}.{TORCH_BEYOND[1]}"
 PYTHON_RANGE = f">={PYTHON_MIN[0]}.{PYTHON_MIN[1]}"
 
-_HOW_TO_BUILD = "install torch and setuptools>=77, then run `pip install --no-build-isolation .` in the checkout"
+HOW_TO_BUILD = "install torch and setuptools>=77, then run `pip install --no-build-isolation .` in the checkout"
 
 
 def check_versions(python: tuple[int, ...], torch_version: str) -> None:
@@ -39,16 +39,16 @@ def _load() -> tuple[Any, str]:
     if FACTS.get("extension") is False:
         return None, f"not built: {FACTS.get('why', 'no reason was recorded')}"
     if built_for is not None and built_for != torch.__version__:
-        return None, f"built for torch {built_for}, but this is torch {torch.__version__}: {_HOW_TO_BUILD}"
+        return None, f"built for torch {built_for}, but this is torch {torch.__version__}: {HOW_TO_BUILD}"
     try:
         return importlib.import_module("fusedrnn._C"), ""
     except ModuleNotFoundError as error:
         if error.name != "fusedrnn._C":
             raise
         version = f"Python {sys.version_info[0]}.{sys.version_info[1]} on {platform.machine()}"
-        return None, f"not built for {version}: {_HOW_TO_BUILD}"
+        return None, f"not built for {version}: {HOW_TO_BUILD}"
     except ImportError as error:
-        return None, f"{error}: {_HOW_TO_BUILD}"
+        return None, f"{error}: {HOW_TO_BUILD}"
 
 
 check_versions(sys.version_info, torch.__version__)

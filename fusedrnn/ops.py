@@ -52,7 +52,13 @@ _BACKWARD = (
 
 _lib = torch.library.Library("fusedrnn", "DEF")
 for _name, _schema in (("sequence", _SEQUENCE), ("sequence_backward", _BACKWARD)):
-    _lib.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    try:
+        _lib.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    except RuntimeError as error:  # the extension's kernel has another schema
+        raise ImportError(
+            "fusedrnn's C++ extension was built from other sources than these: to build it again, "
+            f"{_build.HOW_TO_BUILD}"
+        ) from error
     _lib.define(_name + "_python" + _schema)
 
 

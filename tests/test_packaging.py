@@ -3,6 +3,7 @@
 import inspect
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -54,6 +55,22 @@ def test_setup_without_torch_says_what_to_do(checkout, tmp_path):
     assert "pip install --no-build-isolation ." in done.stderr
 
 
+@pytest.mark.skipif(not _build.loaded(), reason=f"the C++ extension: {_build.why_not_loaded()}")
+def test_an_extension_of_other_sources_says_what_to_do(checkout):
+    shutil.copy(_build._extension.__file__, checkout / "fusedrnn")
+    ops = checkout / "fusedrnn" / "ops.py"
+    changed = ops.read_text().replace(
+        "bool keep_gates, bool keep_cells)", "bool keep_gates, bool keep_cells, bool new)"
+    )
+    assert changed != ops.read_text()
+    ops.write_text(changed)
+    done = python("-c", "import fusedrnn", folder=checkout, PYTHONPATH=str(checkout))
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("ImportError: fusedrnn's C++ extension was built from other sources than these"), done.stderr
+    assert "run `pip install --no-build-isolation .`" in last
+    assert "The above exception was the direct cause" in done.stderr
+
+
 @pytest.mark.slow
 def test_sdist_and_pure_wheel(checkout, tmp_path):
     """The sdist holds all of the project; the wheel that it gives with nothing compiled installs and computes."""
@@ -69,6 +86,7 @@ def test_sdist_and_pure_wheel(checkout, tmp_path):
 
     done = python("-c", hook.format("wheel", str(tmp_path)), folder=unpacked, FUSEDRNN_BUILD="0")
     assert done.returncode == 0, done.stderr
+    assert "absent from" not in done.stdout + done.stderr  # a folder of data that `packages` does not name
     wheel = tmp_path / f"fusedrnn-{fusedrnn.__version__}-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as archive:
         found = {name for name in archive.namelist() if ".dist-info/" not in name}
