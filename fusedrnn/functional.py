@@ -354,20 +354,24 @@ def gru(
     bidirectional: bool = False,
     batch_first: bool = False,
     batch_sizes: Tensor | None = None,
-    **options,
+    *,
+    resets: Tensor | None = None,
+    return_all_states: bool = False,
+    recompute: bool = False,
+    backend: str | None = None,
+    algorithm: str | None = None,
 ) -> tuple:
     """Multi-layer GRU over a whole sequence: :func:`lstm` without c, weights [3H, .] in the order r, z, n.
 
-    ``options`` are lstm's keywords. Returns y [T, B, D*H] (or packed), h_n [L*D, B, H], and with
-    ``return_all_states`` a tuple of every h. Equations as in torch.nn.GRU: the reset gate multiplies the recurrent
-    product, bias included.
+    Returns y [T, B, D*H] (or packed), h_n [L*D, B, H], and with ``return_all_states`` a tuple of every h. Equations as
+    in torch.nn.GRU: the reset gate multiplies the recurrent product, bias included.
 
     Raises:
         TypeError, RuntimeError: as :func:`lstm`.
     """
     return _one_state(
         "gru", input, hx, weights, bias, num_layers, dropout, training, bidirectional, batch_first, batch_sizes,
-        **options,
+        resets, return_all_states, recompute, backend, algorithm,
     )  # fmt: skip
 
 
@@ -383,7 +387,12 @@ def rnn(
     bidirectional: bool = False,
     batch_first: bool = False,
     batch_sizes: Tensor | None = None,
-    **options,
+    *,
+    resets: Tensor | None = None,
+    return_all_states: bool = False,
+    recompute: bool = False,
+    backend: str | None = None,
+    algorithm: str | None = None,
 ) -> tuple:
     """Multi-layer Elman RNN: :func:`gru` with one gate, weights [H, .]. ``nonlinearity`` is "tanh" or "relu".
 
@@ -397,24 +406,13 @@ def rnn(
         raise ValueError(f"nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
     return _one_state(
         f"rnn_{nonlinearity}", input, hx, weights, bias, num_layers, dropout, training, bidirectional, batch_first,
-        batch_sizes, **options,
+        batch_sizes, resets, return_all_states, recompute, backend, algorithm,
     )  # fmt: skip
 
 
-def _one_state(
-    cell: str,
-    *args,
-    resets: Tensor | None = None,
-    return_all_states: bool = False,
-    recompute: bool = False,
-    backend: str | None = None,
-    algorithm: str | None = None,
-) -> tuple:
-    input, hx, *rest = args
-    y, h_n, _, states = layers(
-        CELLS[cell], input, hx, None, *rest, resets, return_all_states, recompute, backend, algorithm
-    )
-    return (y, h_n, states) if return_all_states else (y, h_n)
+def _one_state(cell: str, input: Tensor, hx: Tensor, *rest) -> tuple:
+    y, h_n, _, states = layers(CELLS[cell], input, hx, None, *rest)
+    return (y, h_n) if states is None else (y, h_n, states)
 
 
 def _check_same(input: Tensor, other: Tensor, what: str) -> None:

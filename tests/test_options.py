@@ -262,3 +262,10 @@ def test_recording_hands_over_what_the_kernels_computed(grad):
         y.sum().backward()
     ours(x)
     assert len(seen) == 4
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru", "rnn"])
+def test_an_unknown_keyword_is_the_functions_own_error(name):
+    x = torch.zeros(2, 1, 3)
+    with pytest.raises(TypeError, match=rf"^{name}\(\) got an unexpected keyword argument 'foo'"):
+        getattr(functional, name)(x, x, [], foo=1)
