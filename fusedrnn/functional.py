@@ -58,7 +58,7 @@ def recurrence(
     if _has_tangent(tensors):
         backend = "reference"
         y, h_n, c_n, gates, cells = _in_plain_torch(cell, inputs)
-    elif torch.is_grad_enabled() and (_under_transform() or any(t is not None and t.requires_grad for t in tensors)):
+    elif _may_need_gradient(tensors):
         y, h_n, c_n, gates, cells = RecurrenceFunction.apply(
             *inputs, cell.name, backend, algorithm, recompute and not mine, keep_cells
         )
@@ -79,6 +79,14 @@ def recurrence(
     return y, h_n, c_n, cells
 
 
+def _may_need_gradient(tensors: Sequence[Tensor | None]) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    if not torch.compiler.is_compiling() and torch.jit.is_tracing():
+        return False  # a trace with a Function in it can be neither checked nor saved
+    return _under_transform() or any(t is not None and t.requires_grad for t in tensors)
+
+
 def _under_transform() -> bool:
     """Whether a transform of torch.func is on: its tensors do not tell what the ones they stand for require."""
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
@@ -91,15 +99,18 @@ def _has_tangent(tensors: Sequence[Tensor | None]) -> bool:
     return _under_transform() or any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
-def _in_plain_torch(cell: Cell, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
+def _in_plain_torch(cell: Cell, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What the op returns with everything kept, from operations that torch can differentiate in any way."""
     ops.check_sequence(cell.name, inputs, "reference", "auto")
     if inputs.batch_sizes is not None:
         ops.check_batch_sizes(inputs.batch_sizes, inputs.x.shape[0], inputs.h0.shape[0])
     with ops.without_autocast(inputs.x):
         y, h_n, c_n, gates, cells = reference.recurrence(cell, inputs)
-    gates, cells = (t.view(*y.shape[:-1], t.shape[-1]) if t is not None and t.dim() == 2 else t for t in (gates, cells))
-    return y, h_n, c_n, gates, cells
+    none = y.new_empty(0)
+    gates, cells = (
+        t.view(*y.shape[:-1], t.shape[-1]) if t is not None and t.dim() == 2 else none for t in (gates, cells)
+    )
+    return y, h_n, none if c_n is None else c_n, gates, cells
 
 
 def layers(

@@ -1,5 +1,6 @@
 """torch.compile, torch.func, double backward, opcheck: what the layer above the kernels promises."""
 
+import io
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -542,3 +543,28 @@ def test_vmap_of_nothing():
     loss = torch.func.vmap(torch.func.grad(lambda w, x: torch.func.functional_call(cell, w, x).sum()), (None, 0))
     with pytest.raises(RuntimeError, match="over 0"):
         loss(dict(cell.named_parameters()), torch.zeros(0, 3, 4))
+
+
+@pytest.mark.parametrize("name, options, shape", FUNC)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning", "ignore::torch.jit.TracerWarning")
+def test_jit_trace_is_checked_saved_and_good_for_another_batch(name, options, shape):
+    module = getattr(fusedrnn, name)(4, 5, **options)
+    traced, stream = torch.jit.trace(module, (torch.randn(shape),)), io.BytesIO()
+    torch.jit.save(traced, stream)
+    stream.seek(0)
+    loaded = torch.jit.load(stream)
+    x = torch.randn(shape) if len(shape) < 2 else torch.randn(*shape[:-2], 7, 4)
+    got, want = flat(loaded(x)), flat(module(x))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(RuntimeError, match="not differentiable"):
+        got[0].sum().backward()
+
+
+def test_forward_mode_under_autocast():
+    for name, shape in (("LSTMCell", (3, 4)), ("GRUCell", (3, 4)), ("GRU", (2, 3, 4))):
+        module, x = getattr(fusedrnn, name)(4, 5), torch.randn(shape)
+        with torch.autocast("cpu", torch.bfloat16):
+            for y, dual in zip(flat(module(x)), flat(torch.func.jvp(lambda a, m=module: flat(m(a)), (x,), (x,))[0])):
+                assert y.dtype == dual.dtype
+                torch.testing.assert_close(y, dual, rtol=2e-2, atol=2e-2)
