@@ -5,6 +5,8 @@ fused gradient's own backward, which differentiates the reference recurrence (to
 anybody asks is not guessed from the grad mode, which is on inside every torch.func.grad.
 """
 
+import inspect
+
 import torch
 from torch import Tensor
 
@@ -122,3 +124,8 @@ class RecurrenceBackwardFunction(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, *args):
         return batching.sequence_backward(RecurrenceBackwardFunction.apply, 0, info, in_dims, *args)
+
+
+for _function in (RecurrenceFunction, RecurrenceBackwardFunction):
+    # Function.apply asks for it at every call, and to work it out takes longer than a small step's kernels.
+    _function.forward.__signature__ = inspect.signature(_function.forward)
