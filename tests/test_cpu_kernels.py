@@ -182,6 +182,18 @@ def everything():
         check((3, 2, 4, 6, 0, None), torch.float32, False, bias=False)
 
 
+def resets_with_a_wide_projection():
+    """P is beyond H and its padding: a row that is reset starts from P zeros."""
+    for dtype in DTYPES:
+        for T, B in ((3, 4), (3, 30)):  # weights as they lie, and repacked
+            inputs, _, _ = draw(T, B, 3, 5, 70, None, dtype)
+            mask = torch.rand(T, B, generator=torch.Generator().manual_seed(0)) < 0.5
+            ours = ops.sequence("lstm", *inputs, None, mask, False, "cpu", "auto", True, True)
+            exact = ops.sequence("lstm", *up(inputs), None, mask, False, "reference", "auto", True, True)
+            for got, want in zip(ours, exact):
+                assert (got.double() - want).abs().max() <= TOLERANCE[dtype] * max(1.0, want.abs().max()), dtype
+
+
 def special_values():
     """Saturated and non-finite gates: no NaN but from NaN."""
     for dtype in DTYPES:
@@ -442,6 +454,7 @@ def test_one_openmp_runtime():
 
 if __name__ == "__main__":
     everything()
+    resets_with_a_wide_projection()
     special_values()
     nan_stays_in_its_row()
     other_libraries_keep_their_tiles()

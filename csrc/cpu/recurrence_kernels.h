@@ -412,7 +412,7 @@ struct ForwardRun : Skeleton<Cell, E> {
   Buffer<C> c;           // [B][padded]
   Buffer<C> h;           // [B][padded]: unprojected, with w_hr only
   Buffer<O> exchange;    // [3][B][P]: h of the last two steps and h0, where E is narrower than O
-  Buffer<O> zeros;       // [padded]: what a row that is reset starts from
+  Buffer<O> zeros;       // [P]: what a row that is reset starts from, at least [padded]
   Barrier barrier;
 
   explicit ForwardRun(const Forward& problem)
@@ -426,8 +426,8 @@ struct ForwardRun : Skeleton<Cell, E> {
         c(batch * padded),
         h(projected ? batch * padded : 0),
         exchange(kWide ? 0 : 3 * batch * out),
-        zeros(problem.shape.resets ? padded : 0) {
-    if (problem.shape.resets) memset(zeros, 0, padded * sizeof(O));
+        zeros(problem.shape.resets ? max(padded, out) : 0) {
+    if (problem.shape.resets) memset(zeros, 0, max(padded, out) * sizeof(O));
   }
 
   // Whether the recurrent weights are read where they lie.
