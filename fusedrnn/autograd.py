@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fusedrnn import batching, ops
+from fusedrnn import recompute as recomputing
 from fusedrnn.backends import reference
-from fusedrnn.backends.common import Inputs
+from fusedrnn.backends.common import Gradients, Inputs
 from fusedrnn.cells import CELLS
 
 # Of Inputs, the first so many are differentiable.
@@ -78,7 +79,8 @@ class RecurrenceBackwardFunction(torch.autograd.Function):
     ):  # fmt: skip
         inputs = Inputs(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, resets, reverse)
         if recompute and CELLS[cell].saved:
-            gates = ops.rebuilt_gates(cell, inputs, y, backend, algorithm)
+            grads = Gradients(dy, dh_n, dc_n, dcells)
+            return recomputing.gradient(cell, grads, inputs, y, cells, backend, algorithm, needs)
         return ops.sequence_backward(cell, dy, dh_n, dc_n, dcells, *inputs, y, gates, cells, backend, algorithm, needs)
 
     @staticmethod

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fusedrnn import _build, batching
-from fusedrnn.backends.common import Gradients, Inputs, Saved, rows_of, started_from
+from fusedrnn.backends.common import Gradients, Inputs, Saved
 from fusedrnn.cells import CELLS, accumulation_dtype
 
 # Each backend's algorithms; "auto" leaves the choice to the backend.
@@ -280,25 +280,6 @@ sequence = torch.ops.fusedrnn.sequence.default
 sequence_backward = torch.ops.fusedrnn.sequence_backward.default
 for _op, _rule in ((sequence, batching.sequence), (sequence_backward, batching.sequence_backward)):
     torch.library.register_vmap(_op, functools.partial(_rule, _op, 1), lib=_lib)
-
-
-def rebuilt_gates(cell: str, inputs: Inputs, y: Tensor, backend: str, algorithm: str) -> Tensor:
-    """The gates that forward did not keep, from its output: one step whose batch is every row of the sequence."""
-    rows, hidden = rows_of(inputs.x).shape[0], inputs.w_hh.shape[0] // len(CELLS[cell].gates)
-    # No gate depends on c.
-    c_prev = inputs.x.new_zeros(rows, hidden) if CELLS[cell].has_cell_state else None
-    if algorithm not in ("auto", "step"):
-        algorithm = "step" if "step" in BACKEND_ALGORITHMS[backend] else "auto"
-    one = inputs._replace(
-        x=rows_of(inputs.x).unsqueeze(0),
-        h0=started_from(inputs, y),
-        c0=c_prev,
-        batch_sizes=None,
-        resets=None,
-        reverse=False,
-    )
-    gates = sequence(cell, *one, backend, algorithm, True, False)[3]
-    return gates.view(*inputs.x.shape[:-1], gates.shape[-1])
 
 
 def gates_in_torch_order(gates: Tensor, cell: str, backend: str) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fusedrnn
-from fusedrnn import functional
+from fusedrnn import functional, ops, recompute
 
 T, B, I, H = 7, 3, 4, 5
 CLASSES = ["LSTM", "GRU", "RNN"]
@@ -198,6 +198,69 @@ def test_recompute_keeps_no_gates_and_gives_the_same_gradients(name, dtype, monk
     for a, b in zip(*grads):
         # The products are the same, in sums of another order.
         torch.testing.assert_close(a, b, rtol=64 * torch.finfo(dtype).eps, atol=64 * torch.finfo(dtype).eps)
+
+
+def in_pieces(monkeypatch):
+    monkeypatch.setattr(recompute, "LEAST_STEPS", recompute.PIECES)
+    monkeypatch.setattr(recompute, "LEAST_BYTES", 0)
+
+
+def states_and_gradients(layer, x, hx, **options):
+    """The sum of sines of every output, and its gradients."""
+    y, hn, states = layer(x, hx, return_all_states=True, **options)
+    outputs = [y, *(hn if type(hn) is tuple else (hn,)), *(states if type(states) is tuple else (states,))]
+    total = sum((t.data if isinstance(t, PackedSequence) else t).sin().sum() for t in outputs)
+    leaves = [x.data if isinstance(x, PackedSequence) else x, *(hx if type(hx) is tuple else (hx,))]
+    return torch.autograd.grad(total, [*leaves, *layer.parameters()])
+
+
+@pytest.mark.parametrize("lengths", [None, [19, 19, 9, 1], [9, 4, 3, 2]])
+@pytest.mark.parametrize("with_resets", [False, True])
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "projected"])
+def test_recompute_in_pieces(name, with_resets, lengths, monkeypatch):
+    """A long sequence's gradients, gone through piece by piece, are those of the whole."""
+    in_pieces(monkeypatch)
+    torch.manual_seed(0)
+    steps, batch = 19 if lengths is None else lengths[0], 4
+    options = {"num_layers": 2, "bidirectional": True, "dtype": torch.float64}
+    if name == "projected":
+        name, options["proj_size"] = "LSTM", 3
+    plain, lean = (getattr(fusedrnn, name)(I, H, recompute=r, **options) for r in (False, True))
+    lean.load_state_dict(plain.state_dict())
+    x = torch.randn(steps, batch, I, dtype=torch.float64)
+    x = x if lengths is None else pack_padded_sequence(x, lengths)
+    (x if lengths is None else x.data).requires_grad_()
+    h = torch.randn(4, batch, options.get("proj_size", H), dtype=torch.float64, requires_grad=True)
+    hx = (h, torch.randn(4, batch, H, dtype=torch.float64, requires_grad=True)) if name == "LSTM" else h
+    resets = torch.rand(steps, batch) < 0.2 if with_resets else None
+    calls = []
+    sequence_backward = ops.sequence_backward
+    monkeypatch.setattr(ops, "sequence_backward", lambda *a: (calls.append(1), sequence_backward(*a))[1])
+    want, got = (states_and_gradients(layer, x, hx, resets=resets) for layer in (plain, lean))
+    assert len(calls) == 4 + 4 * recompute.PIECES
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+def test_recompute_in_pieces_of_bfloat16(monkeypatch):
+    in_pieces(monkeypatch)
+    torch.manual_seed(0)
+    plain, lean = (fusedrnn.LSTM(I, 20, dtype=torch.bfloat16, recompute=r) for r in (False, True))
+    exact = torch.nn.LSTM(I, 20, dtype=torch.float64)
+    for layer in (lean, exact):
+        layer.load_state_dict(plain.state_dict())
+    x, dy = torch.randn(2, 60, 5, 20).to(torch.bfloat16)
+    x = x[..., :I]
+
+    def gradients(layer, x, dy):
+        x = x.detach().requires_grad_()
+        layer(x)[0].backward(dy)
+        found = [x.grad, *(p.grad for p in layer.parameters())]
+        return [g.double() for g in found]
+
+    want = gradients(exact, x.double(), dy.double())
+    for a, b, c in zip(gradients(lean, x, dy), gradients(plain, x, dy), want, strict=True):
+        assert (a - c).abs().max() <= 2 * (b - c).abs().max()
 
 
 def test_recompute_twice_differentiable():
