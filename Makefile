@@ -37,7 +37,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(PY) -m pytest -q -rs -m "not slow" $(ARGS)
 
-test-all: $(INSTALLED) $(VENV)/.fusedrnn-extra-examples
+test-all: $(INSTALLED) $(VENV)/.fusedrnn-extra-examples $(VENV)/.fusedrnn-extra-docs
 	$(PY) -m pytest -q -rs $(ARGS)
 
 bench: $(INSTALLED)
