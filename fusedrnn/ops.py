@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fusedrnn import _build, batching
 from fusedrnn.backends.common import Gradients, Inputs, Saved
@@ -258,11 +259,36 @@ def _sequence_backward_fake(cell, *arguments):
     return tuple(inputs.x.new_empty(t.shape if need and t is not None else (0,)) for t, need in zip(inputs[:8], needs))
 
 
-def _no_raw_autograd(ctx, *grads):
-    raise NotImplementedError(
-        "torch.ops.fusedrnn.* called directly is not differentiable; call fusedrnn.LSTM or "
-        "fusedrnn.functional, or run it under torch.no_grad()"
-    )
+def _autograd_kernel(op):
+    """not_differentiable of csrc/autograd.cpp, where that is not built."""
+
+    def below(keys, *arguments):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
+
+    class NotDifferentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *arguments):
+            return below(*arguments)
+
+        @staticmethod
+        def backward(ctx, *grads):
+            raise NotImplementedError(
+                "torch.ops.fusedrnn.* called directly is not differentiable; call fusedrnn.LSTM or "
+                "fusedrnn.functional, or run it under torch.no_grad()"
+            )
+
+    def kernel(keys, *arguments):
+        tensors = [t for t in arguments if isinstance(t, Tensor)]
+        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+            raise NotImplementedError(
+                "fusedrnn: forward mode (jvp) reaches neither torch.ops.fusedrnn.* nor the gradient of a layer that "
+                "was called outside of it; call the layer inside"
+            )
+        recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        return (NotDifferentiable.apply if recorded else below)(keys, *arguments)
+
+    return kernel
 
 
 for _name, _kernel, _fake in (
@@ -273,7 +299,7 @@ for _name, _kernel, _fake in (
     _lib.impl(_name, _kernel, "CUDA")
     if not _build.loaded():
         _lib.impl(_name, _kernel, "CPU")
-        torch.library.register_autograd(f"fusedrnn::{_name}", _no_raw_autograd, lib=_lib)
+        _lib.impl(_name, _autograd_kernel(getattr(torch.ops.fusedrnn, _name).default), "Autograd", with_keyset=True)
     torch.library.register_fake(f"fusedrnn::{_name}", _fake, lib=_lib)
 
 sequence = torch.ops.fusedrnn.sequence.default

@@ -1,6 +1,8 @@
 """torch.compile, torch.func, double backward, opcheck: what the layer above the kernels promises."""
 
 import io
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -496,17 +498,32 @@ def test_forward_mode_is_never_silently_zero(wrt):
 @pytest.mark.parametrize("create_graph", [True, False])
 def test_forward_mode_raises_where_it_does_not_reach(backend, create_graph):
     """The gradient of a layer that was called before, and the raw op."""
-    need("cpu")
+    need(backend or "reference")
     gru, x = fusedrnn.GRU(4, 6, backend=backend), torch.randn(3, 2, 4, requires_grad=True)
     y = gru(x)[0]
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(torch.ones_like(y), torch.ones_like(y))
         with pytest.raises(NotImplementedError, match="jvp"):
             torch.autograd.grad(y, x, dual, create_graph=create_graph)
-        args = list(forward_args(CASES[0], backend or "cpu", False)[0])
-        args[1] = torch.autograd.forward_ad.make_dual(args[1], args[1])
+        args = list(forward_args(CASES[0], backend or "reference", False)[0])
+        x = args[1]
+        args[1] = torch.autograd.forward_ad.make_dual(x, x)
         with pytest.raises(NotImplementedError, match="jvp"):
             ops.sequence(*args)
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(lambda a: ops.sequence(args[0], a, *args[2:]), (x,), (x,))
+
+
+def test_raw_ops_without_the_extension():
+    """The kernels in Python raise in the same places."""
+    run = 'import sys, pytest; sys.modules["fusedrnn._C"] = None; sys.exit(pytest.main(sys.argv[1:]))'
+    chosen = "(raw_op_under_autograd or does_not_reach) and not cpu"
+    done = subprocess.run(
+        [sys.executable, "-c", run, "-q", "-p", "no:cacheprovider", __file__, "-k", chosen],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "5 passed" in done.stdout, done.stdout
 
 
 def test_vmap_over_packed_input_resets_and_every_state():
