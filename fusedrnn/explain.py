@@ -459,7 +459,10 @@ def _cpu(z: _Sizes, backward: bool) -> Pass:
     else:
         why = f"{threads} threads share the units: each keeps its part of W_hh, with a barrier a step"
         panel = weights // threads
-    if direct:
+    if z.T == 1 and not direct and not backward and z.s > 2:
+        panel = None
+        why += f"; {capability}; both products are GEMMs"
+    elif direct:
         panel = None
         why += f"; {capability}; W_hh is read where it lies: for so few rows it would not pay to repack it"
     else:

@@ -47,7 +47,13 @@ SIZES_BY_UNITS = [
     (22, 3, 4, 200, 0, (22, 9, 1)),
 ]
 # More rows than one group of sums holds.
-SIZES_WIDE = [(2, 101, 3, 20, 0, None), (3, 27, 5, 33, 0, None), (2, 45, 5, 70, 9, None)]
+SIZES_WIDE = [
+    (1, 70, 5, 37, 0, None),
+    (1, 70, 5, 37, 9, None),
+    (2, 101, 3, 20, 0, None),
+    (3, 27, 5, 33, 0, None),
+    (2, 45, 5, 70, 9, None),
+]
 # Rounding to the dtype, a few times over: outputs are of order 1, gradients are compared relative to their largest.
 TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-13, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 # Of sigmoid and tanh, in units in the last place.
@@ -177,7 +183,12 @@ def everything():
                 if size[-1]:
                     check(size, dtype, reverse=(i + threads) % 2 == 1)
             for cell in ("gru", "rnn_tanh"):
-                for size in ((33, 2, 4, 129, 0, None), (3, 27, 5, 33, 0, None), (2, 101, 3, 20, 0, None)):
+                for size in (
+                    (1, 70, 5, 37, 0, None),
+                    (33, 2, 4, 129, 0, None),
+                    (3, 27, 5, 33, 0, None),
+                    (2, 101, 3, 20, 0, None),
+                ):
                     check(size, dtype, reverse=threads == 2, cell=cell)
         check((3, 2, 4, 6, 0, None), torch.float32, False, bias=False)
 

@@ -227,6 +227,9 @@ def test_cpu(threads, batch, hidden, text, monkeypatch):
     assert "amx: bfloat16 tiles" in tiles.why
     assert tiles.panel_bytes in (found.panel_bytes // 2, 4 * hidden * hidden * 2)  # half may fit where all did not
     assert "avx512;" in one("cpu", steps=100, **sizes, dtype=torch.float16).why
+    step = one("cpu", steps=1, **sizes | {"batch": 65})
+    assert "both products are GEMMs" in step.why
+    assert step.panel_bytes is None
     assert found.bound_us is None
     assert "no peaks" in found.bound_why
     assert one("cuda", chip=None, device="cpu").why == "it takes CUDA tensors, got cpu"

@@ -27,6 +27,7 @@ struct Shape {
 struct Forward {
   Shape shape;
   const void* gates_x;  // E [N, G*H]: x W_ih^T without bias; null: computed here, from x and w_ih
+  const void* gates_h;  // E [N, G*H]: h0 W_hh^T, of a single step; null: computed here
   const void* x;        // E [N, I], or null
   const void* w_ih;     // E [G*H, I], or null
   int64_t input;        // I

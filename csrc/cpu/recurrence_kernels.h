@@ -430,8 +430,8 @@ struct ForwardRun : Skeleton<Cell, E> {
     if (problem.shape.resets) memset(zeros, 0, max(padded, out) * sizeof(O));
   }
 
-  // Whether the recurrent weights are read where they lie.
-  static bool reads_weights(const Forward& problem) { return is_short(problem.shape); }
+  // Whether the recurrent weights are read where they lie, if at all.
+  static bool reads_weights(const Forward& problem) { return problem.gates_h || is_short(problem.shape); }
 
   void run() {
     Base::parallel(this->shape.threads, [this](int thread, int threads) { work(thread, threads); });
@@ -558,7 +558,12 @@ struct ForwardRun : Skeleton<Cell, E> {
       }
       V sums[kGroup * kG], sums_x[kGroup * kG];
       if (!p.gates_x) all_gates(sums_x, x, count, p.w_ih, block, p.input);
-      if (this->direct) {
+      if (p.gates_h) {
+        for (int64_t i = 0; i < count * kG; ++i) {
+          const int64_t column = ((first + i / kG * stride) * kG + i % kG) * hidden + block * kWidth;
+          sums[i] = load<C>(static_cast<const E*>(p.gates_h) + column, hidden - block * kWidth);
+        }
+      } else if (this->direct) {
         all_gates(sums, before, count, p.w_hh, block, out);
       } else if constexpr (kTiles) {
         product<kG>(sums, this->laid_out_by(thread), count, panel_of(block), Base::chunks(out));

@@ -279,18 +279,21 @@ Outputs sequence_cpu(c10::string_view cell, const Tensor& x, const Tensor& h0, c
   // In a step of few rows the kernel multiplies x by W_ih as well: a GEMM of its own would take longer.
   const bool in_tiles = kernels().tiles && x.scalar_type() == at::kBFloat16;
   const bool one_kernel = s.steps == 1 && s.batch <= (in_tiles ? kFewRowsOfTiles : kFewRows);
+  // With more rows both products are GEMMs; 16 bits would round the second.
+  const bool two_products = s.steps == 1 && !one_kernel && x.element_size() > 2 && !resets;
   Tensor gates_x =
       in_place ? gates.view({s.rows, -1}) : at::empty({one_kernel ? 0 : s.rows, s.cell.gates * s.hidden}, options);
   const Tensor xc = one_kernel ? x.contiguous() : x, w_ihc = one_kernel ? w_ih.contiguous() : w_ih;
   if (!one_kernel) at::mm_out(gates_x, rows_of(x), w_ih.t());
   const Tensor h0c = h0.contiguous(), w_hhc = w_hh.contiguous();
+  const Tensor gates_h = two_products ? at::mm(h0c, w_hh.t()) : at::empty({0}, options);
   const OptionalTensor c0c = contiguous(c0), b_ihc = contiguous(b_ih), b_hhc = contiguous(b_hh),
                        w_hrc = contiguous(w_hr);
   const OptionalTensor resetsc = contiguous(resets);
-  kernels().forward({s.problem(x, resetsc, reverse), one_kernel ? nullptr : pointer(gates_x), pointer(xc),
-                     pointer(w_ihc), s.input, pointer(h0c), pointer(c0c), pointer(w_hhc), pointer(b_ihc),
-                     pointer(b_hhc), pointer(w_hrc), writable(y), writable(h_n), writable(c_n), writable(gates),
-                     writable(cells)});
+  kernels().forward({s.problem(x, resetsc, reverse), one_kernel ? nullptr : pointer(gates_x),
+                     two_products ? pointer(gates_h) : nullptr, pointer(xc), pointer(w_ihc), s.input, pointer(h0c),
+                     pointer(c0c), pointer(w_hhc), pointer(b_ihc), pointer(b_hhc), pointer(w_hrc), writable(y),
+                     writable(h_n), writable(c_n), writable(gates), writable(cells)});
   return {y, h_n, c_n, gates, cells};
 }
 

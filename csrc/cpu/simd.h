@@ -212,6 +212,36 @@ FUSEDRNN_INLINE void store(Half* p, Vec<float> x) {
 #endif
 }
 
+#if FUSEDRNN_VECTOR_BYTES == 64 && defined(__AVX512F__)
+FUSEDRNN_INLINE __mmask16 first_lanes(int64_t count) { return __mmask16(count > 0 ? (1u << count) - 1 : 0); }
+template <typename C>
+FUSEDRNN_INLINE Vec<float> load_tail(const float* p, int64_t count) {
+  return (Vec<float>::Raw)_mm512_maskz_loadu_ps(first_lanes(count), p);
+}
+template <typename C>
+FUSEDRNN_INLINE Vec<float> load_tail(const Bfloat16* p, int64_t count) {
+  const __m256i bits = _mm256_maskz_loadu_epi16(first_lanes(count), p);
+  return (Vec<float>::Raw)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+}
+template <typename C>
+FUSEDRNN_INLINE Vec<float> load_tail(const Half* p, int64_t count) {
+  return (Vec<float>::Raw)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(count), p));
+}
+FUSEDRNN_INLINE void store_tail(float* p, Vec<float> x, int64_t count) {
+  _mm512_mask_storeu_ps(p, first_lanes(count), (__m512)x.v);
+}
+#elif FUSEDRNN_VECTOR_BYTES == 32 && defined(__AVX2__)
+FUSEDRNN_INLINE __m256i first_lanes(int64_t count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+template <typename C>
+FUSEDRNN_INLINE Vec<float> load_tail(const float* p, int64_t count) {
+  return (Vec<float>::Raw)_mm256_maskload_ps(p, first_lanes(count));
+}
+FUSEDRNN_INLINE void store_tail(float* p, Vec<float> x, int64_t count) {
+  _mm256_maskstore_ps(p, first_lanes(count), (__m256)x.v);
+}
+#endif
 template <typename C, typename E>
 FUSEDRNN_COLD Vec<C> load_tail(const E* p, int64_t count) {
   E padded[Vec<C>::kWidth] = {};
