@@ -275,8 +275,10 @@ def build(folder, edit=None):
 
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     path = folder / "csrc" / "cuda" / "persistent.cu"
-    text = re.sub(r"    case k(Float16|Tf32|Float32):.*?;[^;]*?\\\n", "", path.read_text(), flags=re.S)
-    text = re.sub(r"with_chunks<[^>]+>\(row_bytes", "with_chunks<1, 4>(row_bytes", text)
+    path.write_text(re.sub(r"with_chunks<[^>]+>\(row_bytes", "with_chunks<1, 4>(row_bytes", path.read_text()))
+    path = folder / "csrc" / "cuda" / "dispatch.cuh"
+    text, count = re.subn(r"    case k(Float16|Tf32|Float32):\n.*\n", "", path.read_text())
+    assert count == 3
     path.write_text(text)
     stubs = "".join(
         f'extern "C" int fusedrnn_step_{d.lower()}(const Fusedrnn{d}*, void*) {{ return 1; }}\n'

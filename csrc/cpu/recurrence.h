@@ -8,9 +8,13 @@
 
 #include <stdint.h>
 
+#include "../cell_list.h"
+
 namespace fusedrnn {
 
-enum class CellKind { kLstm, kGru, kRnnTanh, kRnnRelu };
+#define FUSEDRNN_KIND(Cell) k##Cell,
+enum class CellKind { FUSEDRNN_CELLS(FUSEDRNN_KIND) };
+#undef FUSEDRNN_KIND
 enum class Dtype { kFloat32, kFloat64, kBfloat16, kFloat16 };
 
 struct Shape {

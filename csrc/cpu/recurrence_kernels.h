@@ -974,14 +974,11 @@ void run_dtype(const Problem& problem) {
 template <template <typename, typename> class Run, typename Problem>
 void run_cell(const Problem& problem) {
   switch (problem.shape.cell) {
-    case CellKind::kLstm:
-      return run_dtype<Run, Lstm>(problem);
-    case CellKind::kGru:
-      return run_dtype<Run, Gru>(problem);
-    case CellKind::kRnnTanh:
-      return run_dtype<Run, RnnTanh>(problem);
-    case CellKind::kRnnRelu:
-      return run_dtype<Run, RnnRelu>(problem);
+#define FUSEDRNN_CASE(Cell) \
+  case CellKind::k##Cell:   \
+    return run_dtype<Run, Cell>(problem);
+    FUSEDRNN_CELLS(FUSEDRNN_CASE)
+#undef FUSEDRNN_CASE
   }
 }
 

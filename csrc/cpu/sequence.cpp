@@ -38,8 +38,9 @@ CellEntry entry(CellKind kind) {
 }
 
 const CellEntry& find_cell(c10::string_view name) {
-  static const std::vector<CellEntry> cells = {entry<Lstm>(CellKind::kLstm), entry<Gru>(CellKind::kGru),
-                                               entry<RnnTanh>(CellKind::kRnnTanh), entry<RnnRelu>(CellKind::kRnnRelu)};
+#define FUSEDRNN_ENTRY(Cell) entry<Cell>(CellKind::k##Cell),
+  static const std::vector<CellEntry> cells = {FUSEDRNN_CELLS(FUSEDRNN_ENTRY)};
+#undef FUSEDRNN_ENTRY
   for (const CellEntry& cell : cells) {
     if (name == cell.name) return cell;
   }

@@ -9,12 +9,16 @@
 
 #include <stdint.h>
 
+#include "../cell_list.h"
+
 #ifdef __cplusplus
 extern "C" {
 #endif
 
 enum FusedrnnDtype { kFloat64 = 0, kFloat32 = 1, kTf32 = 2, kBfloat16 = 3, kFloat16 = 4 };
-enum FusedrnnCell { kLstmCell = 0, kGruCell = 1, kRnnTanhCell = 2, kRnnReluCell = 3 };
+#define FUSEDRNN_CELL_NUMBER(Cell) k##Cell##Cell,
+enum FusedrnnCell { FUSEDRNN_CELLS(FUSEDRNN_CELL_NUMBER) };
+#undef FUSEDRNN_CELL_NUMBER
 
 typedef struct {
   int32_t cell, dtype, reverse, reserved;
@@ -81,6 +85,8 @@ FUSEDRNN_API int fusedrnn_step_forward(const FusedrnnForward* params, void* stre
 FUSEDRNN_API int fusedrnn_step_backward(const FusedrnnBackward* params, void* stream);
 FUSEDRNN_API int fusedrnn_persistent_forward(const FusedrnnForward* params, void* stream);
 FUSEDRNN_API int fusedrnn_persistent_backward(const FusedrnnBackward* params, void* stream);
+// The name of the cell of that number; null after the last.
+FUSEDRNN_API const char* fusedrnn_cell_name(int cell);
 FUSEDRNN_API const char* fusedrnn_error_string(int error);
 
 #ifdef __cplusplus

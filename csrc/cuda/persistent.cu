@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "advance.cuh"
+#include "dispatch.cuh"
 #include "mailbox.cuh"
 #include "params.h"
 
@@ -626,57 +627,28 @@ int backward(const Backward& p, cudaStream_t stream) {
   return with_chunks<kStep, 2 * kStep, kMost - kStep, kMost>(row_bytes, p.hidden % kPer == 0, run);
 }
 
-#define FUSEDRNN_DISPATCH(FUNCTION, CELL)              \
-  switch (p.dtype) {                                   \
-    case kBfloat16:                                    \
-      return FUNCTION<CELL, __nv_bfloat16>(p, stream); \
-    case kFloat16:                                     \
-      return FUNCTION<CELL, __half>(p, stream);        \
-    case kTf32:                                        \
-      return FUNCTION<CELL, Tf32>(p, stream);          \
-    case kFloat32:                                     \
-      return FUNCTION<CELL, float>(p, stream);         \
-    default:                                           \
-      return cudaErrorInvalidValue;                    \
-  }
-
-int dispatch(const Forward& p, cudaStream_t stream) {
-  switch (p.cell) {
-    case kLstmCell:
-      FUSEDRNN_DISPATCH(forward, Lstm)
-    case kGruCell:
-      FUSEDRNN_DISPATCH(forward, Gru)
-    case kRnnTanhCell:
-      FUSEDRNN_DISPATCH(forward, RnnTanh)
-    case kRnnReluCell:
-      FUSEDRNN_DISPATCH(forward, RnnRelu)
-  }
-  return cudaErrorInvalidValue;
-}
-
-int dispatch(const Backward& p, cudaStream_t stream) {
-  switch (p.cell) {
-    case kLstmCell:
-      FUSEDRNN_DISPATCH(backward, Lstm)
-    case kGruCell:
-      FUSEDRNN_DISPATCH(backward, Gru)
-    case kRnnTanhCell:
-      FUSEDRNN_DISPATCH(backward, RnnTanh)
-    case kRnnReluCell:
-      FUSEDRNN_DISPATCH(backward, RnnRelu)
-  }
-  return cudaErrorInvalidValue;
-}
-
 }  // namespace
 }  // namespace fusedrnn
 
 extern "C" int fusedrnn_persistent_forward(const FusedrnnForward* params, void* stream) {
-  return fusedrnn::dispatch(fusedrnn::Forward{*params}, static_cast<cudaStream_t>(stream));
+  return fusedrnn::dispatch<false>(*params, [&](auto cell, auto type) {
+    return fusedrnn::forward<typename decltype(cell)::Of, typename decltype(type)::Of>(
+        fusedrnn::Forward{*params}, static_cast<cudaStream_t>(stream));
+  });
 }
 
 extern "C" int fusedrnn_persistent_backward(const FusedrnnBackward* params, void* stream) {
-  return fusedrnn::dispatch(fusedrnn::Backward{*params}, static_cast<cudaStream_t>(stream));
+  return fusedrnn::dispatch<false>(*params, [&](auto cell, auto type) {
+    return fusedrnn::backward<typename decltype(cell)::Of, typename decltype(type)::Of>(
+        fusedrnn::Backward{*params}, static_cast<cudaStream_t>(stream));
+  });
+}
+
+extern "C" const char* fusedrnn_cell_name(int cell) {
+#define FUSEDRNN_NAME(Cell) fusedrnn::Cell::kName,
+  static const char* const names[] = {FUSEDRNN_CELLS(FUSEDRNN_NAME) nullptr};
+#undef FUSEDRNN_NAME
+  return names[cell];
 }
 
 extern "C" const char* fusedrnn_error_string(int error) { return cudaGetErrorString(cudaError_t(error)); }

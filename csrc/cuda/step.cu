@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "advance.cuh"
+#include "dispatch.cuh"
 #include "params.h"
 
 namespace fusedrnn {
@@ -505,55 +506,19 @@ int backward(const FusedrnnBackward& p, cudaStream_t stream) {
   return cudaSuccess;
 }
 
-#define FUSEDRNN_DISPATCH(FUNCTION, CELL)              \
-  switch (p.dtype) {                                   \
-    case kFloat64:                                     \
-      return FUNCTION<CELL, double>(p, stream);        \
-    case kFloat32:                                     \
-      return FUNCTION<CELL, float>(p, stream);         \
-    case kTf32:                                        \
-      return FUNCTION<CELL, Tf32>(p, stream);          \
-    case kBfloat16:                                    \
-      return FUNCTION<CELL, __nv_bfloat16>(p, stream); \
-    case kFloat16:                                     \
-      return FUNCTION<CELL, __half>(p, stream);        \
-  }
-
-int dispatch(const FusedrnnForward& p, cudaStream_t stream) {
-  switch (p.cell) {
-    case kLstmCell:
-      FUSEDRNN_DISPATCH(forward, Lstm)
-    case kGruCell:
-      FUSEDRNN_DISPATCH(forward, Gru)
-    case kRnnTanhCell:
-      FUSEDRNN_DISPATCH(forward, RnnTanh)
-    case kRnnReluCell:
-      FUSEDRNN_DISPATCH(forward, RnnRelu)
-  }
-  return cudaErrorInvalidValue;
-}
-
-int dispatch(const FusedrnnBackward& p, cudaStream_t stream) {
-  switch (p.cell) {
-    case kLstmCell:
-      FUSEDRNN_DISPATCH(backward, Lstm)
-    case kGruCell:
-      FUSEDRNN_DISPATCH(backward, Gru)
-    case kRnnTanhCell:
-      FUSEDRNN_DISPATCH(backward, RnnTanh)
-    case kRnnReluCell:
-      FUSEDRNN_DISPATCH(backward, RnnRelu)
-  }
-  return cudaErrorInvalidValue;
-}
-
 }  // namespace
 }  // namespace fusedrnn
 
 extern "C" int fusedrnn_step_forward(const FusedrnnForward* params, void* stream) {
-  return fusedrnn::dispatch(*params, static_cast<cudaStream_t>(stream));
+  return fusedrnn::dispatch<true>(*params, [&](auto cell, auto type) {
+    return fusedrnn::forward<typename decltype(cell)::Of, typename decltype(type)::Of>(
+        *params, static_cast<cudaStream_t>(stream));
+  });
 }
 
 extern "C" int fusedrnn_step_backward(const FusedrnnBackward* params, void* stream) {
-  return fusedrnn::dispatch(*params, static_cast<cudaStream_t>(stream));
+  return fusedrnn::dispatch<true>(*params, [&](auto cell, auto type) {
+    return fusedrnn::backward<typename decltype(cell)::Of, typename decltype(type)::Of>(
+        *params, static_cast<cudaStream_t>(stream));
+  });
 }

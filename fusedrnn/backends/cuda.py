@@ -10,6 +10,7 @@ Saved gates have a layout of their own: [rows, H, S], the S values of a unit sid
 import contextlib
 import ctypes
 import functools
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,6 @@ from fusedrnn.backends.common import Gradients, Inputs, Saved, rows_of, simulato
 from fusedrnn.backends.cuda_plan import CHIP_LIMITS, Chip, Plan, Problem, plan
 from fusedrnn.cells import Cell, accumulation_dtype
 
-_CELL_IDS = {"lstm": 0, "gru": 1, "rnn_tanh": 2, "rnn_relu": 3}
 _FLOAT64, _FLOAT32, _TF32, _BFLOAT16, _FLOAT16 = range(5)
 _DTYPE_IDS = {
     torch.float64: _FLOAT64,
@@ -83,7 +83,14 @@ class _Kernels:
         for name in ("step_forward", "step_backward", "persistent_forward", "persistent_backward"):
             function = getattr(dll, f"fusedrnn_{name}")
             function.restype, function.argtypes = ctypes.c_int, [ctypes.c_void_p, ctypes.c_void_p]
-        dll.fusedrnn_error_string.restype = ctypes.c_char_p
+        dll.fusedrnn_error_string.restype = dll.fusedrnn_cell_name.restype = ctypes.c_char_p
+        names = itertools.takewhile(bool, map(dll.fusedrnn_cell_name, itertools.count()))
+        self._cells = [name.decode() for name in names]
+
+    def number_of(self, cell: Cell) -> int:
+        if cell.name not in self._cells:
+            raise RuntimeError(f"backend 'cuda' has kernels for {', '.join(self._cells)}, got {cell.name!r}")
+        return self._cells.index(cell.name)
 
     def launch(self, name: str, params: ctypes.Structure, tensors: dict[str, Tensor | None]) -> None:
         """Fills in the pointers and launches on the current stream of the tensors' device."""
@@ -184,9 +191,7 @@ def _offsets(batch_sizes: Tensor | None) -> Tensor | None:
     return torch.nn.functional.pad(batch_sizes.cumsum(0), (1, 0))
 
 
-def _check(cell: str, algorithm: str) -> None:
-    if cell not in _CELL_IDS:
-        raise RuntimeError(f"backend 'cuda' has kernels for {', '.join(_CELL_IDS)}, got {cell!r}")
+def _check(algorithm: str) -> None:
     if algorithm not in ("auto", "step", "persistent"):
         raise RuntimeError(f"backend 'cuda' has the algorithms step and persistent, got {algorithm!r}")
 
@@ -224,7 +229,7 @@ def forward(
     cell: Cell, inputs: Inputs, algorithm: str, keep_gates: bool, keep_cells: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See the op ``fusedrnn::sequence``."""
-    _check(cell.name, algorithm)
+    _check(algorithm)
     x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, resets, reverse = inputs
     batch, out = h0.shape
     hidden = w_hh.shape[0] // len(cell.gates)
@@ -245,7 +250,7 @@ def forward(
         kernels = _kernels(x.device)
         offsets = _offsets(batch_sizes)
         params = _Forward(
-            cell=_CELL_IDS[cell.name], dtype=_dtype_id(x.dtype), reverse=reverse, steps=steps, batch=batch,
+            cell=kernels.number_of(cell), dtype=_dtype_id(x.dtype), reverse=reverse, steps=steps, batch=batch,
             input=x_rows.shape[1], hidden=hidden, out=out, slice_rows=chosen.slice_rows, groups=chosen.groups,
             poll_limit=_POLL_LIMIT if kernels.simulator is None else _POLL_LIMIT_SIMULATED,
         )  # fmt: skip
@@ -303,7 +308,7 @@ def backward(
     cell: Cell, grads: Gradients, inputs: Inputs, saved: Saved, algorithm: str, needs: Sequence[bool]
 ) -> tuple[Tensor, ...]:
     """See the op ``fusedrnn::sequence_backward``."""
-    _check(cell.name, algorithm)
+    _check(algorithm)
     x, h0, c0, _, w_hh, _, _, w_hr, batch_sizes, resets, reverse = inputs
     y, gates, cells = saved
     dy, dh_n, dc_n, dcells = grads
@@ -323,7 +328,7 @@ def backward(
         kernels = _kernels(x.device)
         offsets = _offsets(batch_sizes)
         params = _Backward(
-            cell=_CELL_IDS[cell.name], dtype=_dtype_id(x.dtype), reverse=reverse, steps=steps, batch=batch,
+            cell=kernels.number_of(cell), dtype=_dtype_id(x.dtype), reverse=reverse, steps=steps, batch=batch,
             hidden=hidden, out=out, slice_rows=chosen.slice_rows, groups=chosen.groups,
             poll_limit=_POLL_LIMIT if kernels.simulator is None else _POLL_LIMIT_SIMULATED,
         )  # fmt: skip
