@@ -117,10 +117,5 @@ def _in_pieces(cell, grads, inputs, y, cells, backend, algorithm, needs, steps):
                 totals[i] = d if totals[i] is None else totals[i] + d
     if reverse:
         dh, dc = (torch.cat(d) if d[0].dim() > 1 else d[0] for d in zip(*reversed(started)))
-    empty = inputs.x.new_empty(0)
-    return (
-        torch.cat(dx) if needs[0] else empty,
-        dh if needs[1] else empty,
-        dc if needs[2] else inputs.x.new_empty(0),
-        *(inputs.x.new_empty(0) if t is None else t.to(inputs.x.dtype) for t in totals[3:]),
-    )
+    totals[:3] = [torch.cat(dx) if needs[0] else None, dh if needs[1] else None, dc if needs[2] else None]
+    return tuple(inputs.x.new_empty(0) if t is None else t.to(inputs.x.dtype) for t in totals)

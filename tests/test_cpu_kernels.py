@@ -48,6 +48,7 @@ SIZES_BY_UNITS = [
 ]
 # More rows than one group of sums holds.
 SIZES_WIDE = [
+    (2, 45, 3, 1, 0, None),
     (1, 70, 5, 37, 0, None),
     (1, 70, 5, 37, 9, None),
     (2, 101, 3, 20, 0, None),

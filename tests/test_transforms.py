@@ -554,6 +554,13 @@ def test_vmap_over_packed_input_resets_and_every_state():
             assert_same(torch.func.vmap(function, dims)(*args), looped(function, dims, *args))
 
 
+def test_vmap_over_a_compiled_layer():
+    layer, x = fusedrnn.GRU(4, 5), torch.randn(2, 3, 2, 4)
+    got = torch.func.vmap(torch.compile(layer, backend="aot_eager"))(x)
+    for a, b in zip(got, looped(layer, (0,), x), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_vmap_of_nothing():
     cell = fusedrnn.GRUCell(4, 5)
     assert torch.func.vmap(cell)(torch.zeros(2, 0, 4)).shape == (2, 0, 5)
