@@ -264,9 +264,11 @@ def test_20000_steps_in_float32(cell):
     need("cpu")
     given = make(LONG, torch.float32, cell=cell)
     found, exact = run(LONG, given, "cpu", cell=cell), run(LONG, widened(given), "cpu", cell=cell)
+    # Roundings of a sum of so many terms, one after the other, add up like the steps of a random walk.
+    allowed = torch.finfo(torch.float32).eps * LONG.T**0.5
     for name, t in exact.items():
         assert t.abs().max() > 0, name
-        assert (found[name] - t).abs().max() <= 5e-6 * t.abs().max(), name
+        assert (found[name] - t).abs().max() <= allowed * t.abs().max(), name
 
 
 @pytest.mark.slow
