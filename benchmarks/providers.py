@@ -9,7 +9,7 @@ import importlib.metadata
 import importlib.util
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -221,6 +221,15 @@ def _make_ours(backend: str | None, algorithm: str | None, **options) -> Callabl
         return Runnable(run, plan.backend if plan.algorithm == "auto" else f"{plan.backend} {plan.algorithm}")
 
     return make
+
+
+def _make_in_float32(given: Given, mode: str) -> Runnable:
+    """The same layer with the same numbers in float32: what 16 bits are to be compared with."""
+    if given.problem.dtype not in ("bfloat16", "float16"):
+        raise UnavailableError(f"it is what 16 bits are compared with, the problem is {given.problem.dtype}")
+    state = {name: w.float() for name, w in given.state.items()}
+    wide = Given(replace(given.problem, dtype="float32"), state, given.x.float(), given.dy.float())
+    return _make_ours(None, None)(wide, mode)
 
 
 def cell_loop(problem: Problem, weights: list[Tensor], x: Tensor) -> tuple[Tensor, ...]:
@@ -498,6 +507,7 @@ def _ours() -> list[Provider]:
             make = _make_ours(backend, None if algorithm == "auto" else algorithm)
             found.append(Provider(name, "fusedrnn", _needs_backend(backend, algorithm), make))
     make = _make_ours(None, None, recompute=True)
+    found.append(Provider("fusedrnn:float32", "fusedrnn", lambda on: None, _make_in_float32))
     return [*found, Provider("fusedrnn:recompute", "fusedrnn", lambda on: None, make)]
 
 
@@ -543,6 +553,8 @@ def choose(names: list[str] | None, device: torch.device, quick: bool) -> tuple[
                 why = f"slow by design; ask for it with --peers {name}"
             elif name == "fusedrnn:recompute":
                 why = f"it trades time for memory; ask for it with --peers {name}"
+            elif name == "fusedrnn:float32":
+                why = f"what 16 bits are compared with; ask for it with --peers {name}"
             elif name == "fusedrnn:cpu:persistent":
                 why = "it is what fusedrnn chooses on a CPU"
             elif name == "torch.compile" and quick:

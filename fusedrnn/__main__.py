@@ -45,6 +45,8 @@ def info(arguments: argparse.Namespace) -> int:
         print(json.dumps(found, indent=1))
     else:
         for name, value in found.items():
+            if isinstance(value, dict):
+                value = [f"{key}: {each}" for key, each in value.items()]
             print(f"{name:<24}{', '.join(value) if isinstance(value, list) else value}")
     return 0
 

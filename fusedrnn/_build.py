@@ -71,7 +71,9 @@ def build_info() -> dict[str, Any]:
 
     ``extension`` tells whether the C++ extension is loaded, ``extension_why`` why it is not.
     ``cpu_capability`` is the instruction set in use, one of ``cpu_capabilities_built``; the environment
-    variable FUSEDRNN_CPU_CAPABILITY lowers it. ``cuda_why`` is what the build decided on CUDA.
+    variable FUSEDRNN_CPU_CAPABILITY lowers it. ``cpu_products`` tells who multiplies 16-bit matrices on the CPU: "host"
+    (torch's GEMM, where the processor has bfloat16 units) or "panels" of ours; FUSEDRNN_CPU_PRODUCTS forces one.
+    ``cuda_why`` is what the build decided on CUDA.
     """
     info = {
         "extension": loaded(),
@@ -83,6 +85,7 @@ def build_info() -> dict[str, Any]:
         "machine": platform.machine(),
         "cpu_capabilities_built": [],
         "cpu_capability": "",
+        "cpu_products": {},
         "compiler": "",
         "flags": FACTS.get("flags", ""),
         "cuda_built": bool(FACTS.get("cuda", False)),

@@ -441,14 +441,16 @@ def _cpu(z: _Sizes, backward: bool) -> Pass:
     little = 2 * available > z.B
     too_small = (65536 if z.T == 1 else 200000) if little else 32768
     threads = 1 if product < too_small else available
-    capability = _build.build_info()["cpu_capability"]
+    info = _build.build_info()
+    capability = info["cpu_capability"]
     tiles = capability == "amx" and z.dtype is torch.bfloat16
     rows = z.T * z.B
     direct = rows <= (8 if tiles else 64) and (not backward or 4 * z.B >= z.T)
     lanes = {"amx": 64, "avx512": 64, "avx2": 32}.get(capability, 16) // z.acc
     if capability == "amx":
         capability = "amx: bfloat16 tiles" if tiles and not direct else "avx512"
-    weights = z.G * _blocks(z.H, 2 * lanes) * 2 * lanes * z.P * (z.s if tiles else z.acc)
+    wide = capability == "portable" and z.dtype is torch.float16
+    weights = z.G * _blocks(z.H, 2 * lanes) * 2 * lanes * z.P * (z.acc if wide else z.s)
     cache = _own_cache_bytes()
     if threads == 1:
         why = "one thread" + ("" if available == 1 else ": the product of a step is too small to share")
@@ -468,6 +470,9 @@ def _cpu(z: _Sizes, backward: bool) -> Pass:
     else:
         fits = "fit" if panel <= cache else "do not fit"
         why += f"; {capability}; a core's panels of W_hh {fits} in its own cache of {_si(cache)}B"
+    if z.s == 2 and (backward or panel is not None):
+        by_host = info["cpu_products"][str(z.dtype).removeprefix("torch.")] == "host"
+        why += f"; products outside of the loop by {'the host' if by_host else 'panels of ours'}"
     flops, outside = _matmul_flops(z, backward, inside=False)
     return Pass(
         "cpu", backward, "persistent", why, threads=threads, launches=1, flops=flops, outside_flops=outside,

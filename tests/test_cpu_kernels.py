@@ -1,10 +1,13 @@
 """The C++ kernels: every instruction set and number of threads against float64, and raw calls that must raise."""
 
 import decimal
+import itertools
 import math
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,6 +39,8 @@ SIZES = [
     (22, 3, 5, 20, 40, None),
     (12, 7, 5, 40, 0, (12, 12, 10, 6, 2, 1, 1)),
     (12, 7, 5, 70, 9, (12, 12, 10, 6, 2, 1, 1)),
+    # Products large enough for the host's GEMM, each of an odd depth.
+    (3, 11, 35, 41, 0, None),
 ]
 # Few rows and many units: threads share the units, with a barrier after every step.
 SIZES_BY_UNITS = [
@@ -148,95 +153,105 @@ def error_in_ulps(got, want, dtype):
     return float(error / decimal.Decimal(ulp))
 
 
-def activations():
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_activations(dtype):
     """The gates over all of the range of exp against exact values; no NaN but from NaN."""
-    for dtype in DTYPES:
-        sweeps = [(-1, 1, 401), (-100, 100, 2001), (-720, 720, 2001), (-88.8, -88.3, 201), (-709.9, -709.4, 201)]
-        special = torch.tensor([0.0, -0.0, 1e30, -1e30, math.inf, -math.inf, math.nan], dtype=torch.float64)
-        x = torch.cat([special, *(torch.linspace(*sweep, dtype=torch.float64) for sweep in sweeps)]).to(dtype)
-        x = torch.cat([x, -x])
-        zeros, ones = torch.zeros(len(x), 1, dtype=dtype), torch.ones(4, 1, dtype=dtype)
-        y, _, c, gates, _ = sequence(
-            "lstm", x.view(1, -1, 1), zeros, zeros, ones, 0 * ones, None, None, None, None, False, "cpu", "auto", True
-        )  # fmt: skip
-        assert torch.equal(y.isnan().view(-1), x.isnan())
-        assert torch.equal(c.isnan().view(-1), x.isnan())
-        worst = [0.0, 0.0]
-        for value, (i, f, g, o) in zip(x.tolist(), gates[0].tolist()):
-            for k, (got, want) in enumerate(zip([i, g], exact_activations(value))):
-                error = error_in_ulps(got, want, dtype)
-                assert error <= ULPS[dtype][k], (dtype, value, got, want, error)
-                worst[k] = max(worst[k], error)
-            assert math.isnan(value) or i == f == o
-            if math.isinf(value):
-                assert (i, g) == (int(value > 0), math.copysign(1, value)), (dtype, value, i, g)
-            if value < -750:
-                assert i == 0, (dtype, value, i)
-        print(dtype, "sigmoid and tanh are off by at most", *worst, "ulp", file=sys.stderr)
+    sweeps = [(-1, 1, 401), (-100, 100, 2001), (-720, 720, 2001), (-88.8, -88.3, 201), (-709.9, -709.4, 201)]
+    special = torch.tensor([0.0, -0.0, 1e30, -1e30, math.inf, -math.inf, math.nan], dtype=torch.float64)
+    x = torch.cat([special, *(torch.linspace(*sweep, dtype=torch.float64) for sweep in sweeps)]).to(dtype)
+    x = torch.cat([x, -x])
+    zeros, ones = torch.zeros(len(x), 1, dtype=dtype), torch.ones(4, 1, dtype=dtype)
+    y, _, c, gates, _ = sequence(
+        "lstm", x.view(1, -1, 1), zeros, zeros, ones, 0 * ones, None, None, None, None, False, "cpu", "auto", True
+    )  # fmt: skip
+    assert torch.equal(y.isnan().view(-1), x.isnan())
+    assert torch.equal(c.isnan().view(-1), x.isnan())
+    worst = [0.0, 0.0]
+    for value, (i, f, g, o) in zip(x.tolist(), gates[0].tolist()):
+        for k, (got, want) in enumerate(zip([i, g], exact_activations(value))):
+            error = error_in_ulps(got, want, dtype)
+            assert error <= ULPS[dtype][k], (dtype, value, got, want, error)
+            worst[k] = max(worst[k], error)
+        assert math.isnan(value) or i == f == o
+        if math.isinf(value):
+            assert (i, g) == (int(value > 0), math.copysign(1, value)), (dtype, value, i, g)
+        if value < -750:
+            assert i == 0, (dtype, value, i)
 
 
-def everything():
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        for dtype in DTYPES:
-            for i, size in enumerate(SIZES + SIZES_BY_UNITS + SIZES_WIDE):
-                check(size, dtype, reverse=(i + threads) % 2 == 0)
-                if size[-1]:
-                    check(size, dtype, reverse=(i + threads) % 2 == 1)
-            for cell in ("gru", "rnn_tanh"):
-                for size in (
-                    (1, 70, 5, 37, 0, None),
-                    (33, 2, 4, 129, 0, None),
-                    (3, 27, 5, 33, 0, None),
-                    (2, 101, 3, 20, 0, None),
-                ):
-                    check(size, dtype, reverse=threads == 2, cell=cell)
-        check((3, 2, 4, 6, 0, None), torch.float32, False, bias=False)
+@pytest.fixture
+def given_threads():
+    """Puts back the number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
-def resets_with_a_wide_projection():
+@pytest.fixture(params=[1, 2], ids=["1thread", "2threads"])
+def threads(request, given_threads):
+    torch.set_num_threads(request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_size(dtype, threads):
+    for i, size in enumerate(SIZES + SIZES_BY_UNITS + SIZES_WIDE):
+        check(size, dtype, reverse=(i + threads) % 2 == 0)
+        if size[-1]:
+            check(size, dtype, reverse=(i + threads) % 2 == 1)
+    for cell in ("gru", "rnn_tanh"):
+        for size in (
+            (1, 70, 5, 37, 0, None),
+            (33, 2, 4, 129, 0, None),
+            (3, 27, 5, 33, 0, None),
+            (2, 101, 3, 20, 0, None),
+        ):
+            check(size, dtype, reverse=threads == 2, cell=cell)
+    check((3, 2, 4, 6, 0, None), dtype, False, bias=False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_resets_with_a_wide_projection(dtype):
     """P is beyond H and its padding: a row that is reset starts from P zeros."""
-    for dtype in DTYPES:
-        for T, B in ((3, 4), (3, 30)):  # weights as they lie, and repacked
-            inputs, _, _ = draw(T, B, 3, 5, 70, None, dtype)
-            mask = torch.rand(T, B, generator=torch.Generator().manual_seed(0)) < 0.5
-            ours = ops.sequence("lstm", *inputs, None, mask, False, "cpu", "auto", True, True)
-            exact = ops.sequence("lstm", *up(inputs), None, mask, False, "reference", "auto", True, True)
-            for got, want in zip(ours, exact):
-                assert (got.double() - want).abs().max() <= TOLERANCE[dtype] * max(1.0, want.abs().max()), dtype
+    for T, B in ((3, 4), (3, 30)):  # weights as they lie, and repacked
+        inputs, _, _ = draw(T, B, 3, 5, 70, None, dtype)
+        mask = torch.rand(T, B, generator=torch.Generator().manual_seed(0)) < 0.5
+        ours = ops.sequence("lstm", *inputs, None, mask, False, "cpu", "auto", True, True)
+        exact = ops.sequence("lstm", *up(inputs), None, mask, False, "reference", "auto", True, True)
+        for got, want in zip(ours, exact):
+            assert (got.double() - want).abs().max() <= TOLERANCE[dtype] * max(1.0, want.abs().max()), dtype
 
 
-def special_values():
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_special_values(dtype):
     """Saturated and non-finite gates: no NaN but from NaN."""
-    for dtype in DTYPES:
-        for value in (1e3, 3e4, float("inf")):
-            x = torch.tensor([[[value]], [[-value]]], dtype=dtype)
-            one = torch.ones(4, 1, dtype=dtype)
-            y, *_ = sequence(
-                "lstm", x, *torch.zeros(2, 1, 1, dtype=dtype), one, one, None, None, None, None, False, "cpu", "auto",
-                False,
-            )  # fmt: skip
-            want = torch.tensor([[[1.0]], [[0.0]]]).double().tanh()
-            assert torch.allclose(y.double(), want, rtol=TOLERANCE[dtype]), (dtype, value, y)
-        x = torch.full((1, 1, 1), float("nan"), dtype=dtype)
+    for value in (1e3, 3e4, float("inf")):
+        x = torch.tensor([[[value]], [[-value]]], dtype=dtype)
+        one = torch.ones(4, 1, dtype=dtype)
         y, *_ = sequence(
-            "lstm", x, *torch.zeros(2, 1, 1, dtype=dtype), one, one, None, None, None, None, False, "cpu", "auto", False
+            "lstm", x, *torch.zeros(2, 1, 1, dtype=dtype), one, one, None, None, None, None, False, "cpu", "auto",
+            False,
         )  # fmt: skip
-        assert y.isnan().all()
+        want = torch.tensor([[[1.0]], [[0.0]]]).double().tanh()
+        assert torch.allclose(y.double(), want, rtol=TOLERANCE[dtype]), (dtype, value, y)
+    x = torch.full((1, 1, 1), float("nan"), dtype=dtype)
+    y, *_ = sequence(
+        "lstm", x, *torch.zeros(2, 1, 1, dtype=dtype), one, one, None, None, None, None, False, "cpu", "auto", False
+    )  # fmt: skip
+    assert y.isnan().all()
 
 
-def nan_stays_in_its_row():
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_stays_in_its_row(dtype):
     """Neither a row that is NaN nor one that fills a tile only reaches another one."""
-    for dtype in DTYPES:
-        # I is even: with odd depth torch's own bfloat16 product lets a NaN into the row before.
-        inputs, sizes, gradients = draw(5, 19, 4, 40, 0, None, dtype)
-        inputs[0][2, 7], gradients[0][3, 11] = math.nan, math.inf
-        y, _, _, _, _, dx, *_ = run(inputs, sizes, gradients, False, "cpu")
-        assert set(torch.nonzero(y.isnan().any(2).any(0)).flatten().tolist()) == {7}
-        assert set(torch.nonzero(dx.isfinite().logical_not().any(2).any(0)).flatten().tolist()) == {7, 11}
+    inputs, sizes, gradients = draw(5, 19, 35, 40, 0, None, dtype)
+    inputs[0][2, 7], gradients[0][3, 11] = math.nan, math.inf
+    y, _, _, _, _, dx, *_ = run(inputs, sizes, gradients, False, "cpu")
+    assert set(torch.nonzero(y.isnan().any(2).any(0)).flatten().tolist()) == {7}
+    assert set(torch.nonzero(dx.isfinite().logical_not().any(2).any(0)).flatten().tolist()) == {7, 11}
 
 
-def other_libraries_keep_their_tiles():
+def test_other_libraries_keep_their_tiles():
     """oneDNN computes bfloat16 in the tile registers of the same threads."""
     a, b = torch.randn(2, 256, 256).to(torch.bfloat16)
     want = a @ b
@@ -246,20 +261,176 @@ def other_libraries_keep_their_tiles():
         assert torch.equal(a @ b, want)
 
 
-@pytest.mark.parametrize("capability", ["portable", "avx2", "avx512", "amx"])
-def test_instruction_set(capability):
-    if capability not in _build.build_info()["cpu_capabilities_built"]:
-        pytest.skip(f"{capability} was not compiled in")
+# Processors as their libraries see them: the instruction sets that this package, ATen, oneDNN and MKL may use.
+LOWEST = {
+    "FUSEDRNN_CPU_CAPABILITY": "portable",
+    "ATEN_CPU_CAPABILITY": "default",
+    "ONEDNN_MAX_CPU_ISA": "SSE41",
+    "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
+}
+AVX2 = {
+    "FUSEDRNN_CPU_CAPABILITY": "avx2",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+}
+NO_16_BIT_UNITS = {
+    "FUSEDRNN_CPU_CAPABILITY": "avx512",
+    "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX512",
+}
+ONE_BY_ONE = [
+    *({"FUSEDRNN_CPU_CAPABILITY": name} for name in ("portable", "avx2", "avx512")),
+    *({"ATEN_CPU_CAPABILITY": name} for name in ("default", "avx2")),
+    *({"ONEDNN_MAX_CPU_ISA": name} for name in ("SSE41", "AVX2", "AVX512_CORE", "AVX512_CORE_BF16")),
+    *({"MKL_ENABLE_INSTRUCTIONS": name} for name in ("SSE4_2", "AVX2", "AVX512")),
+    {"FUSEDRNN_CPU_PRODUCTS": "panels"},
+]
+# What of the suite computes on the CPU.
+SIZES_AND_VALUES = "every_size or activations or projection or special or row or infinities or subnormals"
+ON_THE_CPU = f"""
+    (test_cpu_kernels and ({SIZES_AND_VALUES})) or (test_recurrence and (cpu-auto or reference-auto))
+    or (test_torch_modules and (16_bit or autocast)) or (test_modules and 16_bit)
+"""
+
+
+def run_on(processor, chosen, least):
+    """At least so many tests pass in a process that sees such a processor."""
+    files = ["test_cpu_kernels.py", "test_recurrence.py", "test_torch_modules.py", "test_modules.py"]
     ran = subprocess.run(
-        [sys.executable, __file__],
-        env={**os.environ, "FUSEDRNN_CPU_CAPABILITY": capability},
-        capture_output=True,
-        text=True,
-    )
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", " ".join(chosen.split()),
+         *(Path(__file__).with_name(name) for name in files)],
+        env={**os.environ, **processor}, capture_output=True, text=True,
+    )  # fmt: skip
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    used = ran.stdout.strip()
-    if used != capability:
-        pytest.skip(f"this processor does not run {capability}: tested {used} again")
+    assert int(re.search(r"(\d+) passed", ran.stdout).group(1)) >= least, ran.stdout
+
+
+def name_of(processor):
+    return ",".join(processor.values())
+
+
+@pytest.mark.parametrize("processor", [LOWEST, NO_16_BIT_UNITS], ids=name_of)
+def test_lesser_processor(processor):
+    run_on(processor, ON_THE_CPU, 400)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processor", [AVX2, *ONE_BY_ONE], ids=name_of)
+def test_every_lesser_processor(processor):
+    run_on(processor, ON_THE_CPU, 400)
+
+
+# Infinities may come out wrong there.
+@pytest.mark.slow
+def test_products_of_the_host_on_a_processor_that_would_not_take_them():
+    run_on({"FUSEDRNN_CPU_PRODUCTS": "host"}, "every_size", 8)
+
+
+@pytest.mark.parametrize(
+    "capability, bfloat16, limit, forced, want",
+    [
+        # bfloat16 units: the host's products, which use them
+        ("amx", True, None, None, "host"),
+        ("avx512", True, None, None, "host"),
+        ("amx", True, "ALL", None, "host"),
+        ("amx", True, "AVX512_CORE_AMX", None, "host"),
+        ("avx512", True, "AVX512_CORE_BF16", None, "host"),
+        # no such units, or nobody who uses them
+        ("avx512", False, None, None, "panels"),
+        ("avx2", False, None, None, "panels"),
+        ("portable", False, None, None, "panels"),
+        ("avx2", True, None, None, "panels"),
+        ("portable", True, None, None, "panels"),
+        ("amx", True, "AVX512_CORE_VNNI", None, "panels"),
+        ("avx512", True, "AVX2", None, "panels"),
+        ("avx512", True, "a later name", None, "panels"),
+        # forced
+        ("amx", True, None, "panels", "panels"),
+        ("portable", False, "SSE41", "host", "host"),
+    ],
+)
+def test_who_multiplies_on_which_processor(capability, bfloat16, limit, forced, want):
+    choose = _build._extension.cpu_products
+    assert choose(capability, bfloat16, limit, True, forced) == want
+    # What the host makes of float16 is nowhere known to be right and fast.
+    assert choose(capability, bfloat16, limit, False, forced) == (forced or "panels")
+
+
+def test_products_that_were_forced():
+    with pytest.raises(RuntimeError, match="FUSEDRNN_CPU_PRODUCTS must be host or panels, got 'both'"):
+        _build._extension.cpu_products("avx512", True, None, True, "both")
+    here = _build.build_info()["cpu_products"]
+    assert set(here) == {"bfloat16", "float16"}
+    other = "panels" if here["bfloat16"] == "host" else "host"
+    ran = subprocess.run(
+        [sys.executable, "-m", "fusedrnn", "info"],
+        env={**os.environ, "FUSEDRNN_CPU_PRODUCTS": other}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert re.search(rf"cpu_products\s+bfloat16: {other}, float16: {other}\n", ran.stdout), ran.stdout + ran.stderr
+
+
+FEATURES = (*range(1, 10), 16, 17, 33)
+# Steps and rows of a step: one step and several, weights as they lie, repacked and in products; 1 to 10,000 rows.
+MANY_ROWS = ((1, 1), (1, 2), (2, 5), (1, 64), (13, 5), (1, 65), (3, 40), (4, 250), (1, 4001), (4, 2500))
+
+
+def same_as(model, ours, about, tolerance=None):
+    """Infinities and NaN in the same places; all else as near as rounding a few times over leaves it."""
+    for i, (got, want) in enumerate(zip(ours, model)):
+        assert got.shape == want.shape, (i, about)
+        for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+            assert torch.equal(kind(got), kind(want)), (i, kind.__name__, about)
+        if not got.numel():
+            continue
+        got, want = got.double().nan_to_num(0, 0, 0), want.double().nan_to_num(0, 0, 0)
+        bound = (tolerance or TOLERANCE[about[0]]) * max(1.0, want.abs().max().item())
+        assert (got - want).abs().max().item() <= bound, (i, about)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("where", ["x", "h0", "w_ih", "w_hh", "dy"])
+def test_infinities_and_nan_in_16_bits_are_those_of_float32_math(where, dtype, given_threads):
+    names = ("x", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
+    for k, (I, (T, B)) in enumerate(itertools.product(FEATURES, MANY_ROWS)):
+        torch.set_num_threads(1 + (k % 9 == 0))
+        cell = ("lstm", "gru", "rnn_tanh")[k % 3]
+        inputs, sizes, gradients = draw(T, B, I, 5, 0, None, dtype, cell=cell)
+        target = gradients[0] if where == "dy" else inputs[names.index(where)]
+        rows = target.view(-1, target.shape[-1])
+        # Of few rows one is infinite or NaN, of many several.
+        for row, value in list({0: math.inf, len(rows) // 2: -math.inf, len(rows) - 1: math.nan}.items())[k % 2 :]:
+            rows[row, (k + row) % rows.shape[1]] = value
+        ours, model = (run(inputs, sizes, gradients, k % 4 == 1, backend, cell) for backend in ("cpu", "reference"))
+        same_as(model, ours, (dtype, where, cell, T, B, I))
+
+
+@pytest.mark.parametrize("where", ["x", "h0", "dy"])
+def test_subnormals_of_float16_count(where, given_threads):
+    """Times weights of 2^14 they are of order 1."""
+    torch.set_num_threads(1)
+    tiny = torch.finfo(torch.float16).tiny
+    for I, (T, B) in itertools.product(FEATURES, MANY_ROWS):
+        inputs, sizes, gradients = draw(T, B, I, 5, 0, None, torch.float16)
+        x, h0, _, w_ih, w_hh, *_ = inputs
+        small, weight = {"x": (x, w_ih), "h0": (h0, w_hh), "dy": (gradients[0], w_ih)}[where]
+        small.mul_(tiny * 0.9)
+        weight.copy_(weight.double().mul(2.0**14).half())
+        if where == "dy":
+            gradients = (gradients[0], None, None)
+            x.zero_()
+        if where == "h0":
+            gradients = (None, None, None)
+        ours, model = (run(inputs, sizes, gradients, False, backend) for backend in ("cpu", "reference"))
+        about = (torch.float16, where, "lstm", T, B, I)
+        if where == "h0":  # the h of later steps are large
+            ours, model = ([t[:1] for t in o[:1]] for o in (ours, model))
+        # dgates are subnormal as well, of few bits.
+        same_as(model, ours, about, tolerance=0.03 if where == "dy" else None)
+        small.zero_()
+        without = run(inputs, sizes, gradients, False, "reference")
+        seen = 5 if where == "dy" else 0
+        assert (model[seen][:1].double() - without[seen][:1].double()).abs().max() > 0.01, about
 
 
 def raw(**changed):
@@ -462,13 +633,3 @@ def test_one_openmp_runtime():
     maps = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, check=True).stdout
     runtimes = {line.split()[-1] for line in maps.splitlines() if "gomp" in line or "iomp" in line}
     assert len(runtimes) == 1, runtimes
-
-
-if __name__ == "__main__":
-    everything()
-    resets_with_a_wide_projection()
-    special_values()
-    nan_stays_in_its_row()
-    other_libraries_keep_their_tiles()
-    activations()
-    print(_build.build_info()["cpu_capability"])

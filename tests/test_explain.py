@@ -222,11 +222,15 @@ def test_cpu(threads, batch, hidden, text, monkeypatch):
     assert one("cpu", steps=100, **sizes | {"batch": 1}, backward=True).panel_bytes
     share = threads if "units" in text else 1
     assert found.panel_bytes == 4 * hidden * hidden * 4 // share
-    monkeypatch.setattr(explain._build, "build_info", lambda: {"cpu_capability": "amx"})
-    tiles = one("cpu", steps=100, **sizes, dtype=torch.bfloat16)
-    assert "amx: bfloat16 tiles" in tiles.why
-    assert tiles.panel_bytes in (found.panel_bytes // 2, 4 * hidden * hidden * 2)  # half may fit where all did not
-    assert "avx512;" in one("cpu", steps=100, **sizes, dtype=torch.float16).why
+    products = {"bfloat16": "host", "float16": "panels"}
+    monkeypatch.setattr(explain._build, "build_info", lambda: {"cpu_capability": "amx", "cpu_products": products})
+    for dtype, texts in (
+        (torch.bfloat16, ("amx: bfloat16 tiles", "products outside of the loop by the host")),
+        (torch.float16, ("avx512;", "products outside of the loop by panels of ours")),
+    ):
+        half = one("cpu", steps=100, **sizes, dtype=dtype)
+        assert all(each in half.why for each in texts)
+        assert half.panel_bytes in (found.panel_bytes // 2, 4 * hidden * hidden * 2)  # half may fit where all did not
     step = one("cpu", steps=1, **sizes | {"batch": 65})
     assert "both products are GEMMs" in step.why
     assert step.panel_bytes is None
@@ -245,6 +249,7 @@ def test_cpu_rules_are_those_of_the_kernels():
         "return s.steps * s.batch <= (kTiles ? kFewRowsOfTiles : kFewRows); }",
         "const bool two_products = s.steps == 1 && !one_kernel && x.element_size() > 2 && !resets;",
         "return is_short(problem.shape) && problem.shape.steps <= 4 * problem.shape.batch;",
+        "constexpr bool kWidensHalf = FUSEDRNN_VECTOR_BYTES > 16;",
         "by_rows = !direct && s.threads > 1 && s.batch >= 16 * s.threads && weight_bytes <= s.cache_bytes / 4 * 3;",
     ):
         assert line in text

@@ -1,7 +1,9 @@
 #include <stdlib.h>
 #include <string.h>
-#ifdef FUSEDRNN_HAS_AMX
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#ifdef FUSEDRNN_HAS_AMX
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -76,7 +78,51 @@ const Kernels& choose() {
   return *best;
 }
 
+bool has_bfloat16() {
+#if defined(__x86_64__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kAvx512Bf16 = 1u << 5;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kAvx512Bf16);
+#else
+  return false;
+#endif
+}
+
+const char* environment(const char* name) {
+  const char* value = getenv(name);
+  return value && *value ? value : nullptr;
+}
+
 }  // namespace
+
+bool host_multiplies(const Processor& processor, Dtype dtype, const char* forced) {
+  if (forced && strcmp(forced, "host") != 0 && strcmp(forced, "panels") != 0) {
+    throw std::runtime_error(std::string("FUSEDRNN_CPU_PRODUCTS must be host or panels, got '") + forced + "'");
+  }
+  if (forced) return strcmp(forced, "host") == 0;
+  if (dtype != Dtype::kBfloat16 || !processor.bfloat16) return false;
+  // Without these instructions oneDNN splits an infinity into infinity - infinity.
+  const std::string limit = processor.onednn_limit ? processor.onednn_limit : "ALL";
+  bool has = false;
+  for (const char* name : {"ALL", "DEFAULT", "AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX",
+                           "AVX512_CORE_AMX_FP16", "AVX10_1_512", "AVX10_1_512_AMX", "AVX10_1_512_AMX_FP16"}) {
+    has |= limit == name;
+  }
+  return has && (strcmp(processor.capability, "avx512") == 0 || strcmp(processor.capability, "amx") == 0);
+}
+
+bool host_multiplies(Dtype dtype) {
+  struct Found {
+    bool bfloat16, float16;
+  };
+  static const Found found = [] {
+    const char* limit = environment("ONEDNN_MAX_CPU_ISA");
+    const char* forced = environment("FUSEDRNN_CPU_PRODUCTS");
+    const Processor here{kernels().name, has_bfloat16(), limit ? limit : environment("DNNL_MAX_CPU_ISA")};
+    return Found{host_multiplies(here, Dtype::kBfloat16, forced), host_multiplies(here, Dtype::kFloat16, forced)};
+  }();
+  return dtype == Dtype::kBfloat16 ? found.bfloat16 : found.float16;
+}
 
 const Kernels& kernels() {
   static const Kernels& chosen = choose();

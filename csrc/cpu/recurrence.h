@@ -68,14 +68,31 @@ struct Backward {
   void* h;             // E [N, H]: the unprojected output; with w_hr only
 };
 
+// C = A B in 16 bits: sums in float32, rounded once. Strides are in elements; of each operand one of the two is 1.
+struct Product {
+  Dtype dtype;  // bfloat16 or float16
+  int64_t rows, columns, depth;
+  const void* a;  // [rows, depth]
+  int64_t a_row, a_depth;
+  const void* b;  // [depth, columns]
+  int64_t b_depth, b_column;
+  void* c;  // [rows, columns]
+  int64_t c_row;
+  int threads;  // at most
+};
+
 // Up to so many rows, steps times batch, reading the weights where they lie beats repacking them.
 constexpr int64_t kFewRows = 64, kFewRowsOfTiles = 8;
+
+// The host's GEMM multiplies 16-bit matrices that are at least so large each way, if it does at all.
+constexpr int64_t kHostLeast = 32;
 
 struct Kernels {
   const char* name;
   bool tiles;  // of bfloat16
   void (*forward)(const Forward&);
   void (*backward)(const Backward&);
+  void (*product)(const Product&);
 };
 
 // One per instruction set, each compiled with its own flags.
@@ -95,6 +112,18 @@ extern const Kernels kernels;
 // The best one that was compiled in and that this processor runs; FUSEDRNN_CPU_CAPABILITY lowers it. Throws
 // std::runtime_error where that names none.
 const Kernels& kernels();
+
+// Who multiplies two 16-bit matrices: the host's GEMM, where the processor has instructions for it and oneDNN, which
+// uses them, is right; else Kernels::product.
+struct Processor {
+  const char* capability;    // Kernels::name
+  bool bfloat16;             // products of bfloat16: AVX512-BF16, or AMX
+  const char* onednn_limit;  // ONEDNN_MAX_CPU_ISA, or null
+};
+bool host_multiplies(const Processor& processor, Dtype dtype, const char* forced);
+// The same of this processor; FUSEDRNN_CPU_PRODUCTS, "host" or "panels", forces it.
+bool host_multiplies(Dtype dtype);
+
 // Names of those compiled in, separated by spaces.
 const char* compiled_capabilities();
 // Throws. Compiled without an instruction set's flags, as all code that is shared has to be.

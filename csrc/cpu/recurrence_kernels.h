@@ -10,17 +10,19 @@
 // With FUSEDRNN_TILES the products with W_hh run in the tile registers of AMX; only bfloat16 is compiled then.
 #pragma once
 
-#include <omp.h>
 #include <sched.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include <type_traits>
 
 #include "../cells.h"
+#include "panels.h"
 #include "recurrence.h"
 #include "simd.h"
 #include "tiles.h"
+#if !FUSEDRNN_TILES
+#include "product.h"
+#endif
 
 namespace fusedrnn::FUSEDRNN_CAPABILITY {
 
@@ -33,33 +35,14 @@ struct Compute<double> {
   using Type = double;
 };
 
-// What the operands of the products with W_hh are: with tiles those of the tensors, else widened.
+// What the rows that W_hh multiplies are: with tiles those of the tensors, else widened.
 constexpr bool kTiles = FUSEDRNN_TILES;
 template <typename E>
 using Operand = std::conditional_t<kTiles, E, typename Compute<E>::Type>;
-
-FUSEDRNN_INLINE constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-FUSEDRNN_INLINE constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
-FUSEDRNN_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Throws where memory runs out, so it has to be built outside of the parallel region: nothing in there may throw.
-template <typename T>
-class Buffer {
- public:
-  explicit Buffer(int64_t count) {
-    if (count == 0) return;
-    const int64_t bytes = divide_up(count * sizeof(T), 64) * 64;
-    data_ = static_cast<T*>(aligned_alloc(64, static_cast<size_t>(bytes)));
-    if (!data_) out_of_memory(bytes);
-  }
-  ~Buffer() { free(data_); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  operator T*() const { return data_; }
-
- private:
-  T* data_ = nullptr;
-};
+// What panels of weights hold: half the bytes, where widening takes an instruction or two.
+constexpr bool kWidensHalf = FUSEDRNN_VECTOR_BYTES > 16;
+template <typename E>
+using Packed = std::conditional_t<std::is_same_v<E, Half> && !kWidensHalf, float, E>;
 
 // Spins briefly, then gives the core away: a thread of ours may be waiting for it.
 class Barrier {
@@ -177,18 +160,28 @@ void accumulate(Vec<C>* sums, const C* const* rows, int64_t count, int64_t skip,
 }
 
 // sums[count][kVectors] = rows times one panel. The depth comes in kSegments of `depth`, segment i of a row begins
-// at skip[i]. A piece of the panel is fetched once for all rows.
-template <int kVectors, int kSegments, typename C>
-void product(Vec<C>* sums, const C* const* rows, int64_t count, const C* panel, int64_t depth,
+// at skip[i]. A piece of the panel is fetched, and where it is narrow widened, once for all rows.
+template <int kVectors, int kSegments, typename C, typename E>
+void product(Vec<C>* sums, const C* const* rows, int64_t count, const E* panel, int64_t depth,
              const int64_t (&skip)[kSegments]) {
   constexpr int kStep = kVectors * Vec<C>::kWidth;
   constexpr int64_t kPiece = kPieceBytes / (kVectors * FUSEDRNN_VECTOR_BYTES);
   for (int64_t i = 0; i < count * kVectors; ++i) sums[i] = Vec<C>(C(0));
-  const int64_t piece = count <= max_rows<kVectors>() ? depth : kPiece;
+  const bool few = count <= max_rows<kVectors>();
+  const int64_t piece = few ? depth : kPiece;
   for (int i = 0; i < kSegments; ++i) {
     for (int64_t k = 0; k < depth; k += piece) {
-      accumulate<kVectors, kStep>(sums, rows, count, skip[i] + k, panel + (i * depth + k) * kStep, kStep,
-                                  min(piece, depth - k));
+      const E* const from = panel + (i * depth + k) * kStep;
+      const int64_t some = min(piece, depth - k);
+      if constexpr (sizeof(E) < sizeof(C)) {
+        if (!few) {
+          alignas(64) C wide[kPiece * kStep];
+          for (int64_t j = 0; j < some * kStep; j += Vec<C>::kWidth) store(wide + j, load(from + j));
+          accumulate<kVectors, kStep>(sums, rows, count, skip[i] + k, static_cast<const C*>(wide), kStep, some);
+          continue;
+        }
+      }
+      accumulate<kVectors, kStep>(sums, rows, count, skip[i] + k, from, kStep, some);
     }
   }
 }
@@ -216,6 +209,8 @@ FUSEDRNN_COLD void dot(Vec<C> (*partial)[Vec<C>::kWidth], int unit, const R* con
     for (int r = 0; r < kRows; ++r) h[r] = load(x[r] + k);
     FUSEDRNN_UNROLL
     for (int j = 0; j < kUnits; ++j) {
+      // The rows that come next: those of 16 bits are too short for a prefetcher to get into its stride.
+      if constexpr (sizeof(E) < sizeof(C)) __builtin_prefetch(w[j] + kUnits * depth + k);
       const Vec<C> one = load(w[j] + k);
       FUSEDRNN_UNROLL
       for (int r = 0; r < kRows; ++r) acc[r][j].v += one.v * h[r].v;
@@ -263,33 +258,6 @@ void dots(Vec<C>* sums, int64_t stride, const R* const* rows, int64_t count, con
   }
 }
 
-// One vector of a panel of weight^T: lane j at depth k is weight[j][k]; lanes beyond `count` are zero.
-// Consecutive depths are `step` elements apart in the panel.
-template <typename C, typename E>
-FUSEDRNN_COLD void pack_rows(C* panel, int64_t step, const E* weight, int64_t stride, int64_t count, int64_t depth) {
-  constexpr int kWidth = Vec<C>::kWidth;
-  for (int64_t k = 0; k < depth; k += kWidth) {
-    const int64_t width = min(kWidth, depth - k);
-    Vec<C> tile[kWidth];
-    for (int j = 0; j < kWidth; ++j) tile[j] = j < count ? load<C>(weight + j * stride + k, width) : Vec<C>(C(0));
-    transpose<1, kWidth>(tile);
-    for (int64_t j = 0; j < width; ++j) store(panel + (k + j) * step, tile[j]);
-  }
-}
-
-// One panel of weight: lane j of vector v at depth k is weight[k][v * W + j]; columns beyond `count` are zero.
-template <int kVectors, typename C, typename E>
-FUSEDRNN_COLD void pack_columns(C* panel, const E* weight, int64_t stride, int64_t count, int64_t depth) {
-  constexpr int kWidth = Vec<C>::kWidth;
-  for (int64_t k = 0; k < depth; ++k) {
-    for (int v = 0; v < kVectors; ++v) {
-      const int64_t left = count - v * kWidth;
-      const Vec<C> x = left > 0 ? load<C>(weight + k * stride + v * kWidth, left) : Vec<C>(C(0));
-      store(panel + (k * kVectors + v) * kWidth, x);
-    }
-  }
-}
-
 template <typename C, typename E>
 void convert(C* to, const E* from, int64_t count) {
   constexpr int kWidth = Vec<C>::kWidth;
@@ -307,6 +275,7 @@ template <typename Cell, typename E>
 struct Skeleton {
   using C = typename Compute<E>::Type;
   using O = Operand<E>;
+  using K = Packed<E>;
   using V = Vec<C>;
   static constexpr int kWidth = V::kWidth;
   static constexpr int kG = Cell::kGates;
@@ -336,7 +305,7 @@ struct Skeleton {
         direct(direct),
         laid_out_size(kTiles ? segments * chunks(depth) * Tile::kDepth * kGroup : 0),
         laid_out(s.threads * laid_out_size) {
-    const int64_t weight_bytes = kG * padded * out * static_cast<int64_t>(sizeof(O));
+    const int64_t weight_bytes = kG * padded * out * static_cast<int64_t>(sizeof(K));
     by_rows = !direct && s.threads > 1 && s.batch >= 16 * s.threads && weight_bytes <= s.cache_bytes / 4 * 3;
   }
 
@@ -387,13 +356,6 @@ struct Skeleton {
   void barrier_of_step(Barrier& barrier, int threads) const {
     if (!by_rows) barrier.wait(threads);
   }
-
-  template <typename F>
-  static void parallel(int threads, F f) {
-    if (threads == 1) return f(0, 1);
-#pragma omp parallel num_threads(threads)
-    f(omp_get_thread_num(), omp_get_num_threads());
-  }
 };
 
 template <typename Cell, typename E>
@@ -403,15 +365,17 @@ struct ForwardRun : Skeleton<Cell, E> {
       Base::padded, Base::projected, Base::steps;
   using C = typename Base::C;
   using O = typename Base::O;
+  using K = typename Base::K;
   using V = typename Base::V;
   const Forward& p;
   const int64_t unit_blocks, out_blocks;
-  Buffer<O> panels;      // [unit block][P][G][W], or tiles
-  Buffer<C> out_panels;  // [out block][H][kPlain][W]
+  Buffer<K> panels;      // [unit block][P][G][W], or tiles
+  Buffer<K> out_panels;  // [out block][H][kPlain][W]
   Buffer<C> bias;        // [A][padded]
   Buffer<C> c;           // [B][padded]
   Buffer<C> h;           // [B][padded]: unprojected, with w_hr only
   Buffer<O> exchange;    // [3][B][P]: h of the last two steps and h0, where E is narrower than O
+  Buffer<O> x_wide;      // [N][I]: x, where it is multiplied here and E is narrower than O
   Buffer<O> zeros;       // [P]: what a row that is reset starts from, at least [padded]
   Barrier barrier;
 
@@ -426,6 +390,7 @@ struct ForwardRun : Skeleton<Cell, E> {
         c(batch * padded),
         h(projected ? batch * padded : 0),
         exchange(kWide ? 0 : 3 * batch * out),
+        x_wide(kWide || problem.gates_x ? 0 : problem.shape.offsets[steps] * problem.input),
         zeros(problem.shape.resets ? max(padded, out) : 0) {
     if (problem.shape.resets) memset(zeros, 0, max(padded, out) * sizeof(O));
   }
@@ -434,7 +399,7 @@ struct ForwardRun : Skeleton<Cell, E> {
   static bool reads_weights(const Forward& problem) { return problem.gates_h || is_short(problem.shape); }
 
   void run() {
-    Base::parallel(this->shape.threads, [this](int thread, int threads) { work(thread, threads); });
+    in_parallel(this->shape.threads, [this](int thread, int threads) { work(thread, threads); });
   }
 
  private:
@@ -479,7 +444,7 @@ struct ForwardRun : Skeleton<Cell, E> {
         if constexpr (kTiles) {
           tiles_of_rows(panel_of(block) + g * Tile::kSize, kG, of_gate, out, hidden - u, out);
         } else {
-          pack_rows(panel_of(block) + g * kWidth, kG * kWidth, of_gate, out, hidden - u, out);
+          pack_rows<C>(panel_of(block) + g * kWidth, kG * kWidth, of_gate, out, hidden - u, out);
         }
       }
       for (int a = 0; a < kA; ++a) store(bias + a * padded + u, V(C(0)));
@@ -494,16 +459,20 @@ struct ForwardRun : Skeleton<Cell, E> {
     }
     const auto outs = Base::share_of(out_blocks, thread, threads);
     for (int64_t block = outs.begin; block < outs.end; ++block) {
-      C* panel = out_panels + block * hidden * kPlain * kWidth;
+      K* panel = out_panels + block * hidden * kPlain * kWidth;
       for (int v = 0; v < kPlain; ++v) {
         const int64_t first = (block * kPlain + v) * kWidth;
-        pack_rows(panel + v * kWidth, kPlain * kWidth, static_cast<const E*>(p.w_hr) + first * hidden, hidden,
-                  out - first, hidden);
+        pack_rows<C>(panel + v * kWidth, kPlain * kWidth, static_cast<const E*>(p.w_hr) + first * hidden, hidden,
+                     out - first, hidden);
       }
     }
     if constexpr (!kWide) {
       for (int64_t b = thread; b < batch; b += threads) {
         convert(exchange + (2 * batch + b) * out, static_cast<const E*>(p.h0) + b * out, out);
+      }
+      const int64_t rows = p.gates_x ? 0 : this->offset(steps);
+      for (int64_t row = thread; row < rows; row += threads) {
+        convert(x_wide + row * p.input, static_cast<const E*>(p.x) + row * p.input, p.input);
       }
     }
   }
@@ -512,7 +481,7 @@ struct ForwardRun : Skeleton<Cell, E> {
     if (b) store(bias + at, load(bias + at) + load<C>(static_cast<const E*>(b) + from, count));
   }
 
-  O* panel_of(int64_t block) const { return panels + block * Base::panel_size(kG, 1, out); }
+  K* panel_of(int64_t block) const { return panels + block * Base::panel_size(kG, 1, out); }
 
   // h that row b of step t starts from.
   FUSEDRNN_INLINE const O* h_before(int64_t t, int64_t s, int64_t b) const {
@@ -527,9 +496,16 @@ struct ForwardRun : Skeleton<Cell, E> {
     }
   }
 
+  FUSEDRNN_INLINE const O* x_row(int64_t row) const {
+    if constexpr (kWide) {
+      return static_cast<const O*>(p.x) + row * p.input;
+    } else {
+      return x_wide + row * p.input;
+    }
+  }
+
   // All gates of a block of units: `rows` times a weight [G*H, depth] that is read where it lies.
-  template <typename R>
-  void all_gates(V* sums, const R* const* rows, int64_t count, const void* weight, int64_t block, int64_t depth) const {
+  void all_gates(V* sums, const O* const* rows, int64_t count, const void* weight, int64_t block, int64_t depth) const {
     const int64_t u = block * kWidth;
     for (int64_t i = 0; i < count * kG; ++i) sums[i] = V(C(0));
     for (int g = 0; g < kG; ++g) {
@@ -542,10 +518,10 @@ struct ForwardRun : Skeleton<Cell, E> {
   void advance(int64_t t, int64_t s, int thread, typename Base::Range units, int64_t first, int64_t stride,
                int64_t count) {
     const O* before[kGroup];
-    const E* x[kGroup];
+    const O* x[kGroup];
     for (int64_t i = 0; i < count; ++i) {
       before[i] = h_before(t, s, first + i * stride);
-      x[i] = static_cast<const E*>(p.x) + (this->offset(t) + first + i * stride) * p.input;
+      if (!p.gates_x) x[i] = x_row(this->offset(t) + first + i * stride);
     }
     if constexpr (kTiles) lay_out(this->laid_out_by(thread), before, count, out, {0});
     this->sweep(units, s, [&](int64_t block) {
@@ -637,13 +613,14 @@ struct BackwardRun : Skeleton<Cell, E> {
       Base::padded, Base::projected, Base::steps;
   using C = typename Base::C;
   using O = typename Base::O;
+  using K = typename Base::K;
   using V = typename Base::V;
   const Backward& p;
   const int64_t unit_blocks, out_blocks;
   const int64_t first_packed;  // blocks below it are read where they lie: whole ones, if any is read at all
-  Buffer<O> panels;            // [out block - first_packed][G*H][kPlain][W] of W_hh, or tiles
+  Buffer<K> panels;            // [out block - first_packed][G*H][kPlain][W] of W_hh, or tiles
   Buffer<V> recurred;          // [out block][kGroup][kPlain]: dgates W_hh of a step, where W_hh is read directly
-  Buffer<C> hr_panels;         // [unit block][P][kPlain][W] of W_hr
+  Buffer<K> hr_panels;         // [unit block][P][kPlain][W] of W_hr
   Buffer<C> dc;                // [B][padded]
   Buffer<C> dy;                // [B][P]: with w_hr only, the step's dy with what the recurrence brings back
   Buffer<C> dh_direct;         // [B][padded]: with kDirectH only
@@ -673,7 +650,7 @@ struct BackwardRun : Skeleton<Cell, E> {
   }
 
   void run() {
-    Base::parallel(this->shape.threads, [this](int thread, int threads) { work(thread, threads); });
+    in_parallel(this->shape.threads, [this](int thread, int threads) { work(thread, threads); });
   }
 
  private:
@@ -709,20 +686,20 @@ struct BackwardRun : Skeleton<Cell, E> {
       if constexpr (kTiles) {
         for (int i = 0; i < kG * kPlain; ++i) {
           const int64_t g = i / kPlain, v = i % kPlain, first = u + v * kWidth;
-          O* const panel = panel_of(block) + Base::panel_size(kPlain, g, hidden) + v * Tile::kSize;
+          K* const panel = panel_of(block) + Base::panel_size(kPlain, g, hidden) + v * Tile::kSize;
           const E* const of_gate = static_cast<const E*>(p.w_hh) + g * hidden * out;
           tiles_of_columns(panel, kPlain, of_gate + min(first, out), out, out - first, hidden);
         }
       } else {
-        pack_columns<kPlain>(panel_of(block), static_cast<const E*>(p.w_hh) + u, out, out - u, kG * hidden);
+        pack_columns<kPlain, C>(panel_of(block), static_cast<const E*>(p.w_hh) + u, out, out - u, kG * hidden);
       }
     }
     const auto units = Base::share_of(unit_blocks, thread, threads);
     for (int64_t block = units.begin; block < units.end; ++block) {
       const int64_t u = block * kPlain * kWidth;
       if (projected) {
-        pack_columns<kPlain>(hr_panels + block * out * kPlain * kWidth, static_cast<const E*>(p.w_hr) + u, hidden,
-                             hidden - u, out);
+        pack_columns<kPlain, C>(hr_panels + block * out * kPlain * kWidth, static_cast<const E*>(p.w_hr) + u, hidden,
+                                hidden - u, out);
       }
       for (int64_t b = 0; b < batch; ++b) {
         for (int64_t i = u; i < u + kPlain * kWidth; i += kWidth) {
@@ -780,7 +757,7 @@ struct BackwardRun : Skeleton<Cell, E> {
       }
     }
   }
-  O* panel_of(int64_t block) const { return panels + (block - first_packed) * Base::panel_size(kPlain, kG, hidden); }
+  K* panel_of(int64_t block) const { return panels + (block - first_packed) * Base::panel_size(kPlain, kG, hidden); }
 
   FUSEDRNN_INLINE const O* dgates_of(int64_t row, int64_t slot, int64_t b) const {
     if constexpr (kWide) {
@@ -948,6 +925,7 @@ struct BackwardRun : Skeleton<Cell, E> {
 #if FUSEDRNN_TILES
 inline void run_without_tiles(const Forward& problem) { avx512::kernels.forward(problem); }
 inline void run_without_tiles(const Backward& problem) { avx512::kernels.backward(problem); }
+inline void run_product(const Product& problem) { avx512::kernels.product(problem); }
 #endif
 
 template <template <typename, typename> class Run, typename Cell, typename Problem>
@@ -986,6 +964,6 @@ void run_cell(const Problem& problem) {
 #define FUSEDRNN_NAME(name) FUSEDRNN_STRING(name)
 
 extern const Kernels kernels = {FUSEDRNN_NAME(FUSEDRNN_CAPABILITY), kTiles, run_cell<ForwardRun, Forward>,
-                                run_cell<BackwardRun, Backward>};
+                                run_cell<BackwardRun, Backward>, run_product};
 
 }  // namespace fusedrnn::FUSEDRNN_CAPABILITY

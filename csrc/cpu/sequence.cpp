@@ -1,8 +1,10 @@
 #include "sequence.h"
 
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/cat.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -191,6 +193,36 @@ OptionalTensor contiguous(const OptionalTensor& t) { return t ? OptionalTensor(t
 
 Tensor rows_of(const Tensor& t) { return t.contiguous().flatten(0, -2); }
 
+// Every product of two matrices outside of the loop comes through here.
+void product_out(Tensor& c, const Tensor& a, const Tensor& b) {
+  if (c.element_size() > 2 || c.numel() == 0 || a.size(1) == 0) {
+    at::mm_out(c, a, b);
+    return;
+  }
+  const int64_t rows = a.size(0), depth = a.size(1), columns = b.size(1);
+  // oneDNN leaves small ones to others.
+  const bool large = rows >= kHostLeast && depth >= kHostLeast && columns >= kHostLeast;
+  if (large && host_multiplies(dtype_of(c)) && at::globalContext().userEnabledMkldnn()) {
+    // It takes the depth in pairs: the last of an odd one would have a NaN of the next row beside it.
+    const bool odd = depth % 2;
+    at::mm_out(c, odd ? at::constant_pad_nd(a, {0, 1}) : a, odd ? at::constant_pad_nd(b, {0, 0, 0, 1}) : b);
+    return;
+  }
+  const auto with_unit_stride = [](const Tensor& t) {
+    return t.stride(0) == 1 || t.stride(1) == 1 ? t : t.contiguous();
+  };
+  const Tensor left = with_unit_stride(a), right = with_unit_stride(b);
+  const bool alone = at::in_parallel_region() || rows * depth * columns < 65536;
+  kernels().product({dtype_of(c), rows, columns, depth, pointer(left), left.stride(0), left.stride(1), pointer(right),
+                     right.stride(0), right.stride(1), writable(c), c.stride(0), alone ? 1 : at::get_num_threads()});
+}
+
+Tensor product(const Tensor& a, const Tensor& b) {
+  Tensor c = at::empty({a.size(0), b.size(1)}, a.options());
+  product_out(c, a, b);
+  return c;
+}
+
 // For every row the h its step started from.
 Tensor previous_rows(const Sizes& sizes, const Tensor& h0, const Tensor& y, const OptionalTensor& resets,
                      bool reverse) {
@@ -224,7 +256,7 @@ Tensor recurrent_gradient(const Sizes& s, const Tensor& dgates, const Tensor& h0
                           const OptionalTensor& resets, bool reverse) {
   const bool dense = s.lead.size() == 2;
   if (!dense || resets || dgates.element_size() == 2) {
-    return at::mm(dgates.t(), previous_rows(s, h0, y, resets, reverse));
+    return product(dgates.t(), previous_rows(s, h0, y, resets, reverse));
   }
   const int64_t inner = s.rows - s.batch;
   const Tensor started = dgates.narrow(0, reverse ? inner : 0, s.batch);
@@ -285,7 +317,7 @@ Outputs sequence_cpu(c10::string_view cell, const Tensor& x, const Tensor& h0, c
   Tensor gates_x =
       in_place ? gates.view({s.rows, -1}) : at::empty({one_kernel ? 0 : s.rows, s.cell.gates * s.hidden}, options);
   const Tensor xc = one_kernel ? x.contiguous() : x, w_ihc = one_kernel ? w_ih.contiguous() : w_ih;
-  if (!one_kernel) at::mm_out(gates_x, rows_of(x), w_ih.t());
+  if (!one_kernel) product_out(gates_x, rows_of(x), w_ih.t());
   const Tensor h0c = h0.contiguous(), w_hhc = w_hh.contiguous();
   const Tensor gates_h = two_products ? at::mm(h0c, w_hh.t()) : at::empty({0}, options);
   const OptionalTensor c0c = contiguous(c0), b_ihc = contiguous(b_ih), b_hhc = contiguous(b_hh),
@@ -353,12 +385,12 @@ Gradients sequence_backward_cpu(c10::string_view cell, const OptionalTensor& dy,
   const Tensor dgates_x = gate_columns(dgates, s.cell.x_acc, s.hidden);
   const Tensor dgates_h = same ? dgates_x : gate_columns(dgates, s.cell.h_acc, s.hidden);
   Tensor dx = none, dw_ih = none, dw_hh = none, db_ih = none, db_hh = none, dw_hr = none;
-  if (needs.get(0)) dx = at::mm(dgates_x, w_ih).view(x.sizes());
-  if (needs.get(3)) dw_ih = at::mm(dgates_x.t(), rows_of(x));
+  if (needs.get(0)) dx = product(dgates_x, w_ih).view(x.sizes());
+  if (needs.get(3)) dw_ih = product(dgates_x.t(), rows_of(x));
   if (needs.get(4)) dw_hh = recurrent_gradient(s, dgates_h, h0c, yc, resetsc, reverse);
   if (needs.get(5) && b_ih) db_ih = dgates_x.sum(0);
   if (needs.get(6) && b_hh) db_hh = same && db_ih.numel() ? db_ih.clone() : dgates_h.sum(0);
-  if (needs.get(7) && w_hr) dw_hr = at::mm(dy_total.t(), h);
+  if (needs.get(7) && w_hr) dw_hr = product(dy_total.t(), h);
   // Outputs of an op may not alias each other.
   const auto own = [&](const Tensor& t) { return t.is_same(none) ? at::empty({0}, options) : t; };
   return {own(dx), dh0, own(dc0), own(dw_ih), own(dw_hh), own(db_ih), own(db_hh), own(dw_hr)};

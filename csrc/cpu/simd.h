@@ -169,16 +169,43 @@ FUSEDRNN_INLINE void store(C* p, Vec<C> x) {
   *reinterpret_cast<typename Vec<C>::Unaligned*>(p) = x.v;
 }
 
+// GCC makes several instructions of a conversion between vectors of 16 and 32 bits, where one will do.
 FUSEDRNN_INLINE Vec<float> load(const Bfloat16* p) {
+#if FUSEDRNN_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return Vec<float>((Vec<float>::Raw)_mm512_slli_epi32(bits, 16));
+#elif FUSEDRNN_VECTOR_BYTES == 32 && defined(__AVX2__)
+  const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return Vec<float>((Vec<float>::Raw)_mm256_slli_epi32(bits, 16));
+#else
   const RawHalf bits = *reinterpret_cast<const RawHalfUnaligned*>(p);
   return Vec<float>((Vec<float>::Raw)(__builtin_convertvector(bits, RawWord) << 16));
+#endif
 }
 FUSEDRNN_INLINE void store(Bfloat16* p, Vec<float> x) {
   const RawWord bits = (RawWord)x.v;
   const RawWord rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const RawWord result = x.v == x.v ? rounded : 0x7fc0 - RawWord{};
+#if FUSEDRNN_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)result));
+#elif FUSEDRNN_VECTOR_BYTES == 32 && defined(__AVX2__)
+  const __m256i both = _mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)result, (__m256i)result), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(both));
+#else
   *reinterpret_cast<RawHalfUnaligned*>(p) = __builtin_convertvector(result, RawHalf);
+#endif
 }
+
+// As store, for what a load gave: there is nothing to round.
+template <typename P, typename C>
+FUSEDRNN_INLINE void store_exact(P* p, Vec<C> x) {
+  store(p, x);
+}
+#if FUSEDRNN_VECTOR_BYTES == 64 && defined(__AVX512F__)
+FUSEDRNN_INLINE void store_exact(Bfloat16* p, Vec<float> x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)x.v, 16)));
+}
+#endif
 
 FUSEDRNN_INLINE Vec<float> load(const Half* p) {
 #if FUSEDRNN_VECTOR_BYTES == 64 && defined(__AVX512F__)

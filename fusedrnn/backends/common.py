@@ -122,6 +122,18 @@ def previous(
     return found if resets is None else found.masked_fill(resets.reshape(-1, 1), 0)
 
 
+def product(a: Tensor, b: Tensor, add: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """a b (+ add) of matrices, sums in float32 at least, rounded once; into ``out``, which may be ``add``.
+
+    Every product of these backends outside of their kernels. On the CPU 16 bits are widened: what torch's own product
+    makes there of infinities, NaN and odd sizes depends on the processor.
+    """
+    if a.device.type != "cpu" or a.element_size() > 2:
+        return torch.mm(a, b, out=out) if add is None else torch.addmm(add, a, b, out=out)
+    wide = a.float() @ b.float() if add is None else torch.addmm(add.float(), a.float(), b.float())
+    return wide.to(a.dtype) if out is None else out.copy_(wide)
+
+
 def started_from(inputs: Inputs, y: Tensor) -> Tensor:
     """The h that every row's step started from, [N, P]."""
     return previous(inputs.h0, rows_of(y), inputs.batch_sizes, inputs.reverse, inputs.resets)
@@ -158,12 +170,12 @@ def weight_gradients(
     dgates_x = gate_columns(cell.x_acc)
     dgates_h = dgates_x if cell.h_acc == cell.x_acc else gate_columns(cell.h_acc)
     return (
-        wanted(0, lambda: (dgates_x @ inputs.w_ih).view(x.shape)),
+        wanted(0, lambda: product(dgates_x, inputs.w_ih).view(x.shape)),
         wanted(1, lambda: dh0),
         wanted(2, lambda: dc0),
-        wanted(3, lambda: dgates_x.t() @ rows_of(x)),
-        wanted(4, lambda: dgates_h.t() @ started_from(inputs, y)),
+        wanted(3, lambda: product(dgates_x.t(), rows_of(x))),
+        wanted(4, lambda: product(dgates_h.t(), started_from(inputs, y))),
         wanted(5, lambda: dgates_x.sum(0)),
         wanted(6, lambda: dgates_h.sum(0)),
-        wanted(7, lambda: rows_of(dy_total).t() @ h),
+        wanted(7, lambda: product(rows_of(dy_total).t(), h)),
     )

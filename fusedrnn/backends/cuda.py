@@ -18,7 +18,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fusedrnn.backends.common import Gradients, Inputs, Saved, rows_of, simulator, simulator_folder, weight_gradients
+from fusedrnn.backends.common import (
+    Gradients,
+    Inputs,
+    Saved,
+    product,
+    rows_of,
+    simulator,
+    simulator_folder,
+    weight_gradients,
+)
 from fusedrnn.backends.cuda_plan import CHIP_LIMITS, Chip, Plan, Problem, plan
 from fusedrnn.cells import Cell, accumulation_dtype
 
@@ -263,7 +272,7 @@ def forward(
         if chosen.algorithm == "persistent":
             pitch = _round_up(hidden, _per_packet(x.dtype))
             y = _mailbox(x, rows, pitch)
-            hoisted = x_rows @ w_ih.t() if b_ih is None else torch.addmm(b_ih, x_rows, w_ih.t())
+            hoisted = product(x_rows, w_ih.t(), b_ih)
             tensors = {
                 "x": hoisted, "h0": _padded(h0, pitch), **state0, "w_hh": _padded(w_hh, pitch), "b_hh": bias, "y": y,
                 **outputs, "offsets_device": None if offsets is None else offsets.to(x.device, non_blocking=True),
@@ -362,7 +371,7 @@ def backward(
     dh0 = x.new_empty(0)
     if need_h0:
         start = _started(dgates, batch, batch_sizes, reverse).unflatten(1, (count, hidden))
-        dh0 = start[:, list(cell.h_acc)].flatten(1) @ w_hh
+        dh0 = product(start[:, list(cell.h_acc)].flatten(1), w_hh)
         if resets is not None:
             dh0 = dh0.masked_fill(_started(resets.reshape(-1, 1), batch, batch_sizes, reverse), 0)
         if dh_direct is not None:

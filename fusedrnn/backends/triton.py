@@ -14,7 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fusedrnn.backends.common import Gradients, Inputs, Saved, rows_of, simulator, step_rows, weight_gradients
+from fusedrnn.backends.common import (
+    Gradients,
+    Inputs,
+    Saved,
+    product,
+    rows_of,
+    simulator,
+    step_rows,
+    weight_gradients,
+)
 from fusedrnn.cells import Cell, accumulation_dtype
 
 ALGORITHMS = ("step", "sequence")
@@ -410,7 +419,7 @@ def _step_forward(cell: Cell, how: Plan, inputs: Inputs, y, h_n, c_n, gates, cel
         grid = (how.grid[0], -(-n // how.BB))
         launch(step_forward_kernel, grid, args, constants, how.num_warps, how.num_stages)
         if projected:
-            torch.mm(h[:n], w_hr.t(), out=y_rows[row : row + n])
+            product(h[:n], w_hr.t(), out=y_rows[row : row + n])
     if projected:
         h_n.copy_(y_rows[:batch] if reverse else y_rows[_last_rows(rows, x.device)])
 
@@ -427,7 +436,7 @@ def _sequence_forward(cell: Cell, how: Plan, inputs: Inputs, y, h_n, c_n, gates,
     if b_ih is not None and cell.x_acc == cell.h_acc:
         b_x, b_hh = b_ih + b_hh, None
     x = rows_of(x)
-    gates_x = x @ w_ih.t() if b_x is None else torch.addmm(b_x, x, w_ih.t())
+    gates_x = product(x, w_ih.t(), b_x)
     args = {
         "gates_x": gates_x,
         "h0": h0,
@@ -548,10 +557,11 @@ def _step_backward(
     for k, (row, n, i_prev, n_prev, i_next, n_next) in enumerate(reversed(list(_neighbours(rows, reverse)))):
         if projected and n_next:
             after = slice(i_next, i_next + n_next)
+            total = dy_total[row : row + n_next]
             if cut is None:
-                dy_total[row : row + n_next].addmm_(dgates[after], w_hh)
+                product(dgates[after], w_hh, total, out=total)
             else:
-                dy_total[row : row + n_next] += (dgates[after] @ w_hh).masked_fill_(cut[after], 0)
+                total += product(dgates[after], w_hh).masked_fill_(cut[after], 0)
         args["n"], args["n_prev"], args["n_next"] = n, n_prev, n_next
         args["n_d"], args["i_d"] = (n, row) if projected else (n_next, i_next)
         args["i_row"], args["i_prev"] = row, i_prev
@@ -561,7 +571,7 @@ def _step_backward(
     if needs[1]:
         first = _last_rows(rows, dgates.device) if reverse else slice(0, batch)
         columns = [dgates[first, acc * H : (acc + count) * H] for acc, _, count in _runs(cell.h_acc)]
-        through = torch.cat(columns, 1) @ w_hh
+        through = product(torch.cat(columns, 1), w_hh)
         if cut is not None:
             through.masked_fill_(cut[first], 0)
         dh0.copy_(through + dh0 if kernels.has_direct else through)

@@ -1,0 +1,71 @@
+// Matrices repacked into panels, [depth][vectors][W lanes]: what a kernel streams once from front to back.
+#pragma once
+
+#include <omp.h>
+#include <stdint.h>
+#include <stdlib.h>
+
+#include "recurrence.h"
+#include "simd.h"
+
+namespace fusedrnn::FUSEDRNN_CAPABILITY {
+
+FUSEDRNN_INLINE constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+FUSEDRNN_INLINE constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+FUSEDRNN_INLINE constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Throws where memory runs out, so it has to be built outside of the parallel region: nothing in there may throw.
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) {
+    if (count == 0) return;
+    const int64_t bytes = divide_up(count * sizeof(T), 64) * 64;
+    data_ = static_cast<T*>(aligned_alloc(64, static_cast<size_t>(bytes)));
+    if (!data_) out_of_memory(bytes);
+  }
+  ~Buffer() { free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  operator T*() const { return data_; }
+
+ private:
+  T* data_ = nullptr;
+};
+
+// One vector of a panel of weight^T: lane j at depth k is weight[j][k]; lanes beyond `count` are zero.
+// Consecutive depths are `step` elements apart in the panel.
+template <typename C, typename P, typename E>
+FUSEDRNN_COLD void pack_rows(P* panel, int64_t step, const E* weight, int64_t stride, int64_t count, int64_t depth) {
+  constexpr int kWidth = Vec<C>::kWidth;
+  for (int64_t k = 0; k < depth; k += kWidth) {
+    const int64_t width = min(kWidth, depth - k);
+    Vec<C> tile[kWidth];
+    for (int j = 0; j < kWidth; ++j) tile[j] = j < count ? load<C>(weight + j * stride + k, width) : Vec<C>(C(0));
+    transpose<1, kWidth>(tile);
+    for (int64_t j = 0; j < width; ++j) store_exact(panel + (k + j) * step, tile[j]);
+  }
+}
+
+// One panel of weight: lane j of vector v at depth k is weight[k][v * W + j]; columns beyond `count` are zero.
+template <int kVectors, typename C, typename P, typename E>
+FUSEDRNN_COLD void pack_columns(P* panel, const E* weight, int64_t stride, int64_t count, int64_t depth) {
+  constexpr int kWidth = Vec<C>::kWidth;
+  for (int64_t k = 0; k < depth; ++k) {
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t left = count - v * kWidth;
+      const Vec<C> x = left > 0 ? load<C>(weight + k * stride + v * kWidth, left) : Vec<C>(C(0));
+      store_exact(panel + (k * kVectors + v) * kWidth, x);
+    }
+  }
+}
+
+// f(thread, threads) on up to `threads` threads.
+template <typename F>
+void in_parallel(int threads, F f) {
+  if (threads == 1) return f(0, 1);
+#pragma omp parallel num_threads(threads)
+  f(omp_get_thread_num(), omp_get_num_threads());
+}
+
+}  // namespace fusedrnn::FUSEDRNN_CAPABILITY

@@ -1,0 +1,187 @@
+// Products of 16-bit matrices, sums in float32, rounded once, whatever the operands hold and whatever their sizes.
+//
+// Both operands are widened as they are packed: rows of A into panels [depth][W], of which a tile uses the first
+// kTileRows lanes at most, columns of B into panels [depth][2][W]. A tile of sums stays in registers for a block of
+// the depth. The blocks are those of Goto and van de Geijn, "Anatomy of high-performance matrix multiplication", 2008.
+#pragma once
+
+#include "panels.h"
+
+namespace fusedrnn::FUSEDRNN_CAPABILITY {
+
+struct Blocks {
+  static constexpr int kWidth = Vec<float>::kWidth;
+  // What the registers hold: kTileRows * kVectors sums, a row of B, and what A is spread into.
+  static constexpr int kVectors = 2, kTileRows = FUSEDRNN_VECTOR_BYTES == 64 ? 14 : FUSEDRNN_VECTOR_BYTES == 32 ? 6 : 4;
+  static constexpr int kTileColumns = kVectors * kWidth;
+  // A panel of A stays in the first-level cache, those of kTiles tiles and of kColumns columns in the second-level one.
+  static constexpr int64_t kDepth = 256, kTiles = 168 / kTileRows, kColumns = 256;
+  // Sums of so many rows wait in memory while the depth goes on.
+  static constexpr int64_t kRows = 2048;
+};
+
+// Panels of `each` lanes at most, one behind the other; lanes that no row or column fills hold anything.
+template <int kVectors, typename E>
+void pack_panels(float* panels, int64_t each, const E* from, int64_t lane_stride, int64_t depth_stride, int64_t lanes,
+                 int64_t depth) {
+  constexpr int64_t kWidth = Blocks::kWidth, kStep = kVectors * kWidth;
+  if (lane_stride == 1) {
+    for (int64_t k = 0; k < depth; ++k) {
+      float* at = panels + k * kStep;
+      for (int64_t first = 0; first < lanes; first += each, at += depth * kStep) {
+        for (int v = 0; v < kVectors; ++v) {
+          const int64_t lane = first + v * kWidth;
+          if (lane < lanes) store(at + v * kWidth, load<float>(from + k * depth_stride + lane, lanes - lane));
+        }
+      }
+    }
+  } else {
+    for (int64_t first = 0; first < lanes; first += each, panels += depth * kStep) {
+      const int64_t count = min(each, lanes - first);
+      for (int64_t lane = 0; lane < count; lane += kWidth) {
+        pack_rows<float>(panels + lane, kStep, from + (first + lane) * lane_stride, lane_stride, count - lane, depth);
+      }
+    }
+  }
+}
+
+// sums[kRows][kVectors] (+)= a panel of A times a panel of B.
+template <int kRows>
+FUSEDRNN_COLD void multiply_tile(Vec<float>* sums, const float* a, const float* b, int64_t depth, bool add) {
+  constexpr int kVectors = Blocks::kVectors, kWidth = Blocks::kWidth;
+  Vec<float> acc[kRows][kVectors];
+  FUSEDRNN_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    FUSEDRNN_UNROLL
+    for (int v = 0; v < kVectors; ++v) acc[r][v] = add ? sums[r * kVectors + v] : Vec<float>(0.0f);
+  }
+  for (int64_t k = 0; k < depth; ++k, a += kWidth, b += kVectors * kWidth) {
+    Vec<float> row[kVectors];
+    FUSEDRNN_UNROLL
+    for (int v = 0; v < kVectors; ++v) row[v] = load(b + v * kWidth);
+    FUSEDRNN_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      FUSEDRNN_UNROLL
+      for (int v = 0; v < kVectors; ++v) acc[r][v].v += row[v].v * a[r];
+    }
+  }
+  FUSEDRNN_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    FUSEDRNN_UNROLL
+    for (int v = 0; v < kVectors; ++v) sums[r * kVectors + v] = acc[r][v];
+  }
+}
+template <int kRows>
+FUSEDRNN_INLINE void multiply_tile_of(int64_t rows, Vec<float>* sums, const float* a, const float* b, int64_t depth,
+                                      bool add) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return multiply_tile_of<kRows - 1>(rows, sums, a, b, depth, add);
+  }
+  multiply_tile<kRows>(sums, a, b, depth, add);
+}
+
+template <typename E>
+class ProductRun {
+ public:
+  explicit ProductRun(const Product& problem)
+      : p(problem),
+        row_parts(parts_of_rows()),
+        column_parts(problem.threads / row_parts),
+        most_rows(min(divide_up(p.rows, row_parts), Blocks::kRows) + Blocks::kTileRows),
+        most_columns(min(divide_up(p.columns, column_parts * Blocks::kTileColumns) + 1, kPanels) *
+                     Blocks::kTileColumns),
+        most_depth(min(p.depth, Blocks::kDepth)),
+        a_size(min(Blocks::kTiles, most_rows) * Blocks::kWidth * most_depth),
+        b_size(most_columns * most_depth),
+        sums_size(p.depth > Blocks::kDepth ? most_rows * kPanels * Blocks::kVectors : 0),
+        a_panels(p.threads * a_size),
+        b_panels(p.threads * b_size),
+        all_sums(p.threads * sums_size) {}
+
+  void run() {
+    in_parallel(p.threads, [this](int thread, int threads) {
+      // Fewer threads than asked for take the parts in turn.
+      for (int64_t part = thread; part < row_parts * column_parts; part += threads) multiply(part, thread);
+    });
+  }
+
+ private:
+  static constexpr int64_t kPanels = Blocks::kColumns / Blocks::kTileColumns;
+  const Product& p;
+  const int64_t row_parts, column_parts, most_rows, most_columns, most_depth, a_size, b_size, sums_size;
+  Buffer<float> a_panels, b_panels;  // of each thread
+  Buffer<Vec<float>> all_sums;       // of each thread: [tile][panel of columns][row of the tile][kVectors]
+
+  // Parts of the rows times parts of the columns are the threads; every part of the one packs all of the other.
+  int64_t parts_of_rows() const {
+    int64_t best = 1;
+    const auto packed = [this](int64_t parts) { return parts * p.columns + p.threads / parts * p.rows; };
+    for (int64_t parts = 2; parts <= p.threads; ++parts) {
+      if (p.threads % parts == 0 && packed(parts) < packed(best)) best = parts;
+    }
+    return best;
+  }
+
+  void multiply(int64_t part, int thread) {
+    const int64_t i = part / column_parts, j = part % column_parts;
+    const int64_t row_end = p.rows * (i + 1) / row_parts;
+    const int64_t panels = divide_up(p.columns, Blocks::kTileColumns);
+    const int64_t column_end = min(p.columns, panels * (j + 1) / column_parts * Blocks::kTileColumns);
+    for (int64_t row = p.rows * i / row_parts; row < row_end; row += Blocks::kRows) {
+      const int64_t rows = min(Blocks::kRows, row_end - row);
+      const int64_t each = divide_up(rows, divide_up(rows, Blocks::kTileRows));
+      int64_t packed = -1;
+      for (int64_t c = panels * j / column_parts * Blocks::kTileColumns; c < column_end; c += Blocks::kColumns) {
+        const int64_t columns = min(Blocks::kColumns, column_end - c);
+        for (int64_t k = 0; k < p.depth; k += Blocks::kDepth) {
+          block(row, rows, each, c, columns, k, min(Blocks::kDepth, p.depth - k), thread, packed);
+        }
+      }
+    }
+  }
+
+  // The rows and columns of a block of the depth; `packed` is the place in A that the panels of A hold.
+  void block(int64_t row, int64_t rows, int64_t each, int64_t column, int64_t columns, int64_t k, int64_t depth,
+             int thread, int64_t& packed) {
+    constexpr int kVectors = Blocks::kVectors, kWidth = Blocks::kWidth;
+    float *const a = a_panels + thread * a_size, *const b = b_panels + thread * b_size;
+    const E* const from = static_cast<const E*>(p.a) + k * p.a_depth;
+    pack_panels<kVectors>(b, Blocks::kTileColumns, static_cast<const E*>(p.b) + k * p.b_depth + column * p.b_column,
+                          p.b_column, p.b_depth, columns, depth);
+    const bool whole = p.depth <= Blocks::kDepth, last = k + depth == p.depth;
+    Vec<float>* sums = all_sums + thread * sums_size;
+    for (int64_t i = 0; i < rows; i += Blocks::kTiles * each) {
+      const int64_t some = min(Blocks::kTiles * each, rows - i), place = k * p.rows + row + i;
+      if (packed != place) {
+        pack_panels<1>(a, each, from + (row + i) * p.a_row, p.a_row, p.a_depth, some, depth);
+      }
+      packed = place;
+      for (int64_t r = 0; r < some; r += each) {
+        const float* const tile = a + r / each * depth * kWidth;
+        const int64_t count = min(each, some - r);
+        for (int64_t j = 0; j < columns; j += Blocks::kTileColumns, sums += each * kVectors) {
+          Vec<float> few[Blocks::kTileRows * kVectors];
+          Vec<float>* const to = whole ? few : sums;
+          multiply_tile_of<Blocks::kTileRows>(count, to, tile, b + j * depth, depth, k > 0);
+          if (last) write(to, row + i + r, count, column + j, min(Blocks::kTileColumns, columns - j));
+        }
+      }
+    }
+  }
+
+  void write(const Vec<float>* sums, int64_t row, int64_t rows, int64_t column, int64_t columns) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      E* const to = static_cast<E*>(p.c) + (row + r) * p.c_row + column;
+      for (int v = 0; v < Blocks::kVectors && v * Blocks::kWidth < columns; ++v) {
+        store(to + v * Blocks::kWidth, sums[r * Blocks::kVectors + v], columns - v * Blocks::kWidth);
+      }
+    }
+  }
+};
+
+inline void run_product(const Product& problem) {
+  if (problem.dtype == Dtype::kBfloat16) return ProductRun<Bfloat16>(problem).run();
+  ProductRun<Half>(problem).run();
+}
+
+}  // namespace fusedrnn::FUSEDRNN_CAPABILITY
