@@ -17,12 +17,18 @@ KERNEL = re.compile(
 )
 
 
+FROM_SM_80 = "90-from-80"
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """(what ptxas says, path of the cubin) of a source for an architecture, compiled once."""
+    """(what ptxas says, path of the code) of a source for an architecture, compiled once."""
     folder, done = tmp_path_factory.mktemp("cubin"), {}
 
-    def get(name: str, arch: int):
+    def get(name: str, arch: str):
+        if arch == FROM_SM_80:  # with the library that is simulated
+            found = build.compile_simulated([SOURCES / f"{name}.cu"], include_dirs=[SOURCES.parent])
+            return found[0][1], found[0][0]
         if (name, arch) not in done:
             cubin = folder / f"{name}-{arch}.cubin"
             command = [build.nvcc(), "-std=c++20", "-O3", f"-arch=sm_{arch}", "-cubin", "-Xptxas", "-v"]
@@ -36,11 +42,12 @@ def compiled(tmp_path_factory):
     return get
 
 
-def slow_unless_90(name):
-    return [pytest.param(name, 90)] + [pytest.param(name, a, marks=pytest.mark.slow) for a in (80, 100)]
+def slow_unless_simulated(name):
+    yield pytest.param(name, FROM_SM_80)
+    yield from (pytest.param(name, arch, marks=pytest.mark.slow) for arch in ("80", "90", "100"))
 
 
-ALL = [*slow_unless_90("persistent"), *slow_unless_90("step")]
+ALL = [*slow_unless_simulated("persistent"), *slow_unless_simulated("step")]
 
 
 @pytest.mark.parametrize("name, arch", ALL)

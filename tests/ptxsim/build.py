@@ -1,5 +1,6 @@
 """Compiles the simulator (g++ >= 12), and whole CUDA sources into libraries whose launches run in it (nvcc)."""
 
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -52,6 +53,15 @@ def _publish(temporary, path):
     """Atomic: two processes may build the same file at once."""
     os.replace(temporary, path)
     return path
+
+
+@contextlib.contextmanager
+def _alone(folder):
+    """Another process that builds in this folder just now is waited for: its files are then there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @functools.cache
@@ -119,7 +129,6 @@ def _objects():
     sources = sorted(p for p in SOURCE_DIR.iterdir() if p.suffix in (".cpp", ".h", ".inc"))
     tag = _digest(*[p.name.encode() + p.read_bytes() for p in sources], CXX_FLAGS, _cpu())
     out = cache_dir() / f"objects-{tag}"
-    out.mkdir(parents=True, exist_ok=True)
     compiled = {p.stem: out / f"{p.stem}.o" for p in sources if p.suffix == ".cpp"}
 
     def compile_one(source):
@@ -130,7 +139,7 @@ def _objects():
             _publish(temporary, path)
 
     largest_first = sorted((p for p in sources if p.suffix == ".cpp"), key=lambda p: -p.stat().st_size)
-    with ThreadPoolExecutor(max_workers=2) as pool:
+    with _alone(out), ThreadPoolExecutor(max_workers=2) as pool:
         list(pool.map(compile_one, largest_first))
     cudart = compiled.pop("cudart")
     return tuple(compiled.values()), cudart
@@ -229,59 +238,51 @@ def compile_ptx(source, include_dirs=(), arch="80", flags=()):
     return path.read_text()
 
 
+def compile_simulated(cu_sources, include_dirs=(), flags=(), arch="80", code="90"):
+    """[(object, what ptxas said)] of .cu files with host code, compiled in the cache.
+
+    An object holds the PTX for `arch`, which the simulator runs, and what ptxas makes of it for sm_`code`, the chip
+    that is simulated unless another is asked for: its registers count.
+    """
+    cu_sources = [Path(s).resolve() for s in cu_sources]
+    flags = tuple(map(str, flags))
+    target = f"arch=compute_{arch},code=[compute_{arch},sm_{code}]"
+    options = ["-std=c++17", "-O3", "-gencode", target, "--no-compress", "-cudart", "none", "-Xptxas", "-v"]
+    options += ["-Xcompiler", "-fPIC"]
+
+    def compile_one(source):
+        # A changed source compiles alone.
+        tag = _digest(*_dependencies([source], include_dirs), flags, options, nvcc())
+        folder = cache_dir() / f"kernels-{tag}"
+        obj, report = (folder / f"{source.stem}.{end}" for end in ("o", "txt"))
+        with _alone(folder):
+            if not obj.exists() or not report.exists():
+                temporary = obj.with_suffix(f".{os.getpid()}.o")
+                text = _run([nvcc(), *options, *_includes(include_dirs), *flags, "-c", source, "-o", temporary])
+                report.write_text(text)
+                _publish(temporary, obj)
+        return obj, report.read_text()
+
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        return list(pool.map(compile_one, cu_sources))
+
+
 def build_simulated_library(cu_sources, include_dirs=(), flags=(), arch="80"):
     """Compiles .cu files with host code and links them with the simulator and its own libcudart: path of the .so.
 
     Open it with ptxsim.Library(path). The stand-in's objects come first: registration of kernels runs in the order of
     linking and needs its statics. -Bsymbolic keeps calls inside, whatever libcudart the process holds already.
     """
-    cu_sources = [Path(s).resolve() for s in cu_sources]
     objects, cudart = _objects()
-    flags = tuple(map(str, flags))
-    # A changed source compiles alone, and a change of the simulator only links again.
-    kernels = [
-        cache_dir() / f"kernels-{_digest(*_dependencies([source], include_dirs), flags, arch, nvcc())}"
-        for source in cu_sources
-    ]
-    out = cache_dir() / f"library-{_digest(*[folder.name for folder in kernels], objects[0].parent.name)}"
+    compiled = compile_simulated(cu_sources, include_dirs, flags, arch)
+    # A change of the simulator only links again.
+    out = cache_dir() / f"library-{_digest(*[obj.parent.name for obj, _ in compiled], objects[0].parent.name)}"
     path = out / "libsimulated.so"
-    if path.exists():
-        return path
-    for folder in (out, *kernels):
-        folder.mkdir(parents=True, exist_ok=True)
-    target = f"arch=compute_{arch},code=[compute_{arch},sm_{arch}]"
-    options = [
-        "-std=c++17",
-        "-O3",
-        "-gencode",
-        target,
-        "--no-compress",
-        "-cudart",
-        "none",
-        "-Xptxas",
-        "-v",
-        "-Xcompiler",
-        "-fPIC",
-    ]
-
-    def compile_one(i):
-        # Another process that compiles the same just now is waited for.
-        with open(kernels[i] / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            return compile_alone(i)
-
-    def compile_alone(i):
-        obj, report = (kernels[i] / f"{cu_sources[i].stem}.{end}" for end in ("o", "txt"))
-        if not obj.exists() or not report.exists():
-            temporary = obj.with_suffix(f".{os.getpid()}.o")
-            text = _run([nvcc(), *options, *_includes(include_dirs), *flags, "-c", cu_sources[i], "-o", temporary])
-            report.write_text(text)
-            _publish(temporary, obj)
-        return obj, report.read_text()
-
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        compiled = list(pool.map(compile_one, range(len(cu_sources))))
-    (out / "ptxas.txt").write_text("".join(report for _, report in compiled))
-    temporary = path.with_suffix(f".{os.getpid()}.so")
-    _run([_cxx(), "-shared", "-Wl,-Bsymbolic", "-o", temporary, *objects, cudart, *[obj for obj, _ in compiled]])
-    return _publish(temporary, path)
+    with _alone(out):
+        if not path.exists():
+            (out / "ptxas.txt").write_text("".join(report for _, report in compiled))
+            temporary = path.with_suffix(f".{os.getpid()}.so")
+            linked = [*objects, cudart, *[obj for obj, _ in compiled]]
+            _run([_cxx(), "-shared", "-Wl,-Bsymbolic", "-o", temporary, *linked])
+            _publish(temporary, path)
+    return path
