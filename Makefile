@@ -2,6 +2,7 @@
 #   PYTHON=python3.12    the Python that a new environment is made of
 #   VENV=path            the environment; one that make did not create is used as it is, nothing is downloaded for it
 #   TORCH=2.13.0         the torch of an environment that make creates
+#   FUSEDRNN_CUDA=1      builds the CUDA kernels where there is no GPU too (0: nowhere)
 #   ARGS="..."           passed on to the program that the target runs
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,10 +14,12 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 PY := $(VENV)/bin/python
 OURS := $(VENV)/.fusedrnn-created
 TORCH_STAMP := $(VENV)/.fusedrnn-torch-$(TORCH)
+# Where none of these is, the CUDA kernels are left out of what make installs: tests and demo can do without them.
+GPUS := /dev/nvidia[0-9]* /dev/dxg
 # An environment holds one checkout at a time (the stamp's name), a checkout the extension of one environment at a time
 # (build/environment): whichever is out of date, the target installs again.
 INSTALLED := $(VENV)/.fusedrnn-installed-$(subst /,+,$(subst $() ,_,$(CURDIR)))
-ENVIRONMENT := $(strip $(abspath $(VENV)) torch=$(TORCH) $(foreach v,FUSEDRNN_BUILD FUSEDRNN_CUDA TORCH_CUDA_ARCH_LIST,$(if $($v),$v=$($v))))
+ENVIRONMENT := $(strip $(abspath $(VENV)) torch=$(TORCH) $(wildcard $(GPUS)) $(foreach v,FUSEDRNN_BUILD FUSEDRNN_CUDA TORCH_CUDA_ARCH_LIST,$(if $($v),$v=$($v))))
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
 CLANG_FORMATTED = $(shell git ls-files 'csrc/*' 'tests/*' | grep -E '\.(h|cuh|cpp|cu)$$')
 
@@ -30,6 +33,7 @@ help:
 	@echo "make lint      ruff and clang-format                 make install   set up and build only"
 	@echo "make docs      the documentation (docs/_build/html)  make dist      an sdist and a wheel for the torch of VENV (dist/)"
 	@echo "make clean     remove what was built (not the environment)"
+	@echo "Without a GPU no CUDA kernels are built (FUSEDRNN_CUDA=1: they are)"
 
 demo: $(INSTALLED)
 	$(PY) examples/char_lm.py $(ARGS)
@@ -69,7 +73,7 @@ clean:
 $(INSTALLED): $(TORCH_STAMP) $(SOURCES)
 	@rm -f $(VENV)/.fusedrnn-installed-*
 	@[ "$$(cat build/environment 2>/dev/null)" = "$(ENVIRONMENT)" ] || rm -f fusedrnn/*.so
-	$(PY) -m pip install $$([ -e $(OURS) ] || echo --no-deps) --no-build-isolation -e '.[test,demo]'
+	FUSEDRNN_CUDA=$(or $(FUSEDRNN_CUDA),auto) $(PY) -m pip install $$([ -e $(OURS) ] || echo --no-deps) --no-build-isolation -e '.[test,demo]'
 	@$(PY) -c "import fusedrnn; i = fusedrnn.build_info(); \
 	  print('fusedrnn: C++ extension:', i['cpu_capability'] or i['extension_why']); print('fusedrnn:', i['cuda_why'])"
 	@mkdir -p build && echo '$(ENVIRONMENT)' > build/environment

@@ -31,6 +31,7 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-Wno-un
 CAPABILITY_FLAGS = {"recurrence_avx2.cpp": AVX2, "recurrence_avx512.cpp": AVX512, "recurrence_amx.cpp": AVX512}
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
          "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # fmt: skip
+GPUS = [*Path("/dev").glob("nvidia[0-9]*"), *Path("/dev").glob("dxg")]
 CUDA_ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0+PTX;9.0"
 VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "fusedrnn" / "__init__.py").read_text(), re.MULTILINE).group(1)
 TORCH = "torch>=2.13,<2.15"
@@ -54,6 +55,8 @@ def decide_cuda(sources: list[Path]) -> tuple[str | None, str]:
     """(nvcc or None, the sentence that says why). A machine that builds need not have a GPU."""
     if os.environ.get("FUSEDRNN_CUDA") == "0":
         return None, "CUDA kernels are left out: FUSEDRNN_CUDA=0."
+    if os.environ.get("FUSEDRNN_CUDA") == "auto" and not GPUS:
+        return None, "CUDA kernels are left out: there is no NVIDIA GPU in /dev (FUSEDRNN_CUDA=1 builds them)."
     if torch.version.cuda is None:
         return None, f"CUDA kernels are left out: torch {torch.__version__} is built without CUDA."
     nvcc = find_nvcc()

@@ -1,5 +1,6 @@
 """fusedrnn.explain and its command: plans, bytes, operations and bounds of chips that are not here."""
 
+import functools
 import importlib
 import json
 import re
@@ -14,6 +15,7 @@ import torch
 import fusedrnn
 from fusedrnn import planning
 from fusedrnn.__main__ import main
+from fusedrnn.backends import cuda
 from fusedrnn.backends.cuda_plan import CHIP_LIMITS
 from fusedrnn.ops import BACKEND_ALGORITHMS
 
@@ -168,7 +170,13 @@ def test_registers_are_those_of_the_instance_that_is_launched(monkeypatch):
     assert unknown.registers_why == "not known: _cuda.so has no code for sm_100, the driver compiles its PTX"
 
 
-def test_registers_of_the_compiled_library():
+def test_registers_of_the_compiled_library(tmp_path, monkeypatch):
+    library = Path(explain.__file__).with_name("_cuda.so")
+    if not library.exists() and "cuda" in planning.machine().on_cpu:
+        library = cuda._simulated().simulator.path  # holds code for sm_90 as well
+    (tmp_path / "_cuda.so").symlink_to(library)
+    monkeypatch.setattr(explain, "__file__", str(tmp_path / "explain.py"))
+    monkeypatch.setattr(explain, "_compiled", functools.cache(explain._compiled.__wrapped__))
     kernels, why = explain._compiled()
     if not kernels:
         pytest.skip(f"registers are {why}")

@@ -1,5 +1,6 @@
 """What is installed, shipped and documented. `make dist` and the workflow build the wheels with compiled code."""
 
+import ctypes
 import inspect
 import os
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ptxsim import build
 
 import fusedrnn
 from fusedrnn import _build, modules
@@ -45,6 +47,34 @@ def test_the_version_says_what_was_compiled(checkout):
     ):
         done = python("setup.py", "--version", folder=checkout, **environment)
         assert done.stdout.split()[-1] == version, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    torch.version.cuda is None or build.cuda_home() is None,
+    reason="no CUDA build of torch, or no nvcc: that setup.py builds the CUDA kernels is not checked",
+)
+def test_cuda_kernels_are_built(checkout):
+    """For one architecture. The C++ objects of this checkout are taken as they are."""
+    ignore = shutil.ignore_patterns("ptxsim", "*.so")
+    shutil.copytree(ROOT / "build", checkout / "build", copy_function=shutil.copy, ignore=ignore)
+    environment = {"FUSEDRNN_BUILD": "1", "FUSEDRNN_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "8.0"}
+    done = python(
+        *("setup.py", "build_ext", "--inplace"), folder=checkout, CUDA_HOME=str(build.cuda_home()), **environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert "CUDA kernels are built for 8.0" in done.stdout
+    library = ctypes.CDLL(str(checkout / "fusedrnn" / "_cuda.so"))
+    assert library.fusedrnn_step_forward
+    assert library.fusedrnn_persistent_backward
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: setup.py is not asked what it does without")
+def test_cuda_kernels_are_left_out_without_a_gpu(checkout):
+    done = python("setup.py", "--version", folder=checkout, FUSEDRNN_BUILD="1", FUSEDRNN_CUDA="auto")
+    release = torch.__version__.split("+")[0]
+    assert done.stdout.split()[-1] == f"{fusedrnn.__version__}+cpu.torch{release}", done.stderr
 
 
 def test_setup_without_torch_says_what_to_do(checkout, tmp_path):
