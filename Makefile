@@ -22,6 +22,8 @@ INSTALLED := $(VENV)/.fusedrnn-installed-$(subst /,+,$(subst $() ,_,$(CURDIR)))
 ENVIRONMENT := $(strip $(abspath $(VENV)) torch=$(TORCH) $(wildcard $(GPUS)) $(foreach v,FUSEDRNN_BUILD FUSEDRNN_CUDA TORCH_CUDA_ARCH_LIST,$(if $($v),$v=$($v))))
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
 CLANG_FORMATTED = $(shell git ls-files 'csrc/*' 'tests/*' | grep -E '\.(h|cuh|cpp|cu)$$')
+# The tests run on every core where pytest-xdist is; ARGS=-n0 runs them in one process.
+WORKERS = $(if $(shell $(PY) -c 'import xdist; print(1)' 2>/dev/null),-n $(MAX_JOBS) --dist worksteal --benchmark-disable)
 
 .PHONY: help install demo test test-all lint bench gpu-cost docs dist clean
 .DELETE_ON_ERROR:
@@ -33,16 +35,16 @@ help:
 	@echo "make lint      ruff and clang-format                 make install   set up and build only"
 	@echo "make docs      the documentation (docs/_build/html)  make dist      an sdist and a wheel for the torch of VENV (dist/)"
 	@echo "make clean     remove what was built (not the environment)"
-	@echo "Without a GPU no CUDA kernels are built (FUSEDRNN_CUDA=1: they are)"
+	@echo "Tests run on every core (ARGS=-n0: one process); without a GPU no CUDA kernels are built (FUSEDRNN_CUDA=1: they are)"
 
 demo: $(INSTALLED)
 	$(PY) examples/char_lm.py $(ARGS)
 
 test: $(INSTALLED)
-	$(PY) -m pytest -q -rs -m "not slow" $(ARGS)
+	$(PY) -m pytest -q -rs $(WORKERS) -m "not slow" $(ARGS)
 
 test-all: $(INSTALLED) $(VENV)/.fusedrnn-extra-examples $(VENV)/.fusedrnn-extra-docs
-	$(PY) -m pytest -q -rs $(ARGS)
+	$(PY) -m pytest -q -rs $(WORKERS) $(ARGS)
 
 bench: $(INSTALLED)
 	$(PY) -m fusedrnn bench --suite deepbench --quick $(ARGS)

@@ -19,6 +19,19 @@ def _defaults(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
+@pytest.fixture(autouse=True)
+def _threads(request):
+    """One thread where no kernel of the backend "cpu" runs: the tensors are so small that two only wait for each other,
+    most of all where each core has a worker of pytest-xdist."""
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    simulated = request.node.path.name.startswith(("test_triton", "test_cuda", "test_ptxsim"))
+    before = torch.get_num_threads()
+    if simulated or parameters.get("backend") in ("reference", "triton", "cuda"):
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def poisoned():
     """Memory that nobody wrote holds NaN, in C++ too, so an output left unwritten shows."""
@@ -44,7 +57,12 @@ def checkout(tmp_path_factory) -> Path:
     return copy
 
 
+# Each has a test that takes longest; the CUDA kernels are compiled first, which other tests wait for.
+FIRST = ("test_cuda_cost.py", "test_triton_interpret.py", "test_selftest.py")
+
+
 def pytest_collection_modifyitems(items):
     """Tests of the interpreter are run by one test, in a process of their own; elsewhere they are no tests."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         items[:] = [item for item in items if not item.get_closest_marker("interpreted")]
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
