@@ -200,6 +200,20 @@ def test_gate_refuses_what_is_wrong(dtype, part):
         gate.check(providers.Runnable(lambda: [right[0][..., :8], *right[1:]], ""))
 
 
+@pytest.mark.parametrize("mode", ["forward", "train", "latency"])
+def test_16_bits_are_compared_with_the_same_layer_in_float32(mode):
+    make = providers.PROVIDERS["fusedrnn:float32"].make
+    steps = 1 if mode == "latency" else 3
+    gate = measure.Gate(Problem("sweep", "lstm", steps, 2, 8, 8, dtype="bfloat16"), mode, CPU)
+    run = make(gate.given, mode)
+    assert {t.dtype for t in run.run()} == {torch.float32}
+    check = gate.check(run)
+    assert check.right
+    assert check.error < 1e-5
+    with pytest.raises(providers.UnavailableError, match="what 16 bits are compared with, the problem is float32"):
+        make(measure.Gate(Problem("sweep", "lstm", 3, 2, 8, 8), mode, CPU).given, mode)
+
+
 def test_a_long_problem_is_checked_over_fewer_steps(monkeypatch):
     problem = Problem("sweep", "lstm", 1000, 2, 16, 16)
     monkeypatch.setattr(measure, "MOST_CHECKED_FLOPS", problem.flops("train") / 100)
