@@ -275,7 +275,6 @@ template <typename Cell, typename E>
 struct Skeleton {
   using C = typename Compute<E>::Type;
   using O = Operand<E>;
-  using K = Packed<E>;
   using V = Vec<C>;
   static constexpr int kWidth = V::kWidth;
   static constexpr int kG = Cell::kGates;
@@ -305,7 +304,7 @@ struct Skeleton {
         direct(direct),
         laid_out_size(kTiles ? segments * chunks(depth) * Tile::kDepth * kGroup : 0),
         laid_out(s.threads * laid_out_size) {
-    const int64_t weight_bytes = kG * padded * out * static_cast<int64_t>(sizeof(K));
+    const int64_t weight_bytes = kG * padded * out * static_cast<int64_t>(sizeof(Packed<E>));
     by_rows = !direct && s.threads > 1 && s.batch >= 16 * s.threads && weight_bytes <= s.cache_bytes / 4 * 3;
   }
 
@@ -365,18 +364,17 @@ struct ForwardRun : Skeleton<Cell, E> {
       Base::padded, Base::projected, Base::steps;
   using C = typename Base::C;
   using O = typename Base::O;
-  using K = typename Base::K;
   using V = typename Base::V;
   const Forward& p;
   const int64_t unit_blocks, out_blocks;
-  Buffer<K> panels;      // [unit block][P][G][W], or tiles
-  Buffer<K> out_panels;  // [out block][H][kPlain][W]
-  Buffer<C> bias;        // [A][padded]
-  Buffer<C> c;           // [B][padded]
-  Buffer<C> h;           // [B][padded]: unprojected, with w_hr only
-  Buffer<O> exchange;    // [3][B][P]: h of the last two steps and h0, where E is narrower than O
-  Buffer<O> x_wide;      // [N][I]: x, where it is multiplied here and E is narrower than O
-  Buffer<O> zeros;       // [P]: what a row that is reset starts from, at least [padded]
+  Buffer<Packed<E>> panels;      // [unit block][P][G][W], or tiles
+  Buffer<Packed<E>> out_panels;  // [out block][H][kPlain][W]
+  Buffer<C> bias;                // [A][padded]
+  Buffer<C> c;                   // [B][padded]
+  Buffer<C> h;                   // [B][padded]: unprojected, with w_hr only
+  Buffer<O> exchange;            // [3][B][P]: h of the last two steps and h0, where E is narrower than O
+  Buffer<O> x_wide;              // [N][I]: x, where it is multiplied here and E is narrower than O
+  Buffer<O> zeros;               // [P]: what a row that is reset starts from, at least [padded]
   Barrier barrier;
 
   explicit ForwardRun(const Forward& problem)
@@ -459,7 +457,7 @@ struct ForwardRun : Skeleton<Cell, E> {
     }
     const auto outs = Base::share_of(out_blocks, thread, threads);
     for (int64_t block = outs.begin; block < outs.end; ++block) {
-      K* panel = out_panels + block * hidden * kPlain * kWidth;
+      Packed<E>* panel = out_panels + block * hidden * kPlain * kWidth;
       for (int v = 0; v < kPlain; ++v) {
         const int64_t first = (block * kPlain + v) * kWidth;
         pack_rows<C>(panel + v * kWidth, kPlain * kWidth, static_cast<const E*>(p.w_hr) + first * hidden, hidden,
@@ -481,7 +479,7 @@ struct ForwardRun : Skeleton<Cell, E> {
     if (b) store(bias + at, load(bias + at) + load<C>(static_cast<const E*>(b) + from, count));
   }
 
-  K* panel_of(int64_t block) const { return panels + block * Base::panel_size(kG, 1, out); }
+  Packed<E>* panel_of(int64_t block) const { return panels + block * Base::panel_size(kG, 1, out); }
 
   // h that row b of step t starts from.
   FUSEDRNN_INLINE const O* h_before(int64_t t, int64_t s, int64_t b) const {
@@ -613,19 +611,18 @@ struct BackwardRun : Skeleton<Cell, E> {
       Base::padded, Base::projected, Base::steps;
   using C = typename Base::C;
   using O = typename Base::O;
-  using K = typename Base::K;
   using V = typename Base::V;
   const Backward& p;
   const int64_t unit_blocks, out_blocks;
-  const int64_t first_packed;  // blocks below it are read where they lie: whole ones, if any is read at all
-  Buffer<K> panels;            // [out block - first_packed][G*H][kPlain][W] of W_hh, or tiles
-  Buffer<V> recurred;          // [out block][kGroup][kPlain]: dgates W_hh of a step, where W_hh is read directly
-  Buffer<K> hr_panels;         // [unit block][P][kPlain][W] of W_hr
-  Buffer<C> dc;                // [B][padded]
-  Buffer<C> dy;                // [B][P]: with w_hr only, the step's dy with what the recurrence brings back
-  Buffer<C> dh_direct;         // [B][padded]: with kDirectH only
-  Buffer<O> exchange;          // [2][B][A*H]: dgates of the last two steps, where E is narrower than O
-  Buffer<O> zeros;             // [A*H]: what comes back from a step that was reset
+  const int64_t first_packed;   // blocks below it are read where they lie: whole ones, if any is read at all
+  Buffer<Packed<E>> panels;     // [out block - first_packed][G*H][kPlain][W] of W_hh, or tiles
+  Buffer<V> recurred;           // [out block][kGroup][kPlain]: dgates W_hh of a step, where W_hh is read directly
+  Buffer<Packed<E>> hr_panels;  // [unit block][P][kPlain][W] of W_hr
+  Buffer<C> dc;                 // [B][padded]
+  Buffer<C> dy;                 // [B][P]: with w_hr only, the step's dy with what the recurrence brings back
+  Buffer<C> dh_direct;          // [B][padded]: with kDirectH only
+  Buffer<O> exchange;           // [2][B][A*H]: dgates of the last two steps, where E is narrower than O
+  Buffer<O> zeros;              // [A*H]: what comes back from a step that was reset
   Barrier barrier;
 
   explicit BackwardRun(const Backward& problem)
@@ -686,7 +683,7 @@ struct BackwardRun : Skeleton<Cell, E> {
       if constexpr (kTiles) {
         for (int i = 0; i < kG * kPlain; ++i) {
           const int64_t g = i / kPlain, v = i % kPlain, first = u + v * kWidth;
-          K* const panel = panel_of(block) + Base::panel_size(kPlain, g, hidden) + v * Tile::kSize;
+          Packed<E>* const panel = panel_of(block) + Base::panel_size(kPlain, g, hidden) + v * Tile::kSize;
           const E* const of_gate = static_cast<const E*>(p.w_hh) + g * hidden * out;
           tiles_of_columns(panel, kPlain, of_gate + min(first, out), out, out - first, hidden);
         }
@@ -757,7 +754,9 @@ struct BackwardRun : Skeleton<Cell, E> {
       }
     }
   }
-  K* panel_of(int64_t block) const { return panels + (block - first_packed) * Base::panel_size(kPlain, kG, hidden); }
+  Packed<E>* panel_of(int64_t block) const {
+    return panels + (block - first_packed) * Base::panel_size(kPlain, kG, hidden);
+  }
 
   FUSEDRNN_INLINE const O* dgates_of(int64_t row, int64_t slot, int64_t b) const {
     if constexpr (kWide) {
