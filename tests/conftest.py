@@ -20,13 +20,11 @@ def _defaults(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def _threads(request):
-    """One thread where no kernel of the backend "cpu" runs: the tensors are so small that two only wait for each other,
-    most of all where each core has a worker of pytest-xdist."""
-    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    simulated = request.node.path.name.startswith(("test_triton", "test_cuda", "test_ptxsim"))
+def _threads():
+    """One thread in a worker of pytest-xdist, of which every core has one: two would wait for each other, and for the
+    other worker. Tests of what threads do set their number."""
     before = torch.get_num_threads()
-    if simulated or parameters.get("backend") in ("reference", "triton", "cuda"):
+    if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)

@@ -251,7 +251,7 @@ def test_nan_stays_in_its_row(dtype):
     assert set(torch.nonzero(dx.isfinite().logical_not().any(2).any(0)).flatten().tolist()) == {7, 11}
 
 
-def test_other_libraries_keep_their_tiles():
+def test_other_libraries_keep_their_tiles(threads):
     """oneDNN computes bfloat16 in the tile registers of the same threads."""
     a, b = torch.randn(2, 256, 256).to(torch.bfloat16)
     want = a @ b
@@ -521,7 +521,7 @@ def test_outputs_not_needed_are_empty_and_do_not_alias():
     assert len(set(pointers)) == len(pointers)
 
 
-def test_calls_from_several_threads_at_once():
+def test_calls_from_several_threads_at_once(threads):
     from concurrent.futures import ThreadPoolExecutor
 
     inputs, sizes, _ = draw(20, 4, 8, 128, 0, None, torch.float32)
