@@ -19,17 +19,6 @@ def _defaults(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-@pytest.fixture(autouse=True)
-def _threads():
-    """One thread in a worker of pytest-xdist, of which every core has one: two would wait for each other, and for the
-    other worker. Tests of what threads do set their number."""
-    before = torch.get_num_threads()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def poisoned():
     """Memory that nobody wrote holds NaN, in C++ too, so an output left unwritten shows."""

@@ -242,7 +242,7 @@ def gradchecks():
 
 
 @pytest.mark.gradcheck
-@pytest.mark.parametrize("backend, algorithm, case, fast", gradchecks())
+@pytest.mark.parametrize("backend, algorithm, case, fast", list(gradchecks()))
 def test_gradcheck(backend, algorithm, case, fast):
     need(backend, torch.float64)
     given = make(case, torch.float64, device_of(backend))
