@@ -289,7 +289,7 @@ ONE_BY_ONE = [
 # What of the suite computes on the CPU.
 SIZES_AND_VALUES = "every_size or activations or projection or special or row or infinities or subnormals"
 ON_THE_CPU = f"""
-    (test_cpu_kernels and ({SIZES_AND_VALUES})) or (test_recurrence and (cpu-auto or reference-auto))
+    (test_cpu_kernels and ({SIZES_AND_VALUES})) or (test_recurrence and (cpu-auto or reference-auto) and not gradcheck)
     or (test_torch_modules and (16_bit or autocast)) or (test_modules and 16_bit)
 """
 
