@@ -84,8 +84,9 @@ struct Product {
 // Up to so many rows, steps times batch, reading the weights where they lie beats repacking them.
 constexpr int64_t kFewRows = 64, kFewRowsOfTiles = 8;
 
-// The host's GEMM multiplies 16-bit matrices that are at least so large each way, if it does at all.
-constexpr int64_t kHostLeast = 32;
+// The host's GEMM multiplies 16-bit matrices that are at least so large each way and take so many multiplications, if
+// it does at all: oneDNN leaves the smallest to others, and a call of it takes 30 us.
+constexpr int64_t kHostLeast = 32, kHostWork = 1 << 22;
 
 struct Kernels {
   const char* name;

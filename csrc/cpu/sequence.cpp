@@ -200,8 +200,8 @@ void product_out(Tensor& c, const Tensor& a, const Tensor& b) {
     return;
   }
   const int64_t rows = a.size(0), depth = a.size(1), columns = b.size(1);
-  // oneDNN leaves small ones to others.
-  const bool large = rows >= kHostLeast && depth >= kHostLeast && columns >= kHostLeast;
+  const int64_t work = rows * depth * columns;
+  const bool large = std::min({rows, depth, columns}) >= kHostLeast && work >= kHostWork;
   if (large && host_multiplies(dtype_of(c)) && at::globalContext().userEnabledMkldnn()) {
     // It takes the depth in pairs: the last of an odd one would have a NaN of the next row beside it.
     const bool odd = depth % 2;
@@ -212,7 +212,7 @@ void product_out(Tensor& c, const Tensor& a, const Tensor& b) {
     return t.stride(0) == 1 || t.stride(1) == 1 ? t : t.contiguous();
   };
   const Tensor left = with_unit_stride(a), right = with_unit_stride(b);
-  const bool alone = at::in_parallel_region() || rows * depth * columns < 65536;
+  const bool alone = at::in_parallel_region() || work < 65536;
   kernels().product({dtype_of(c), rows, columns, depth, pointer(left), left.stride(0), left.stride(1), pointer(right),
                      right.stride(0), right.stride(1), writable(c), c.stride(0), alone ? 1 : at::get_num_threads()});
 }
