@@ -308,7 +308,7 @@ def run_on(processor, chosen, least):
 
 
 def name_of(processor):
-    return ",".join(processor.values())
+    return ",".join(f"{name}={value}" for name, value in processor.items())
 
 
 @pytest.mark.parametrize("processor", [LOWEST, NO_16_BIT_UNITS], ids=name_of)
