@@ -202,7 +202,7 @@ void product_out(Tensor& c, const Tensor& a, const Tensor& b) {
   const int64_t rows = a.size(0), depth = a.size(1), columns = b.size(1);
   const int64_t work = rows * depth * columns;
   const bool large = std::min({rows, depth, columns}) >= kHostLeast && work >= kHostWork;
-  if (large && host_multiplies(dtype_of(c)) && at::globalContext().userEnabledMkldnn()) {
+  if (host_multiplies(dtype_of(c)) && large && at::globalContext().userEnabledMkldnn()) {
     // It takes the depth in pairs: the last of an odd one would have a NaN of the next row beside it.
     const bool odd = depth % 2;
     at::mm_out(c, odd ? at::constant_pad_nd(a, {0, 1}) : a, odd ? at::constant_pad_nd(b, {0, 0, 0, 1}) : b);

@@ -215,8 +215,9 @@ FUSEDRNN_INLINE Vec<float> load(const Half* p) {
 #else
   const RawWord bits = __builtin_convertvector((RawHalf) * reinterpret_cast<const RawHalfUnaligned*>(p), RawWord);
   const RawWord magnitude = (bits & 0x7fff) << 13;
-  // Times 2^112 moves the exponent's bias, subnormals included.
-  const RawWord finite = (RawWord)((Vec<float>::Raw)magnitude * 0x1p112f);
+  // A subnormal is 2^-14 (1 + mantissa) - 2^-14: of normal numbers, so that nobody flushes it to zero.
+  const RawWord subnormal = (RawWord)((Vec<float>::Raw)(magnitude + (113u << 23)) - 0x1p-14f);
+  const RawWord finite = (bits & 0x7c00) == 0 ? subnormal : magnitude + (112u << 23);
   const RawWord result = (bits & 0x7c00) == 0x7c00 ? (magnitude | 0x7f800000) : finite;
   return Vec<float>((Vec<float>::Raw)(result | ((bits & 0x8000) << 16)));
 #endif
