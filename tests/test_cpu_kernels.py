@@ -396,21 +396,40 @@ def same_as(model, ours, about, tolerance=None):
         assert (got - want).abs().max().item() <= bound, (i, about)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("where", ["x", "h0", "w_ih", "w_hh", "dy"])
-def test_infinities_and_nan_in_16_bits_are_those_of_float32_math(where, dtype, given_threads):
+def check_special_values(size, where, dtype, cell, several, turn):
+    """Infinities and NaN in the first, middle and last row, or, unless ``several``, one of them in the last."""
+    inputs, sizes, gradients = draw(*size, dtype, cell=cell)
     names = ("x", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
+    target = gradients[0] if where == "dy" else inputs[names.index(where)]
+    rows, values = target.view(-1, target.shape[-1]), (math.inf, -math.inf, math.nan)
+    if where == "w_hh" and size[0] > 1:
+        values = (math.nan,) * 3  # infinity times an h that rounds to either side of 0 has either sign
+    for n, row in list(enumerate((0, len(rows) // 2, len(rows) - 1)))[0 if several else 2 :]:
+        rows[row, (turn + row) % rows.shape[1]] = values[(n + turn) % 3]
+    ours, model = (run(inputs, sizes, gradients, turn % 4 == 1, backend, cell) for backend in ("cpu", "reference"))
+    assert any(not t.isfinite().all() for t in model)
+    same_as(model, ours, (dtype, where, cell, size))
+
+
+SPECIAL = pytest.mark.parametrize("where", ["x", "h0", "w_ih", "w_hh", "dy"])
+IN_16_BITS = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+
+
+@IN_16_BITS
+@SPECIAL
+def test_infinities_and_nan_in_16_bits_are_those_of_float32_math(where, dtype, given_threads):
     for k, (I, (T, B)) in enumerate(itertools.product(FEATURES, MANY_ROWS)):
         torch.set_num_threads(1 + (k % 9 == 0))
         cell = ("lstm", "gru", "rnn_tanh")[k % 3]
-        inputs, sizes, gradients = draw(T, B, I, 5, 0, None, dtype, cell=cell)
-        target = gradients[0] if where == "dy" else inputs[names.index(where)]
-        rows = target.view(-1, target.shape[-1])
-        # Of few rows one is infinite or NaN, of many several.
-        for row, value in list({0: math.inf, len(rows) // 2: -math.inf, len(rows) - 1: math.nan}.items())[k % 2 :]:
-            rows[row, (k + row) % rows.shape[1]] = value
-        ours, model = (run(inputs, sizes, gradients, k % 4 == 1, backend, cell) for backend in ("cpu", "reference"))
-        same_as(model, ours, (dtype, where, cell, T, B, I))
+        check_special_values((T, B, I, 5, 0, None), where, dtype, cell, k % 2 == 0, k // 10 + k)
+
+
+@IN_16_BITS
+@SPECIAL
+def test_infinities_and_nan_in_products_of_the_host(where, dtype):
+    """Where bfloat16 goes to it: of even and of odd depths."""
+    for turn, (B, I) in enumerate(((35, 131), (34, 130), (35, 130), (34, 131))):
+        check_special_values((3, B, I, 101, 0, None), where, dtype, "lstm", turn % 2 == 0, turn)
 
 
 @pytest.fixture
