@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,11 @@ def _defaults(monkeypatch):
     """One seed, and float32 products in float32 unless a test asks for tf32."""
     torch.manual_seed(0)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    yield
+    # What Dynamo gives up on (a layer compiled inside vmap) it never traces again in this process; and its limits of
+    # recompilations add up.
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture
