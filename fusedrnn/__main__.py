@@ -201,6 +201,7 @@ def _add_bench(commands) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fusedrnn", description="Recurrent layers with fused kernels.")
+    parser.add_argument("--version", action="version", version=f"fusedrnn {fusedrnn.__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
     for name, run in (("info", info), ("selftest", run_selftest), ("explain", run_explain), ("gates", run_gates)):
         command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)

@@ -37,6 +37,27 @@ def test_public_names_are_documented():
         assert signature.split("*, ")[1].replace("=None", "").replace("=False", "").split(", ") == own, name
 
 
+def test_importing_is_light():
+    """Beside torch: no Dynamo, no Triton, little time and memory."""
+    code = (
+        "import resource, sys, time, torch\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
+        "before, start = peak(), time.process_time()\n"
+        "import fusedrnn\n"
+        "print(time.process_time() - start, peak() - before, *sys.modules)\n"
+    )
+    done = python("-c", code, folder=ROOT)
+    seconds, megabytes, *found = done.stdout.split()
+    assert not {"torch._dynamo", "torch._inductor", "triton", "matplotlib"} & set(found), done.stderr
+    assert float(seconds) < 0.6  # 0.06 on an idle machine
+    assert float(megabytes) < 20
+
+
+def test_the_command_line_tells_the_version():
+    done = python("-m", "fusedrnn", "--version", folder=ROOT)
+    assert (done.returncode, done.stdout) == (0, f"fusedrnn {fusedrnn.__version__}\n"), done.stderr
+
+
 @pytest.mark.slow
 def test_the_version_says_what_was_compiled(checkout):
     assert f'"torch{_build.TORCH_RANGE}"' in (checkout / "setup.py").read_text()
