@@ -1,4 +1,10 @@
-// Every cell: a struct of cells.h. Enums, switches and tables are made from this list.
+// Every cell: a struct of cells.h and its gates. Enums, switches, tables and the names of kernels are made from this
+// list.
 #pragma once
 
-#define FUSEDRNN_CELLS(X) X(Lstm) X(Gru) X(RnnTanh) X(RnnRelu)
+#define FUSEDRNN_EACH_CELL(X, ...) \
+  X(Lstm, 4, __VA_ARGS__) X(Gru, 3, __VA_ARGS__) X(RnnTanh, 1, __VA_ARGS__) X(RnnRelu, 1, __VA_ARGS__)
+
+// X(Cell) for each.
+#define FUSEDRNN_CELLS(X) FUSEDRNN_EACH_CELL(FUSEDRNN_WITHOUT_GATES, X)
+#define FUSEDRNN_WITHOUT_GATES(Cell, gates, X) X(Cell)

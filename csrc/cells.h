@@ -6,7 +6,9 @@
 // h feeds starts from b_hh alone.
 #pragma once
 
+#ifndef __CUDACC_RTC__  // NVRTC has no headers, and needs none
 #include <math.h>
+#endif
 
 #ifdef __CUDACC__
 #define FUSEDRNN_HD __host__ __device__ __forceinline__

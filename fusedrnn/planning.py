@@ -144,10 +144,8 @@ def machine() -> Machine:
         unavailable.append(("cuda", "no nvcc was found that could compile the kernels for the simulator"))
     elif simulate:
         on_cpu.append("cuda")
-    elif not Path(__file__).with_name("_cuda.so").exists():
-        info = _build.build_info()
-        missing = "they were built, but fusedrnn/_cuda.so is missing: install again"
-        unavailable.append(("cuda", missing if info["cuda_built"] else info["cuda_why"]))
+    elif why := importlib.import_module("fusedrnn.backends.cuda").missing():
+        unavailable.append(("cuda", why))
     return Machine(tuple(unavailable), tuple(on_cpu))
 
 

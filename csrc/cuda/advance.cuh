@@ -7,17 +7,10 @@
 // it owns 16 units: one m-tile.
 #pragma once
 
-#include "../cells.h"
 #include "arithmetic.cuh"
+#include "layout.h"
 
 namespace fusedrnn {
-
-constexpr int kWarps = 8;
-constexpr int kThreads = 32 * kWarps;
-constexpr int kForwardUnits = 8;
-constexpr int kBackwardUnits = 16;
-constexpr int kForwardRows = 64;  // most rows of a block
-constexpr int kBackwardRows = 32;
 
 // The gate whose part of W_ih or W_hh feeds an accumulator; -1 if none does.
 template <typename Cell>
@@ -41,24 +34,6 @@ __device__ constexpr bool has_gaps() {
   return Cell::kAccumulators % 2 != 0;
 }
 
-// The blocks of a row of dgates that W_hh multiplies: gate g's is block g, from gate kFirst on kWidth blocks on.
-template <typename Cell>
-struct Gap {
-  static constexpr int kFirst = [] {
-    int gate = 0;
-    while (gate < Cell::kGates && Cell::h_acc(gate) == gate) ++gate;
-    return gate;
-  }();
-  static constexpr bool kAny = kFirst < Cell::kGates;
-  static constexpr int kWidth = kAny ? Cell::h_acc(kFirst) - kFirst : 0;
-  static constexpr bool kOnlyOne = [] {
-    for (int gate = kFirst; gate < Cell::kGates; ++gate)
-      if (Cell::h_acc(gate) != gate + kWidth) return false;
-    return true;
-  }();
-  static_assert(kOnlyOne, "accumulators that h feeds are in the order of the gates, with at most one gap");
-};
-
 template <typename Cell>
 constexpr int kMTiles = (Cell::kAccumulators + 1) / 2;
 template <typename Cell>
@@ -70,7 +45,8 @@ constexpr int kSavedOrOne = Cell::kSaved > 0 ? Cell::kSaved : 1;
 template <typename Cell, typename Accumulator>
 struct ForwardSums {
   using Sum = Pack<Accumulator, 2 * kMTiles<Cell>>;
-  static constexpr int kBytesPerRow = kWarps * kForwardUnits * int(sizeof(Sum));
+  static constexpr int kBytesPerRow = forward_bytes_per_row(Cell::kAccumulators, sizeof(Accumulator));
+  static_assert(kBytesPerRow == kWarps * kForwardUnits * int(sizeof(Sum)));
 
   __device__ static __forceinline__ int place(int row, int warp, int unit) {
     return (row * kWarps + warp) * kForwardUnits + (unit ^ (row & 6));
@@ -112,13 +88,12 @@ struct ForwardSums {
   }
 };
 
-// Partial sums of a backward block: [warp][row][unit]. A thread takes two units of a row at a time; rows are
-// kPitch apart so that the stores of a warp spread over the banks.
+// Partial sums of a backward block: [warp][row][unit]. A thread takes two units of a row at a time.
 template <typename Accumulator>
 struct BackwardSums {
   using Pair = Pack<Accumulator, 2>;
-  static constexpr int kPitch = kBackwardUnits + 4;
-  static constexpr int kSize = kWarps * kBackwardRows * kPitch;
+  static constexpr int kPitch = kBackwardPitch;
+  static constexpr int kSize = kBackwardSums;
 
   __device__ static __forceinline__ int place(int row, int warp, int unit) {
     return (warp * kBackwardRows + row) * kPitch + unit;
@@ -195,6 +170,11 @@ __device__ __forceinline__ void store_pack(Scalar* to, const Accumulator* from) 
 #pragma unroll
   for (int i = 0; i < N; ++i) pack.v[i] = narrow<Scalar>(from[i]);
   *reinterpret_cast<Pack<Scalar, N>*>(to) = pack;
+}
+
+template <typename Scalar>
+__device__ __forceinline__ Pack<Scalar, 2> pair_at(const Scalar* from) {
+  return *reinterpret_cast<const Pack<Scalar, 2>*>(from);
 }
 
 template <typename Scalar, typename Accumulator, int N>

@@ -6,19 +6,32 @@
 // straight from memory.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <stdint.h>
-
-#include <type_traits>
+#include "integers.h"
 
 namespace fusedrnn {
+
+struct Bfloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
 
 struct alignas(16) Piece {
   uint32_t w[4];
 };
 
 struct Tf32 {};  // float32 in memory, rounded to tf32 in the product
+
+// By the names that the instances of kernels have.
+namespace dtypes {
+using float64 = double;
+using float32 = float;
+using tf32 = Tf32;
+using bfloat16 = Bfloat16;
+using float16 = Float16;
+}  // namespace dtypes
+constexpr bool whole = true, ragged = false;
 
 __device__ __forceinline__ uint32_t to_tf32(uint32_t x) {
   uint32_t r;
@@ -65,11 +78,16 @@ __device__ __forceinline__ Value keep(Value x) {
   return x;
 }
 
+template <int i>
+struct Constant {
+  static constexpr int value = i;
+};
+
 // f(0), f(1), ... f(n - 1), the argument a compile-time constant.
 template <int n, int i = 0, typename F>
 __device__ __forceinline__ void unrolled(const F& f) {
   if constexpr (i < n) {
-    f(std::integral_constant<int, i>());
+    f(Constant<i>());
     unrolled<n, i + 1>(f);
   }
 }
@@ -79,8 +97,8 @@ template <typename Type>
 struct Arithmetic;
 
 template <>
-struct Arithmetic<__nv_bfloat16> {
-  using Scalar = __nv_bfloat16;
+struct Arithmetic<Bfloat16> {
+  using Scalar = Bfloat16;
   using Accumulator = float;
   static constexpr bool kExact = false;
   __device__ static void prepare(Piece&) {}
@@ -92,8 +110,8 @@ struct Arithmetic<__nv_bfloat16> {
 };
 
 template <>
-struct Arithmetic<__half> {
-  using Scalar = __half;
+struct Arithmetic<Float16> {
+  using Scalar = Float16;
   using Accumulator = float;
   static constexpr bool kExact = false;
   __device__ static void prepare(Piece&) {}
@@ -145,20 +163,32 @@ struct Arithmetic<double> {
 };
 #undef FUSEDRNN_MMA
 
-__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
+__device__ __forceinline__ float widen(Bfloat16 x) {
+  float r;
+  asm("mov.b32 %0, {%1, %2};" : "=f"(r) : "h"(uint16_t(0)), "h"(x.bits));
+  return r;
+}
+__device__ __forceinline__ float widen(Float16 x) {
+  float r;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(x.bits));
+  return r;
+}
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ double widen(double x) { return x; }
 
 template <typename Scalar>
 __device__ __forceinline__ Scalar narrow(float x);
 template <>
-__device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
-  return __float2bfloat16_rn(x);
+__device__ __forceinline__ Bfloat16 narrow<Bfloat16>(float x) {
+  Bfloat16 r;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r.bits) : "f"(x));
+  return r;
 }
 template <>
-__device__ __forceinline__ __half narrow<__half>(float x) {
-  return __float2half_rn(x);
+__device__ __forceinline__ Float16 narrow<Float16>(float x) {
+  Float16 r;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r.bits) : "f"(x));
+  return r;
 }
 template <>
 __device__ __forceinline__ float narrow<float>(float x) {

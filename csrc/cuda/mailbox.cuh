@@ -51,8 +51,8 @@ __device__ __forceinline__ bool missing(const Piece& p) {
 
 // A result as it is stored. Bits that are all ones would be a NaN; cvt to 16 bits makes every NaN the
 // canonical 0x7FFF (PTX ISA, cvt), so only float32 can keep the bits of a NaN that came in.
-__device__ __forceinline__ __nv_bfloat16 encode(__nv_bfloat16 x) { return x; }
-__device__ __forceinline__ __half encode(__half x) { return x; }
+__device__ __forceinline__ Bfloat16 encode(Bfloat16 x) { return x; }
+__device__ __forceinline__ Float16 encode(Float16 x) { return x; }
 __device__ __forceinline__ float encode(float x) {
   return __float_as_uint(x) == kSentinel ? __uint_as_float(0x7FFFFFFFu) : x;
 }

@@ -1,4 +1,4 @@
-// The C interface of the CUDA kernels: raw pointers, sizes and a stream. No allocation, no synchronisation.
+// The parameters of the CUDA kernels: raw pointers and sizes.
 //
 // T steps, B batch, I input, H hidden, P output (P = H without projection), G gates, A accumulators, S saved
 // arrays, N rows of packed data (N = T * B when every step has B rows). Hp is H rounded up to a whole packet
@@ -7,13 +7,8 @@
 // fusedrnn/backends/cuda.py mirrors both structs field by field.
 #pragma once
 
-#include <stdint.h>
-
 #include "../cell_list.h"
-
-#ifdef __cplusplus
-extern "C" {
-#endif
+#include "integers.h"
 
 enum FusedrnnDtype { kFloat64 = 0, kFloat32 = 1, kTf32 = 2, kBfloat16 = 3, kFloat16 = 4 };
 #define FUSEDRNN_CELL_NUMBER(Cell) k##Cell##Cell,
@@ -77,18 +72,3 @@ typedef struct {
   int32_t reserved2;
   int32_t* fault;
 } FusedrnnBackward;
-
-#define FUSEDRNN_API __attribute__((visibility("default")))
-
-// 0, or a cudaError_t.
-FUSEDRNN_API int fusedrnn_step_forward(const FusedrnnForward* params, void* stream);
-FUSEDRNN_API int fusedrnn_step_backward(const FusedrnnBackward* params, void* stream);
-FUSEDRNN_API int fusedrnn_persistent_forward(const FusedrnnForward* params, void* stream);
-FUSEDRNN_API int fusedrnn_persistent_backward(const FusedrnnBackward* params, void* stream);
-// The name of the cell of that number; null after the last.
-FUSEDRNN_API const char* fusedrnn_cell_name(int cell);
-FUSEDRNN_API const char* fusedrnn_error_string(int error);
-
-#ifdef __cplusplus
-}
-#endif

@@ -1,8 +1,9 @@
 """The backend "cuda": the kernels of csrc/cuda, reached through ctypes.
 
-The launchers take raw pointers and a stream; outputs and scratch memory are made here, with torch, so a launch
-allocates nothing and waits for nothing. The same library is built twice: for CUDA by setup.py, and for the simulator
-of tests/ptxsim, where it takes CPU tensors (FUSEDRNN_SIMULATE=1 in a checkout, or the path of tests/ptxsim).
+The launchers (libfusedrnn_cuda.so) take raw pointers and a stream; outputs and scratch memory are made here, with torch,
+so a launch allocates nothing and waits for nothing. They load the device code (fusedrnn/device) through the CUDA driver,
+or through the one of tests/ptxsim, and then take CPU tensors (FUSEDRNN_SIMULATE=1 in a checkout, or the path of
+tests/ptxsim).
 
 Saved gates have a layout of their own: [rows, H, S], the S values of a unit side by side; see ops.gates_in_torch_order.
 """
@@ -10,14 +11,17 @@ Saved gates have a layout of their own: [rows, H, S], the S values of a unit sid
 import contextlib
 import ctypes
 import functools
+import importlib.util
 import itertools
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from fusedrnn._build import build_info
 from fusedrnn.backends.common import (
     Gradients,
     Inputs,
@@ -84,16 +88,15 @@ class _Backward(ctypes.Structure):
 
 
 class _Kernels:
-    """The library, real or simulated."""
+    """The launchers, and the device code of a folder in a driver, real or simulated. Raises RuntimeError without them."""
 
-    def __init__(self, dll: ctypes.CDLL, simulator=None):
-        self.dll = dll
+    def __init__(self, library: Path, driver: str, folder: Path, simulator=None):
+        self.dll = _launchers(library)
         self.simulator = simulator
-        for name in ("step_forward", "step_backward", "persistent_forward", "persistent_backward"):
-            function = getattr(dll, f"fusedrnn_{name}")
-            function.restype, function.argtypes = ctypes.c_int, [ctypes.c_void_p, ctypes.c_void_p]
-        dll.fusedrnn_error_string.restype = dll.fusedrnn_cell_name.restype = ctypes.c_char_p
-        names = itertools.takewhile(bool, map(dll.fusedrnn_cell_name, itertools.count()))
+        self._handle = self.dll.fusedrnn_open(driver.encode(), str(folder).encode())
+        if not self._handle:
+            raise RuntimeError(f"backend 'cuda' cannot run: {self.dll.fusedrnn_error().decode()}")
+        names = itertools.takewhile(bool, map(self.dll.fusedrnn_cell_name, itertools.count()))
         self._cells = [name.decode() for name in names]
 
     def number_of(self, cell: Cell) -> int:
@@ -105,41 +108,94 @@ class _Kernels:
         """Fills in the pointers and launches on the current stream of the tensors' device."""
         for field, tensor in tensors.items():
             setattr(params, field, None if tensor is None or tensor.numel() == 0 else tensor.data_ptr())
-        device = tensors["y" if "y" in tensors and tensors["y"] is not None else "dgates"].device
-        function = getattr(self.dll, f"fusedrnn_{name}")
+        function = functools.partial(getattr(self.dll, f"fusedrnn_{name}"), self._handle, ctypes.byref(params))
         if self.simulator is not None:
             used = [t for t in tensors.values() if t is not None and t.numel() > 0]
             with self.simulator.registered(*used):
-                error = function(ctypes.byref(params), None)
+                error = function(0, None)
             if error:
-                fault = tensors["fault"].tolist()
+                fault = tensors["fault"].tolist() if "fault" in tensors else [0] * 4
                 stuck = f" (block {fault[0]}, step {fault[1]}, packet {fault[2]})" if fault[3] else ""
-                raise RuntimeError(f"fusedrnn: {name} failed in the simulator{stuck}: {self.simulator.error()}")
+                words = self.dll.fusedrnn_error().decode()
+                raise RuntimeError(f"fusedrnn: {name} failed in the simulator{stuck}: {words}")
             return
-        with torch.cuda.device(device):
-            error = function(ctypes.byref(params), torch.cuda.current_stream(device).cuda_stream)
-        if error:
-            text = self.dll.fusedrnn_error_string(error).decode()
-            raise RuntimeError(f"fusedrnn: the launch of {name} failed: {text}")
+        device = tensors["y" if "y" in tensors and tensors["y"] is not None else "dgates"].device
+        if function(device.index, torch.cuda.current_stream(device).cuda_stream):
+            raise RuntimeError(f"fusedrnn: the launch of {name} failed: {self.dll.fusedrnn_error().decode()}")
+
+
+@functools.cache
+def _launchers(path: Path) -> ctypes.CDLL:
+    dll = ctypes.CDLL(str(path))
+    text, pointer, integer = ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int
+    for name, result, arguments in (
+        ("open", pointer, [text, text]),
+        ("error", text, []),
+        ("images", text, [text, integer, integer]),
+        ("cell_name", text, [integer]),
+        *((f"{a}_{d}", integer, [pointer, pointer, integer, pointer])
+          for a in ("step", "persistent") for d in ("forward", "backward")),
+    ):  # fmt: skip
+        function = getattr(dll, f"fusedrnn_{name}")
+        function.restype, function.argtypes = result, arguments
+    return dll
+
+
+def _simulate(sources: Path, only: Sequence[str] = ()) -> _Kernels:
+    """The kernels of a folder (of some files only) and their launcher, compiled in the simulator's cache."""
+    ptxsim = simulator()
+    spec = importlib.util.spec_from_file_location("fusedrnn_cuda_build", sources / "build.py")
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    files = sorted([*sources.iterdir(), *sources.parent.glob("*.h")])
+    parts = [path.name.encode() + path.read_bytes() for path in files if path.is_file()]
+    compiler = build.find_compiler()
+    library = ptxsim.default_library()
+    with ptxsim.build.folder_of("kernels", *parts, tuple(only), compiler) as folder:
+        chosen = [sources / f"{name}.cu" for name in only]
+        code = build.compile_images(folder, ["compute_80.ptx"], 2, compiler, chosen)
+        launcher = folder / build.LAUNCHER
+        if not launcher.exists():
+            build.compile_launcher(launcher)
+    with ThreadPoolExecutor(2) as pool:  # how many blocks are resident depends on the registers; those of an H100 count
+        for registers in pool.map(lambda path: ptxsim.registers_of(path.read_text(), 90), code):
+            library.set_registers(registers)
+    return _Kernels(launcher, str(library.path), folder, library)
 
 
 @functools.cache
 def _simulated() -> _Kernels:
-    ptxsim = simulator()
-    sources = simulator_folder().parents[1] / "csrc"
-    path = ptxsim.build_simulated_library(sorted((sources / "cuda").glob("*.cu")), include_dirs=[sources])
-    library = ptxsim.Library(path)
-    return _Kernels(library.dll, library)
+    return _simulate(simulator_folder().parents[1] / "csrc" / "cuda")
+
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_LIBRARY, _DEVICE_CODE = _PACKAGE / "libfusedrnn_cuda.so", _PACKAGE / "device"
+
+
+def missing() -> str:
+    """Why there are no kernels for CUDA tensors; empty where there are. Opens nothing."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if _LIBRARY.exists() and any(_DEVICE_CODE.glob("*.*")):
+        return ""
+    info = build_info()
+    if info["cuda_built"]:
+        return "they were built, but fusedrnn/device or fusedrnn/libfusedrnn_cuda.so is missing: install again"
+    return info["cuda_why"]
+
+
+def images(capability: tuple[int, int]) -> list[str]:
+    """The device code that a card of this compute capability may take, the best first; the driver has the last word."""
+    if missing():
+        return []
+    return _launchers(_LIBRARY).fusedrnn_images(str(_DEVICE_CODE).encode(), *capability).decode().split()
 
 
 @functools.cache
 def _compiled() -> _Kernels:
-    path = Path(__file__).resolve().parents[1] / "_cuda.so"
-    if not path.exists():
-        from fusedrnn._build import build_info
-
-        raise RuntimeError(f"backend 'cuda' cannot run: {build_info()['cuda_why']}")
-    return _Kernels(ctypes.CDLL(str(path)))
+    if why := missing():
+        raise RuntimeError(f"backend 'cuda' cannot run: {why}")
+    return _Kernels(_LIBRARY, "libcuda.so.1", _DEVICE_CODE)
 
 
 def _kernels(device: torch.device) -> _Kernels:

@@ -6,11 +6,9 @@ from pathlib import Path
 
 from .build import (
     BuildError,
-    build_simulated_library,
     build_simulator,
     compile_ptx,
     registers_of,
-    registers_reported,
 )
 
 __all__ = [
@@ -18,7 +16,6 @@ __all__ = [
     "Library",
     "Module",
     "SimulationError",
-    "build_simulated_library",
     "chips",
     "compile_ptx",
     "counters",
@@ -48,8 +45,7 @@ class SimulationError(RuntimeError):
 
 
 class Library:
-    """A shared library that carries the simulator: the plain one (kernels come as PTX text), or one built by
-    build_simulated_library (kernels come with their host code, reached through .dll)."""
+    """A shared library that carries the simulator; .dll has its functions, those of the CUDA driver among them."""
 
     def __init__(self, path):
         self.path = Path(path)
@@ -75,9 +71,6 @@ class Library:
         ):
             function = getattr(dll, name)
             function.restype, function.argtypes = result, arguments
-        report = self.path.parent / "ptxas.txt"
-        if report.exists():
-            self.set_registers(registers_reported(report.read_text()))
         self._names = dll.ps_count_names().decode().split()
         for key, value in _current.items():
             self._option(key, value)

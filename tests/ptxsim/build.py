@@ -1,4 +1,4 @@
-"""Compiles the simulator (g++ >= 12), and whole CUDA sources into libraries whose launches run in it (nvcc)."""
+"""Compiles the simulator (g++ >= 12), and CUDA sources to the PTX that runs in it (nvcc)."""
 
 import contextlib
 import fcntl
@@ -10,7 +10,6 @@ import shutil
 import site
 import subprocess
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -61,7 +60,13 @@ def _alone(folder):
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        yield folder
+
+
+def folder_of(name, *parts):
+    """A context manager: the folder of the cache for things made of these parts (bytes, or what has a repr), which no
+    other process uses meanwhile."""
+    return _alone(cache_dir() / f"{name}-{_digest(*parts)}")
 
 
 @functools.cache
@@ -125,7 +130,7 @@ def _cpu():
 
 @functools.cache
 def _objects():
-    """(simulator objects, cudart object), compiled once per content of src/."""
+    """The simulator's objects, compiled once per content of src/."""
     sources = sorted(p for p in SOURCE_DIR.iterdir() if p.suffix in (".cpp", ".h", ".inc"))
     tag = _digest(*[p.name.encode() + p.read_bytes() for p in sources], CXX_FLAGS, _cpu())
     out = cache_dir() / f"objects-{tag}"
@@ -141,14 +146,13 @@ def _objects():
     largest_first = sorted((p for p in sources if p.suffix == ".cpp"), key=lambda p: -p.stat().st_size)
     with _alone(out), ThreadPoolExecutor(max_workers=2) as pool:
         list(pool.map(compile_one, largest_first))
-    cudart = compiled.pop("cudart")
-    return tuple(compiled.values()), cudart
+    return tuple(compiled.values())
 
 
 @functools.cache
 def build_simulator():
-    """Path of libptxsim.so."""
-    objects, _ = _objects()
+    """Path of libptxsim.so: the interface of this package, and that of the CUDA driver for launchers."""
+    objects = _objects()
     path = objects[0].parent / "libptxsim.so"
     if not path.exists():
         temporary = path.with_suffix(f".{os.getpid()}.so")
@@ -192,19 +196,27 @@ def registers_reported(report):
 
 
 @functools.lru_cache(maxsize=64)
-def registers_of(ptx, sm):
-    """Runs ptxas for sm (80, 90, ...): {kernel: registers a thread}. Empty if there is no ptxas."""
+def assemble(ptx, sm):
+    """Runs ptxas for sm (80, 90, ...): (what it says, path of the machine code in the cache); None without ptxas."""
     ptxas = tool("ptxas")
     target = re.search(r"\.target sm_(\d+)(\w?)", ptx)
     if ptxas is None or target is None:
-        return {}
+        return None
     name = f"sm_{max(int(sm), int(target.group(1)))}" + ("a" if target.group(2) else "")
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        return registers_reported(
-            _run([ptxas, "-v", f"--gpu-name={name}", source, "-o", Path(folder) / "kernel.cubin"])
-        )
+    with folder_of("assembled", ptx.encode(), name, ptxas) as folder:
+        report, code = folder / "ptxas.txt", folder / "kernel.cubin"
+        if not report.exists():
+            source = folder / "kernel.ptx"
+            source.write_text(ptx)
+            report.write_text(_run([ptxas, "-v", f"--gpu-name={name}", source, "-o", code]))
+            source.unlink()
+        return report.read_text(), code
+
+
+def registers_of(ptx, sm):
+    """{kernel: registers a thread} of machine code for sm. Empty if there is no ptxas."""
+    assembled = assemble(ptx, sm)
+    return registers_reported(assembled[0]) if assembled else {}
 
 
 def compile_ptx(source, include_dirs=(), arch="80", flags=()):
@@ -236,53 +248,3 @@ def compile_ptx(source, include_dirs=(), arch="80", flags=()):
         )
         _publish(temporary, path)
     return path.read_text()
-
-
-def compile_simulated(cu_sources, include_dirs=(), flags=(), arch="80", code="90"):
-    """[(object, what ptxas said)] of .cu files with host code, compiled in the cache.
-
-    An object holds the PTX for `arch`, which the simulator runs, and what ptxas makes of it for sm_`code`, the chip
-    that is simulated unless another is asked for: its registers count.
-    """
-    cu_sources = [Path(s).resolve() for s in cu_sources]
-    flags = tuple(map(str, flags))
-    target = f"arch=compute_{arch},code=[compute_{arch},sm_{code}]"
-    options = ["-std=c++17", "-O3", "-gencode", target, "--no-compress", "-cudart", "none", "-Xptxas", "-v"]
-    options += ["-Xcompiler", "-fPIC"]
-
-    def compile_one(source):
-        # A changed source compiles alone.
-        tag = _digest(*_dependencies([source], include_dirs), flags, options, nvcc())
-        folder = cache_dir() / f"kernels-{tag}"
-        obj, report = (folder / f"{source.stem}.{end}" for end in ("o", "txt"))
-        with _alone(folder):
-            if not obj.exists() or not report.exists():
-                temporary = obj.with_suffix(f".{os.getpid()}.o")
-                text = _run([nvcc(), *options, *_includes(include_dirs), *flags, "-c", source, "-o", temporary])
-                report.write_text(text)
-                _publish(temporary, obj)
-        return obj, report.read_text()
-
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        return list(pool.map(compile_one, cu_sources))
-
-
-def build_simulated_library(cu_sources, include_dirs=(), flags=(), arch="80"):
-    """Compiles .cu files with host code and links them with the simulator and its own libcudart: path of the .so.
-
-    Open it with ptxsim.Library(path). The stand-in's objects come first: registration of kernels runs in the order of
-    linking and needs its statics. -Bsymbolic keeps calls inside, whatever libcudart the process holds already.
-    """
-    objects, cudart = _objects()
-    compiled = compile_simulated(cu_sources, include_dirs, flags, arch)
-    # A change of the simulator only links again.
-    out = cache_dir() / f"library-{_digest(*[obj.parent.name for obj, _ in compiled], objects[0].parent.name)}"
-    path = out / "libsimulated.so"
-    with _alone(out):
-        if not path.exists():
-            (out / "ptxas.txt").write_text("".join(report for _, report in compiled))
-            temporary = path.with_suffix(f".{os.getpid()}.so")
-            linked = [*objects, cudart, *[obj for obj, _ in compiled]]
-            _run([_cxx(), "-shared", "-Wl,-Bsymbolic", "-o", temporary, *linked])
-            _publish(temporary, path)
-    return path

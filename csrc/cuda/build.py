@@ -1,0 +1,188 @@
+"""Compiles the device code of this folder and its launcher; setup.py and the tests call it.
+
+compile_device_code(folder, "8.0+PTX;9.0", jobs) writes, of each .cu here, <name>.sm_80.cubin, <name>.compute_80.ptx and
+<name>.sm_90.cubin, by nvcc or by NVRTC alone: the sources include no header but their own. A driver takes cubins of its
+own CUDA version or an older one, so a wheel for drivers of CUDA 12 is made by a compiler of CUDA 12.
+
+compile_launcher(path) makes the library that loads and launches them: plain C++, no CUDA needed.
+"""
+
+import ctypes
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+FOLDER = Path(__file__).resolve().parent
+ARCHITECTURES = "8.0+PTX;9.0"  # of a build for this machine
+WHEEL_ARCHITECTURES = "8.0+PTX;9.0;10.0;12.0"  # 8.6 and 8.9 run the code of 8.0
+LAUNCHER = "libfusedrnn_cuda.so"
+
+
+class Compiler(NamedTuple):
+    kind: str  # "nvcc" or "NVRTC"
+    path: str
+    version: str  # "13.0"; "" where it does not say
+
+
+@functools.cache
+def _version(kind: str, path: str) -> str:
+    if kind == "nvcc":
+        said = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
+        found = re.search(r"release ([\d.]+),", said)
+        return found.group(1) if found else ""
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    ctypes.CDLL(path).nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return f"{major.value}.{minor.value}"
+
+
+def _nvrtc_libraries() -> list[str]:
+    """Of PyPI's wheels on sys.path, the newest CUDA first: nvidia-cuda-nvrtc, nvidia-cuda-nvrtc-cu12."""
+    found = []
+    for folder in map(Path, dict.fromkeys(sys.path)):
+        for place in ("nvidia/cu[0-9]*/lib", "nvidia/cuda_nvrtc/lib"):
+            found += [p for p in folder.glob(f"{place}/libnvrtc.so.*")]
+    return [str(p) for p in sorted(found, key=lambda p: -int(p.suffix[1:]))]
+
+
+def find_compiler() -> Compiler | None:
+    """$FUSEDRNN_NVRTC (the path of a libnvrtc.so); nvcc of CUDA_HOME, of the PATH, of PyPI; NVRTC of PyPI; or None."""
+    if forced := os.environ.get("FUSEDRNN_NVRTC"):
+        return Compiler("NVRTC", forced, _version("NVRTC", forced))
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    places = [str(Path(home) / "bin" / "nvcc")] if home else []
+    places += [p for p in [shutil.which("nvcc")] if p]
+    places += [str(Path(folder) / "nvidia" / "cu13" / "bin" / "nvcc") for folder in dict.fromkeys(sys.path)]
+    for kind, candidates in (("nvcc", places), ("NVRTC", _nvrtc_libraries())):
+        for path in candidates:
+            if Path(path).exists():
+                return Compiler(kind, path, _version(kind, path))
+    return None
+
+
+def images(architectures: str) -> list[str]:
+    """ "8.0+PTX;9.0", the form of TORCH_CUDA_ARCH_LIST, as ["sm_80.cubin", "compute_80.ptx", "sm_90.cubin"]."""
+    found = []
+    for name in architectures.replace(" ", ";").split(";"):
+        number = name.removesuffix("+PTX").replace(".", "")
+        if number:
+            found += [f"sm_{number}.cubin"] + ([f"compute_{number}.ptx"] if name.endswith("+PTX") else [])
+    return found
+
+
+def compile_device_code(out_folder: Path, architectures: str, jobs: int, compiler: Compiler | None = None) -> list[Path]:
+    """The files for a list of architectures, those for others removed. Raises RuntimeError where there is no compiler.
+
+    What is there already and of the same sources and compiler is kept.
+    """
+    return compile_images(out_folder, images(architectures), jobs, compiler)
+
+
+def compile_images(
+    out_folder: Path,
+    wanted: Sequence[str],
+    jobs: int,
+    compiler: Compiler | None = None,
+    sources: Sequence[Path] = (),
+) -> list[Path]:
+    """The same for images, such as "sm_80.cubin", and for some sources only."""
+    compiler = compiler or find_compiler()
+    if compiler is None:
+        raise RuntimeError("device code cannot be compiled: neither nvcc nor NVRTC was found")
+    sources = sorted(sources or FOLDER.glob("*.cu"))
+    out_folder.mkdir(parents=True, exist_ok=True)
+    record = out_folder / "digests.json"
+    known = json.loads(record.read_text()) if record.exists() else {}
+    digest = hashlib.sha256(repr(compiler).encode())
+    for path in sorted([*FOLDER.glob("*.cu*"), *FOLDER.glob("*.h"), *FOLDER.parent.glob("*.h"), Path(__file__)]):
+        digest.update(path.name.encode() + path.read_bytes())
+    digest = digest.hexdigest()
+    # PTX first: nvcc assembles it for its own architecture without another pass over the source.
+    by_target = {}
+    for image in sorted(wanted):
+        by_target.setdefault(re.sub(r"\D", "", image), []).append(image)
+    groups = [(s, n, [out_folder / f"{s.stem}.{i}" for i in names]) for n, names in by_target.items() for s in sources]
+    files = [path for _, _, paths in groups for path in paths]
+    for path in [*out_folder.glob("*.cubin"), *out_folder.glob("*.ptx")]:
+        if path not in files:
+            path.unlink()
+    stale = [g for g in groups if not all(p.exists() and known.get(p.name) == digest for p in g[2])]
+    stale.sort(key=lambda group: -group[0].stat().st_size)
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(lambda group: _compile(compiler, *group), stale))
+    record.write_text(json.dumps({path.name: digest for path in files}))
+    return files
+
+
+def _run(command: Sequence[str]) -> None:
+    ran = subprocess.run(command, capture_output=True, text=True)
+    if ran.returncode:
+        raise RuntimeError(f"{' '.join(command)}\nfailed with {ran.returncode}:\n{ran.stdout}{ran.stderr}")
+
+
+def _compile(compiler: Compiler, source: Path, number: str, files: Sequence[Path]) -> None:
+    if compiler.kind == "NVRTC":  # in a process of its own: within one, some versions take turns
+        _run([sys.executable, __file__, compiler.path, str(source), number, *map(str, files)])
+        return
+    options = [compiler.path, "-std=c++17", "-O3"]
+    made = source
+    for path in files:
+        kind = ["-ptx", f"-arch=compute_{number}"] if path.suffix == ".ptx" else ["-cubin", f"-arch=sm_{number}"]
+        _run([*options, *kind, str(made), "-o", str(path)])
+        made = path if path.suffix == ".ptx" else made
+
+
+def nvrtc(library: str, source: Path, number: str, files: Sequence[Path] = ()) -> str:
+    """Compiles one source, writes the files; returns the log. Raises RuntimeError with it."""
+    rtc = ctypes.CDLL(library)
+    program = ctypes.c_void_p()
+
+    def text(kind: str) -> bytes:
+        size = ctypes.c_size_t()
+        getattr(rtc, f"nvrtcGet{kind}Size")(program, ctypes.byref(size))
+        buffer = ctypes.create_string_buffer(size.value)
+        if getattr(rtc, f"nvrtcGet{kind}")(program, buffer):
+            raise RuntimeError(f"NVRTC made no {kind} of {source.name}")
+        return buffer.raw
+
+    # Without machine code only the front end runs, for PTX.
+    target = "sm" if any(path.suffix == ".cubin" for path in files) else "compute"
+    options = ["--std=c++17", "-default-device", f"--gpu-architecture={target}_{number}", f"-I{source.parent}"]
+    created = rtc.nvrtcCreateProgram(
+        ctypes.byref(program), source.read_bytes(), source.name.encode(), 0, None, None
+    )
+    if created:
+        raise RuntimeError(f"NVRTC cannot begin: error {created}")
+    try:
+        arguments = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
+        failed = rtc.nvrtcCompileProgram(program, len(options), arguments)
+        log = text("ProgramLog").rstrip(b"\0").decode()
+        if failed:
+            raise RuntimeError(f"NVRTC cannot compile {source.name} for {target}_{number}:\n{log}")
+        for path in files:
+            code = text("PTX").rstrip(b"\0") if path.suffix == ".ptx" else text("CUBIN")
+            path.write_bytes(code)
+    finally:
+        rtc.nvrtcDestroyProgram(ctypes.byref(program))
+    return log
+
+
+def compile_launcher(path: Path, compiler: str = "", flags: Sequence[str] = ()) -> Path:
+    """The library of the launchers, by a C++ compiler alone."""
+    compiler = compiler or os.environ.get("CXX") or "c++"
+    command = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", *flags]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _run([*command, str(FOLDER / "launcher.cpp"), "-o", str(path), "-ldl"])
+    return path
+
+
+if __name__ == "__main__":
+    nvrtc(sys.argv[1], Path(sys.argv[2]), sys.argv[3], [Path(p) for p in sys.argv[4:]])

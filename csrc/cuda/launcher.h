@@ -1,0 +1,35 @@
+// The C interface of the launchers: raw pointers, sizes and a stream. No allocation, no synchronisation; the first
+// launch of a kind loads its code.
+#pragma once
+
+#include "params.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define FUSEDRNN_API __attribute__((visibility("default")))
+
+// Kernels and the driver that runs them. driver: the library that has its functions, "libcuda.so.1"; folder: where the
+// device code lies, <file>.sm_80.cubin, <file>.compute_80.ptx, ... for each file of kernels. Null: fusedrnn_error()
+// says why. Lives until the process ends; every thread may use it at once.
+typedef struct FusedrnnKernels FusedrnnKernels;
+FUSEDRNN_API FusedrnnKernels* fusedrnn_open(const char* driver, const char* folder);
+
+// 0, or 1 and fusedrnn_error() says why. Launches on a stream of a device's primary context, or of the context that is
+// current if that is of this device.
+FUSEDRNN_API int fusedrnn_step_forward(FusedrnnKernels*, const FusedrnnForward*, int device, void* stream);
+FUSEDRNN_API int fusedrnn_step_backward(FusedrnnKernels*, const FusedrnnBackward*, int device, void* stream);
+FUSEDRNN_API int fusedrnn_persistent_forward(FusedrnnKernels*, const FusedrnnForward*, int device, void* stream);
+FUSEDRNN_API int fusedrnn_persistent_backward(FusedrnnKernels*, const FusedrnnBackward*, int device, void* stream);
+// What the last call of this thread that failed said.
+FUSEDRNN_API const char* fusedrnn_error(void);
+// The images in a folder that a card of a compute capability may take, the best first, with spaces between them. Asks
+// no driver. Valid until the next call of this thread.
+FUSEDRNN_API const char* fusedrnn_images(const char* folder, int major, int minor);
+// The name of the cell of that number; null after the last.
+FUSEDRNN_API const char* fusedrnn_cell_name(int cell);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,98 @@
+// What kernels and launcher agree on: how a block's tile is laid out, which instances of a kernel there are and what
+// they are called, and the arguments of step. For the host and the device; needs no header.
+#pragma once
+
+#include "../cells.h"
+#include "params.h"
+
+namespace fusedrnn {
+
+constexpr int kWarps = 8;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kForwardUnits = 8;
+constexpr int kBackwardUnits = 16;
+constexpr int kForwardRows = 64;  // most rows of a block
+constexpr int kBackwardRows = 32;
+constexpr int kChunkBytes = 64 * kWarps;  // of a row of weights that all warps hold one piece a lane of
+
+// Bytes of a forward block's partial sums, a row: accumulators are kept in pairs.
+constexpr int forward_bytes_per_row(int accumulators, int accumulator_bytes) {
+  return kWarps * kForwardUnits * (accumulators + accumulators % 2) * accumulator_bytes;
+}
+// Tiles are 8 rows high, so is the room for their sums.
+FUSEDRNN_HD constexpr int forward_buffer_bytes(int rows, int bytes_per_row) {
+  return (rows + 7) / 8 * 8 * bytes_per_row;
+}
+
+// A backward block's partial sums: rows are kBackwardPitch apart so that the stores of a warp spread over the banks.
+constexpr int kBackwardPitch = kBackwardUnits + 4;
+constexpr int kBackwardSums = kWarps * kBackwardRows * kBackwardPitch;
+
+// The blocks of a row of dgates that W_hh multiplies: gate g's is block g, from gate kFirst on kWidth blocks on.
+template <typename Cell>
+struct Gap {
+  static constexpr int kFirst = [] {
+    int gate = 0;
+    while (gate < Cell::kGates && Cell::h_acc(gate) == gate) ++gate;
+    return gate;
+  }();
+  static constexpr bool kAny = kFirst < Cell::kGates;
+  static constexpr int kWidth = kAny ? Cell::h_acc(kFirst) - kFirst : 0;
+  static constexpr bool kOnlyOne = [] {
+    for (int gate = kFirst; gate < Cell::kGates; ++gate)
+      if (Cell::h_acc(gate) != gate + kWidth) return false;
+    return true;
+  }();
+  static_assert(kOnlyOne, "accumulators that h feeds are in the order of the gates, with at most one gap");
+};
+
+// The arguments of step. The launcher knows no element types: there Scalar and Accumulator are void.
+
+// A step's rows, and where its predecessor in the order of the loop left its own.
+struct Rows {
+  int64_t offset, before_offset;
+  int rows, before_rows, next_rows;
+};
+
+// What a step of forward touches, every array at the first row of the step.
+template <typename Scalar, typename Accumulator>
+struct ForwardStep {
+  const Scalar *x, *h_before, *h0, *c0, *w_ih, *w_hh, *b_ih, *b_hh;
+  const uint8_t* resets;  // null without
+  const Scalar* zeros;
+  const Accumulator* c_before;
+  Accumulator* c;
+  Scalar *h, *gates, *h_n, *c_n;  // gates and h_n may be null
+  int input, hidden, out, rows, before_rows, next_rows;
+};
+
+// to[r] = from[r] A^T + plus[r], and also_to[r] for rows from also_from on. r counts rows; A is [n, k].
+// Rows from `matmul_rows` on take start[r] in place of the product, rows that `cut` names (or null) none.
+template <typename Scalar>
+struct Linear {
+  const Scalar *a, *from, *plus, *start;
+  const uint8_t* cut;
+  Scalar *to, *also_to;
+  int64_t n, k;
+  int rows, matmul_rows, also_from;
+};
+
+// What the backward of one step reads its dh from: the product A from[r] for matmul_rows rows, plus plus[r],
+// or start[r]. Nothing comes back from rows that `cut` names (or null).
+template <typename Scalar>
+struct Upstream {
+  const Scalar *a, *from, *plus, *start;
+  const uint8_t* cut;
+  int64_t k;
+  int matmul_rows;
+};
+
+template <typename Scalar>
+struct BackwardStep {
+  FusedrnnBackward call;
+  Rows step;
+  int64_t next_offset;
+  Upstream<Scalar> up;
+};
+
+}  // namespace fusedrnn

@@ -1,0 +1,115 @@
+// One launch a time step: the products of x and h and the cell, or the product of dgates and the cell's backward. A
+// projection adds a second launch a step, a product only. Here is what the kernels of step share.
+#pragma once
+
+#include "advance.cuh"
+
+namespace fusedrnn {
+
+// Pieces straight from global memory, by all warps in turn, just as the product wants them: kRows rows of A,
+// kTiles tiles of 8 rows of B, every pointer at its row's first k. kGaps: a null row of A counts as zeros.
+template <typename Math, bool kGaps, int kRows, int kTiles, bool kWhole, typename Scalar, typename Accumulator>
+__device__ __forceinline__ void accumulate(Accumulator (&acc)[kTiles][kRows / 2][4], const Scalar* const (&a)[kRows],
+                                           const Scalar* const (&b)[kTiles], int k_size) {
+  constexpr int kPer = 16 / sizeof(Scalar), kRound = 4 * kWarps * kPer;
+  constexpr int kInFlight = Math::kExact ? 1 : 3;  // rounds whose loads travel together
+  const auto multiply = [&](Piece(&left)[kRows], Piece(&right)[kTiles]) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (kGaps && a[r] == nullptr) left[r] = Piece{};
+      Math::prepare(left[r]);
+    }
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      Math::prepare(right[tile]);
+#pragma unroll
+      for (int r = 0; r < kRows; r += 2) Math::multiply(acc[tile][r / 2], left[r], left[r + 1], right[tile]);
+    }
+  };
+  const auto row_of_a = [&](int r) { return kGaps && a[r] == nullptr ? b[0] : a[r]; };
+  int k = int(4 * (threadIdx.x >> 5) + (threadIdx.x & 3)) * kPer, done = 0;
+  if constexpr (kWhole) {
+    const Scalar *left_at[kRows], *right_at[kTiles];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) left_at[r] = keep(row_of_a(r) + k);
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) right_at[tile] = keep(b[tile] + k);
+    const auto go_round = [&](auto index) {
+      constexpr int kOffset = decltype(index)::value * kRound * int(sizeof(Scalar));
+      Piece left[kRows], right[kTiles];
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) left[r] = load_global<kOffset>(left_at[r]);
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) right[tile] = load_global<kOffset>(right_at[tile]);
+      multiply(left, right);
+    };
+    const auto advance_by = [&](int rounds) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) left_at[r] += rounds * kRound;
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) right_at[tile] += rounds * kRound;
+    };
+    int rounds = unsigned(k_size) / kRound;
+    for (; rounds >= kInFlight; rounds -= kInFlight) {
+      unrolled<kInFlight>(go_round);
+      advance_by(kInFlight);
+    }
+#pragma unroll 1
+    for (; rounds > 0; --rounds) {
+      unrolled<1>(go_round);
+      advance_by(1);
+    }
+    done = unsigned(k_size) / kRound * kRound;
+    k += done;
+  }
+  // What is left, or rows that do not hold whole pieces. All lanes of a warp go round equally often.
+#pragma unroll 1
+  for (; done < k_size; done += kRound, k += kRound) {
+    Piece left[kRows], right[kTiles];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) left[r] = load_piece<kWhole>(row_of_a(r), k, k_size);
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) right[tile] = load_piece<kWhole>(b[tile], k, k_size);
+    __syncwarp();
+    multiply(left, right);
+  }
+}
+
+// The matmul of a tile of 16 rows of A by kTiles * 8 rows of `from`, its sums in shared memory. kGap: rows of `from`
+// have `skip` columns that A has not, in front of A's column `near`.
+template <typename Math, int kTiles, bool kWhole, bool kGap = false, typename Scalar, typename Accumulator>
+__device__ __forceinline__ void backward_sums(Accumulator* sums, const Scalar* weights, int64_t n, int64_t k,
+                                              const Scalar* from, int rows, int64_t near = 0, int64_t skip = 0) {
+  using Sums = BackwardSums<Accumulator>;
+  const int lane = threadIdx.x & 31, first = int(blockIdx.y) * kTiles * 8;
+  if (first < rows) {
+    const Scalar *a[2], *b[kTiles];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const int64_t row = int64_t(blockIdx.x) * kBackwardUnits + (lane >> 2) + 8 * j;
+      a[j] = weights + min(row, n - 1) * k;
+    }
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile)
+      b[tile] = from + int64_t(min(first + tile * 8 + (lane >> 2), rows - 1)) * (kGap ? k + skip : k);
+    Accumulator acc[kTiles][1][4] = {};
+    if constexpr (kGap) {
+#pragma unroll 1
+      for (int part = 0; part < 2; ++part) {
+        accumulate<Math, false, 2, kTiles, kWhole>(acc, a, b, int(part == 0 ? near : k - near));
+#pragma unroll
+        for (int j = 0; j < 2; ++j) a[j] += near;
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) b[tile] += near + skip;
+      }
+    } else {
+      accumulate<Math, false, 2, kTiles, kWhole>(acc, a, b, int(k));
+    }
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile)
+      Sums::store(sums + Sums::lane_place() + tile * 8 * Sums::kPitch, acc[tile][0]);
+  }
+  __syncthreads();
+}
+
+}  // namespace fusedrnn
