@@ -72,12 +72,12 @@ install: $(INSTALLED)
 
 clean:
 	rm -rf build dist *.egg-info demo-out bench-out gates-out docs/_build
-	rm -f fusedrnn/*.so
+	rm -rf fusedrnn/*.so fusedrnn/device
 
 # Building inside the environment (--no-build-isolation) makes the extension fit its torch.
 $(INSTALLED): $(TORCH_STAMP) $(SOURCES)
 	@rm -f $(VENV)/.fusedrnn-installed-*
-	@[ "$$(cat build/environment 2>/dev/null)" = "$(ENVIRONMENT)" ] || rm -f fusedrnn/*.so
+	@[ "$$(cat build/environment 2>/dev/null)" = "$(ENVIRONMENT)" ] || rm -rf fusedrnn/*.so fusedrnn/device
 	FUSEDRNN_CUDA=$(or $(FUSEDRNN_CUDA),auto) $(PY) -m pip install $(NO_COMPILE) $$([ -e $(OURS) ] || echo --no-deps) --no-build-isolation -e '.[test,demo]'
 	@$(PY) -c "import fusedrnn; i = fusedrnn.build_info(); \
 	  print('fusedrnn: C++ extension:', i['cpu_capability'] or i['extension_why']); print('fusedrnn:', i['cuda_why'])"

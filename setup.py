@@ -1,4 +1,5 @@
-"""Builds fusedrnn._C (C++, CPU) and, where torch is a CUDA build and an nvcc is found, fusedrnn/_cuda.so.
+"""Builds fusedrnn._C (C++, CPU), the launchers of the CUDA kernels, and, where torch is a CUDA build and a compiler is
+found, their device code (csrc/cuda/device_code.py).
 
 Environment: FUSEDRNN_BUILD=0 compiles nothing; FUSEDRNN_CUDA=0 leaves CUDA out; TORCH_CUDA_ARCH_LIST names the
 architectures; MAX_JOBS limits how many files are compiled at once.
@@ -12,7 +13,6 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,7 +32,10 @@ CAPABILITY_FLAGS = {"recurrence_avx2.cpp": AVX2, "recurrence_avx512.cpp": AVX512
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
          "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # fmt: skip
 GPUS = [*Path("/dev").glob("nvidia[0-9]*"), *Path("/dev").glob("dxg")]
-CUDA_ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0+PTX;9.0"
+sys.path.insert(0, str(ROOT / "csrc" / "cuda"))
+import device_code  # noqa: E402
+
+CUDA_ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or device_code.ARCHITECTURES
 VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "fusedrnn" / "__init__.py").read_text(), re.MULTILINE).group(1)
 TORCH = "torch>=2.13,<2.15"
 
@@ -44,52 +47,30 @@ except ImportError as error:
     missing = error
 
 
-def find_nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    wheel = Path(torch.__file__).parents[1] / "nvidia" / "cu13" / "bin" / "nvcc"
-    candidates = [Path(home) / "bin" / "nvcc" if home else None, shutil.which("nvcc"), wheel]
-    return next((str(c) for c in candidates if c and Path(c).exists()), None)
-
-
-def decide_cuda(sources: list[Path]) -> tuple[str | None, str]:
-    """(nvcc or None, the sentence that says why). A machine that builds need not have a GPU."""
+def decide_cuda() -> tuple[device_code.Compiler | None, str]:
+    """(the compiler or None, the sentence that says why). A machine that builds need not have a GPU."""
     if os.environ.get("FUSEDRNN_CUDA") == "0":
         return None, "CUDA kernels are left out: FUSEDRNN_CUDA=0."
     if os.environ.get("FUSEDRNN_CUDA") == "auto" and not GPUS:
         return None, "CUDA kernels are left out: there is no NVIDIA GPU in /dev (FUSEDRNN_CUDA=1 builds them)."
     if torch.version.cuda is None:
         return None, f"CUDA kernels are left out: torch {torch.__version__} is built without CUDA."
-    nvcc = find_nvcc()
-    if nvcc is None:
+    compiler = device_code.find_compiler()
+    if compiler is None:
         return None, (
-            f"CUDA kernels are left out: torch is built for CUDA {torch.version.cuda}, but no nvcc was found in "
-            "CUDA_HOME, on the PATH or in nvidia/cu13/bin of this environment (the extra 'cuda-build' installs one)."
+            f"CUDA kernels are left out: torch is built for CUDA {torch.version.cuda}, but neither nvcc (CUDA_HOME, the "
+            "PATH) nor NVRTC was found in this environment (the extra 'cuda-build' installs one)."
         )
-    if not sources:
-        return None, "CUDA kernels are left out: there are none in csrc/cuda yet."
     # What is written down travels in the wheel: it names no folder of the machine that builds.
-    release = re.search(r"release (\S+),", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
-    return nvcc, (
-        f"CUDA kernels are built for {CUDA_ARCHITECTURES}: torch is built for CUDA {torch.version.cuda} and nvcc "
-        f"{release.group(1) if release else 'of an unknown version'} was found."
+    return compiler, (
+        f"CUDA kernels are built for {CUDA_ARCHITECTURES}: torch is built for CUDA {torch.version.cuda} and "
+        f"{compiler.kind} {compiler.version or 'of an unknown version'} was found."
     )
 
 
 def prefix_maps() -> list[str]:
     """Options that keep the folders of this machine out of what asserts and debug information say."""
     return [f"-ffile-prefix-map={Path(torch.__file__).parents[1]}/=", f"-ffile-prefix-map={ROOT}/="]
-
-
-def gencode_flags(architectures: str) -> list[str]:
-    """nvcc's flags for a list in the form of TORCH_CUDA_ARCH_LIST, such as "8.0+PTX;9.0"."""
-    flags = []
-    for name in architectures.replace(" ", ";").split(";"):
-        if not name:
-            continue
-        number = name.removesuffix("+PTX").replace(".", "")
-        code = f"[compute_{number},sm_{number}]" if name.endswith("+PTX") else f"sm_{number}"
-        flags += ["-gencode", f"arch=compute_{number},code={code}"]
-    return flags
 
 
 class BuildPy(build_py):
@@ -115,13 +96,15 @@ class BuildExt(build_ext):
     def build_extension(self, ext):
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        print(f"fusedrnn: {FACTS['cuda_why']}{f' ({NVCC})' if NVCC else ''}", flush=True)
+        print(f"fusedrnn: {FACTS['cuda_why']}{f' ({COMPILER.path})' if COMPILER else ''}", flush=True)
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         with ThreadPoolExecutor(jobs) as pool:
-            cuda = pool.submit(self.build_cuda) if NVCC else None
+            cuda = pool.submit(self.build_cuda, jobs)
             objects = list(pool.map(lambda source: self.compile_one(ext, source), ext.sources))
-            if cuda:
-                shutil.copyfile(cuda.result(), target.parent / CUDA_LIBRARY)
+            shutil.rmtree(target.parent / "device", ignore_errors=True)
+            for path, name in cuda.result():
+                (target.parent / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, target.parent / name)
         self.compiler.link_shared_object(
             objects,
             str(target),
@@ -134,9 +117,11 @@ class BuildExt(build_ext):
 
     def copy_extensions_to_source(self):
         super().copy_extensions_to_source()
-        built = Path(self.build_lib) / "fusedrnn" / CUDA_LIBRARY
-        if NVCC and built.exists():
-            shutil.copyfile(built, ROOT / "fusedrnn" / CUDA_LIBRARY)
+        shutil.rmtree(ROOT / "fusedrnn" / "device", ignore_errors=True)
+        for name in (device_code.LAUNCHER, "device"):
+            built = Path(self.build_lib) / "fusedrnn" / name
+            if built.exists():
+                (shutil.copytree if built.is_dir() else shutil.copyfile)(built, ROOT / "fusedrnn" / name)
 
     def is_fresh(self, result, sources):
         return not self.force and result.exists() and result.stat().st_mtime > max(p.stat().st_mtime for p in sources)
@@ -155,28 +140,15 @@ class BuildExt(build_ext):
             )
         return str(compiled)
 
-    def build_cuda(self):
-        library = Path(self.build_temp) / CUDA_LIBRARY
-        if self.is_fresh(library, [Path(__file__), *(ROOT / "csrc" / "cuda").iterdir(), *(ROOT / "csrc").glob("*.h")]):
-            return library
-        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        # Absolute names, line numbers, and a device link (nothing needs it) would write this machine's folders into a
-        # wheel's library.
-        lines = ["-lineinfo"] if self.inplace or self.editable_mode else []
-        command = [NVCC, "--threads", jobs, "-shared", "-nodlink", "-O3", "-std=c++17", *lines,
-                   "-cudart", "static", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-I", "csrc",
-                   # The nvcc of PyPI looks for its runtime in lib64, the wheels have it in lib.
-                   "-L", str(Path(NVCC).resolve().parents[1] / "lib"),
-                   *gencode_flags(CUDA_ARCHITECTURES), "-o", str(library),
-                   *(str(source.relative_to(ROOT)) for source in CUDA_SOURCES)]  # fmt: skip
-        library.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run(command, check=True, cwd=ROOT)
-        return library
+    def build_cuda(self, jobs):
+        """[(file, its name in the package)]: the launchers, always, and the device code."""
+        folder = Path(self.build_temp) / "device"
+        launcher = device_code.compile_launcher(folder / device_code.LAUNCHER, flags=prefix_maps())
+        code = device_code.compile_device_code(folder, CUDA_ARCHITECTURES, jobs, COMPILER) if COMPILER else []
+        return [(launcher, launcher.name), *((path, f"device/{path.name}") for path in code)]
 
 
-CUDA_LIBRARY = "_cuda.so"
-CUDA_SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-NVCC, FACTS = None, {}
+COMPILER, FACTS = None, {}
 version, requires = VERSION, TORCH
 extensions = []
 if os.environ.get("FUSEDRNN_BUILD") == "0":
@@ -189,17 +161,17 @@ elif torch is None:
             "(FUSEDRNN_BUILD=0 installs without compiling)."
         )
 else:
-    NVCC, cuda_why = decide_cuda(CUDA_SOURCES)
+    COMPILER, cuda_why = decide_cuda()
     FACTS = {
         "extension": True,
         "torch": torch.__version__,
-        "cuda": NVCC is not None,
+        "cuda": COMPILER is not None,
         "cuda_why": cuda_why,
         "flags": " ".join(FLAGS),
     }
     if "sdist" not in sys.argv:
         release = torch.__version__.split("+")[0]
-        label = f"cu{torch.version.cuda.replace('.', '')}" if NVCC else "cpu"
+        label = f"cu{torch.version.cuda.replace('.', '')}" if COMPILER else "cpu"
         version, requires = f"{VERSION}+{label}.torch{release}", f"torch=={release}"
     sources = ["csrc/bindings.cpp", "csrc/autograd.cpp", "csrc/cpu/sequence.cpp", "csrc/cpu/capability.cpp"]
     extensions = [

@@ -256,13 +256,21 @@ def test_chips_are_those_of_the_simulator():
 # Planted bugs: each edit of the source must make the check below fail.
 
 PLANTED = {
-    "a removed __syncthreads": ("persistent.cu", "      __syncthreads();\n", ""),
-    "a mailbox read that does not wait": ("persistent.cu", "if (complete || !any_nan(acc[0])) break;", "break;"),
+    "a removed __syncthreads": ("persistent_forward.cu", "      __syncthreads();\n", ""),
+    "a mailbox read that does not wait": (
+        "persistent_forward.cu",
+        "if (complete || !any_nan(acc[0])) break;",
+        "break;",
+    ),
     "a weak load of h": ("mailbox.cuh", "ld.relaxed.gpu.global", "ld.global"),
     "a sentinel that a NaN input makes": ("mailbox.cuh", "kSentinel = 0xFFFFFFFFu", "kSentinel = 0x7FFF7FFFu"),
-    "an off-by-one tile edge": ("persistent.cu", "tile < now.rows; tile += 16", "tile < now.rows - 1; tile += 16"),
+    "an off-by-one tile edge": (
+        "persistent_forward.cu",
+        "tile < now.rows; tile += 16",
+        "tile < now.rows - 1; tile += 16",
+    ),
     "an unwritten output": (
-        "persistent.cu",
+        "persistent_forward.cu",
         "static_cast<Scalar*>(p.c_n)[",
         "if (row > 0) static_cast<Scalar*>(p.c_n)[",
     ),
@@ -270,30 +278,22 @@ PLANTED = {
 
 
 def build(folder, edit=None):
-    """Simulated library of the persistent kernels in bfloat16, small H, with one edit."""
-    import ptxsim
-
+    """The persistent forward kernels in bfloat16, two sizes, simulated, with one edit."""
     shutil.copytree(ROOT / "csrc", folder / "csrc")
-    path = folder / "csrc" / "cuda" / "persistent.cu"
-    path.write_text(re.sub(r"with_chunks<[^>]+>\(row_bytes", "with_chunks<1, 4>(row_bytes", path.read_text()))
-    path = folder / "csrc" / "cuda" / "dispatch.cuh"
-    text, count = re.subn(r"    case k(Float16|Tf32|Float32):\n.*\n", "", path.read_text())
-    assert count == 3
+    cuda_folder = folder / "csrc" / "cuda"
+    path = cuda_folder / "instances.h"
+    instances = r"(#define FUSEDRNN_PERSISTENT_FORWARD_OF\(Cell, gates, X\)).*?float16\)\n"
+    fewer = r"\1 FUSEDRNN_SIZES_2(X, 1, 4, Cell, bfloat16)\n"
+    text, count = re.subn(instances, fewer, path.read_text(), flags=re.DOTALL)
+    assert count == 1
     path.write_text(text)
-    stubs = "".join(
-        f'extern "C" int fusedrnn_step_{d.lower()}(const Fusedrnn{d}*, void*) {{ return 1; }}\n'
-        for d in ("Forward", "Backward")
-    )
-    (folder / "csrc" / "cuda" / "step.cu").write_text('#include "params.h"\n' + stubs)
     if edit:
         name, old, new = edit
-        target = folder / "csrc" / "cuda" / name
+        target = cuda_folder / name
         source = target.read_text()
         assert old in source, "the planted bug has lost its place"
         target.write_text(source.replace(old, new, 1))
-    sources = sorted((folder / "csrc" / "cuda").glob("*.cu"))
-    library = ptxsim.Library(ptxsim.build_simulated_library(sources, include_dirs=[folder / "csrc"]))
-    return cuda._Kernels(library.dll, library)
+    return cuda._simulate(cuda_folder, ["persistent_forward"])
 
 
 def check_persistent(patch, sentinel=-1):
@@ -332,7 +332,7 @@ def test_planted_bugs_are_caught(bug, tmp_path, monkeypatch, poisoned):
 @simulated
 @pytest.mark.slow
 def test_a_lost_packet_ends_the_launch_and_says_where(tmp_path, monkeypatch):
-    edit = ("persistent.cu", "            if (sends) {", "            if (sends && blockIdx.x != 1) {")
+    edit = ("persistent_forward.cu", "            if (sends) {", "            if (sends && blockIdx.x != 1) {")
     kernels = build(tmp_path, edit)
     monkeypatch.setattr(cuda, "_kernels", lambda device: kernels)
     with pytest.raises(RuntimeError, match=r"block \d+, step 1, packet \d+"):

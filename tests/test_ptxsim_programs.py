@@ -1,5 +1,5 @@
 # ruff: noqa: E501  (PTX and CUDA in strings)
-"""ptxsim: whole programs, CUDA sources with their host code, through the stand-in for libcudart."""
+"""ptxsim: whole programs, compiled from CUDA, through the stand-in for the driver."""
 
 import ctypes
 
@@ -9,14 +9,10 @@ import pytest
 from ptxsim import build
 from ptxsim.testing import aligned
 
-needs_nvcc = pytest.mark.skipif(
-    build.cuda_home() is None, reason="no nvcc: CUDA sources and their host code are not simulated"
-)
+needs_nvcc = pytest.mark.skipif(build.cuda_home() is None, reason="no nvcc: CUDA sources are not simulated")
 
 PROGRAM = r"""
 #include <cooperative_groups.h>
-#include <cuda_bf16.h>
-#include <cuda_runtime.h>
 #include <cstdint>
 
 namespace cg = cooperative_groups;
@@ -24,7 +20,7 @@ namespace cg = cooperative_groups;
 __constant__ float scale;
 __device__ int calls;
 
-__global__ void scaled(const float* x, float* y, int n) {
+extern "C" __global__ void scaled(const float* x, float* y, int n) {
   extern __shared__ float row[];
   int i = blockIdx.x * blockDim.x + threadIdx.x;
   row[threadIdx.x] = i < n ? x[i] : 0;
@@ -34,7 +30,7 @@ __global__ void scaled(const float* x, float* y, int n) {
 }
 
 // Every block needs what the others wrote a step ago.
-__global__ void rotate(float* x, int n, int steps) {
+extern "C" __global__ void rotate(float* x, int n, int steps) {
   cg::grid_group grid = cg::this_grid();
   int i = grid.thread_rank();
   for (int t = 0; t < steps; t++) {
@@ -55,7 +51,7 @@ __device__ void store(uint4* p, uint4 v) {
   asm volatile("{ .reg .b128 r; mov.b128 r, {%1, %2}; st.relaxed.gpu.global.b128 [%0], r; }" ::"l"(p), "l"(a), "l"(b) : "memory");
 }
 template <bool kWeak>
-__global__ void mailbox(uint4* y, int steps) {
+__device__ void exchange(uint4* y, int steps) {
   int blocks = gridDim.x, b = blockIdx.x;
   for (int t = 0; t < steps; t++) {
     uint4 v = make_uint4(b, b, b, b);
@@ -71,57 +67,70 @@ __global__ void mailbox(uint4* y, int steps) {
   }
 }
 
-extern "C" {
-int run_scaled(const float* x, float* y, int n, float factor, int threads, int shared) {
-  if (int e = cudaMemcpyToSymbol(scale, &factor, sizeof factor)) return e;
-  scaled<<<(n + threads - 1) / threads, threads, shared>>>(x, y, n);
-  return cudaGetLastError();
-}
-int count() {
-  int n = -1;
-  cudaMemcpyFromSymbol(&n, calls, sizeof n);
-  return n;
-}
-int allow(int bytes) { return cudaFuncSetAttribute(scaled, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes); }
-int run_rotate(float* x, int n, int steps, int blocks) {
-  void* arguments[] = {&x, &n, &steps};
-  cudaLaunchCooperativeKernel((const void*)rotate, dim3(blocks), dim3(n / blocks), arguments, 0, nullptr);
-  return cudaGetLastError();
-}
-int run_mailbox(uint4* y, int steps, int blocks, int weak) {
-  cudaMemsetAsync(y, 0xff, sizeof(uint4) * steps * blocks, nullptr);
-  void* arguments[] = {&y, &steps};
-  auto kernel = weak ? mailbox<true> : mailbox<false>;
-  cudaLaunchCooperativeKernel((const void*)kernel, dim3(blocks), dim3(1), arguments, 0, nullptr);
-  return cudaGetLastError();
-}
-int attribute(int which) {
-  int value = -1;
-  cudaDeviceGetAttribute(&value, (cudaDeviceAttr)which, 0);
-  return value;
-}
-int occupancy(int threads, int shared) {
-  int blocks = -1;
-  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, scaled, threads, shared);
-  return blocks;
-}
-int registers() {
-  cudaFuncAttributes a;
-  cudaFuncGetAttributes(&a, (const void*)scaled);
-  return a.numRegs;
-}
-int own_memory(int n) {
-  float *x, *y;
-  if (cudaMalloc(&x, 4 * n) || cudaMalloc(&y, 4 * n)) return 1;
-  cudaMemset(x, 0, 4 * n);
-  int e = run_scaled(x, y, n, 3, 64, 256);
-  float last = -1;
-  cudaMemcpy(&last, y + n - 1, 4, cudaMemcpyDeviceToHost);
-  return e || last != 0 || cudaFree(x) || cudaFree(y) || cudaStreamSynchronize(nullptr);
-}
-const char* name(int e) { return cudaGetErrorName((cudaError_t)e); }
-}
+extern "C" __global__ void mailbox(uint4* y, int steps) { exchange<false>(y, steps); }
+extern "C" __global__ void weak_mailbox(uint4* y, int steps) { exchange<true>(y, steps); }
 """
+
+
+class Program:
+    """PTX text behind the driver's functions; statuses by name."""
+
+    def __init__(self, ptx):
+        self.library = ptxsim.default_library()
+        self.dll, self.module, self.functions = self.library.dll, ctypes.c_void_p(), {}
+        self.library.set_registers(build.registers_of(ptx, 90))
+        assert self.dll.cuInit(0) == 0
+        assert self.dll.cuModuleLoadData(ctypes.byref(self.module), ptx.encode()) == 0
+
+    def name(self, status):
+        text = ctypes.c_char_p()
+        assert self.dll.cuGetErrorName(status, ctypes.byref(text)) == 0
+        return text.value.decode()
+
+    def function(self, name):
+        found = ctypes.c_void_p()
+        status = self.dll.cuModuleGetFunction(ctypes.byref(found), self.module, name.encode())
+        assert status == 0, self.name(status)
+        return found
+
+    def launch(self, name, grid, block, *arguments, shared=0, cooperative=False):
+        values = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
+        sizes = [ctypes.c_uint(n) for n in (grid, 1, 1, block, 1, 1, shared)]
+        if cooperative:
+            status = self.dll.cuLaunchCooperativeKernel(self.function(name), *sizes, None, values)
+        else:
+            status = self.dll.cuLaunchKernel(self.function(name), *sizes, None, values, None)
+        return self.name(status)
+
+    def scaled(self, x, y, n, factor, threads, shared):
+        address, size = self.symbol("scale")
+        assert size == 4
+        assert self.dll.cuMemcpyHtoD_v2(address, ctypes.byref(ctypes.c_float(factor)), ctypes.c_size_t(4)) == 0
+        return self.launch("scaled", -(-n // threads), threads, x, y, ctypes.c_int(n), shared=shared)
+
+    def symbol(self, name):
+        address, size = ctypes.c_uint64(), ctypes.c_size_t()
+        assert self.dll.cuModuleGetGlobal_v2(ctypes.byref(address), ctypes.byref(size), self.module, name.encode()) == 0
+        return address, size.value
+
+    def rotate(self, x, n, steps, blocks):
+        return self.launch("rotate", blocks, n // blocks, x, ctypes.c_int(n), ctypes.c_int(steps), cooperative=True)
+
+    def mailbox(self, y, steps, name="mailbox"):
+        blocks = y.shape[1]
+        assert self.dll.cuMemsetD8Async(pointer(y), ctypes.c_ubyte(255), ctypes.c_size_t(y.nbytes), None) == 0
+        return self.launch(name, blocks, 1, pointer(y), ctypes.c_int(steps), cooperative=True)
+
+    def attribute(self, which):
+        value = ctypes.c_int(-1)
+        assert self.dll.cuDeviceGetAttribute(ctypes.byref(value), which, 0) == 0
+        return value.value
+
+    def occupancy(self, threads, shared):
+        blocks = ctypes.c_int(-1)
+        of = self.function("scaled"), threads, ctypes.c_size_t(shared)
+        assert self.dll.cuOccupancyMaxActiveBlocksPerMultiprocessor(ctypes.byref(blocks), *of) == 0
+        return blocks.value
 
 
 def pointer(x):
@@ -129,50 +138,65 @@ def pointer(x):
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory):
-    source = tmp_path_factory.mktemp("program") / "program.cu"
-    source.write_text(PROGRAM)
-    library = ptxsim.Library(ptxsim.build_simulated_library([source]))
-    library.dll.name.restype = ctypes.c_char_p
-    return library
+def program():
+    return Program(ptxsim.compile_ptx(PROGRAM))
 
 
 @needs_nvcc
 def test_launch_with_constant_and_shared_memory(program):
     x, y = np.arange(1000, dtype=np.float32), np.zeros(1000, np.float32)
-    before = program.counters()
-    with program.registered(x, y):
-        assert program.dll.run_scaled(pointer(x), pointer(y), 1000, ctypes.c_float(2.5), 128, 512) == 0
+    before = program.library.counters()
+    with program.library.registered(x, y):
+        program.library.reset_counters()
+        assert program.scaled(pointer(x), pointer(y), 1000, 2.5, 128, 512) == "CUDA_SUCCESS"
+        assert program.library.counters_of(x)["ld_bytes"] == 4000
     np.testing.assert_array_equal(y, x * np.float32(2.5))
-    assert program.dll.count() == 1
-    assert program.counters()["launches"] - before["launches"] == 1
-    assert program.counters_of(x)["ld_bytes"] == 4000
-    assert program.dll.own_memory(500) == 0
+    calls, (address, size) = ctypes.c_int(-1), program.symbol("calls")
+    assert program.dll.cuMemcpyDtoH_v2(ctypes.byref(calls), address, ctypes.c_size_t(size)) == 0
+    assert calls.value == 1
+    assert program.library.counters()["launches"] == 1
+    assert set(before) == set(program.library.counters())
+
+
+@needs_nvcc
+def test_memory_of_the_driver(program):
+    x, y, last = ctypes.c_uint64(), ctypes.c_uint64(), ctypes.c_float(-1)
+    for p in (x, y):
+        assert program.dll.cuMemAlloc_v2(ctypes.byref(p), ctypes.c_size_t(2000)) == 0
+    assert program.dll.cuMemsetD8_v2(x, ctypes.c_ubyte(0), ctypes.c_size_t(2000)) == 0
+    assert program.scaled(x, y, 500, 3, 64, 256) == "CUDA_SUCCESS"
+    end = ctypes.c_uint64(y.value + 1996)
+    assert program.dll.cuMemcpyDtoH_v2(ctypes.byref(last), end, ctypes.c_size_t(4)) == 0
+    assert last.value == 0
+    for p in (x, y):
+        assert program.dll.cuMemFree_v2(p) == 0
+        assert program.name(program.dll.cuMemFree_v2(p)) == "CUDA_ERROR_INVALID_VALUE"
+    assert program.scaled(x, y, 500, 3, 64, 256) == "CUDA_ERROR_LAUNCH_FAILED"
 
 
 @needs_nvcc
 def test_memory_that_is_not_registered_is_out_of_bounds(program):
     x, y = np.arange(1000, dtype=np.float32), np.zeros(999, np.float32)
-    with program.registered(x, y):
-        error = program.dll.run_scaled(pointer(x), pointer(y), 1000, ctypes.c_float(2.5), 128, 512)
-    assert program.dll.name(error) == b"cudaErrorLaunchFailure"
-    assert "outside every allocation" in program.error()
-    with program.registered(x):
-        assert program.dll.run_scaled(pointer(x), pointer(y), 10, ctypes.c_float(2.5), 128, 512) != 0
+    with program.library.registered(x, y):
+        assert program.scaled(pointer(x), pointer(y), 1000, 2.5, 128, 512) == "CUDA_ERROR_LAUNCH_FAILED"
+    assert "outside every allocation" in program.library.error()
+    with program.library.registered(x):
+        assert program.scaled(pointer(x), pointer(y), 10, 2.5, 128, 512) != "CUDA_SUCCESS"
 
 
 @needs_nvcc
 def test_dynamic_shared_memory_must_be_asked_for(program):
     x = np.zeros(8, np.float32)
-    with program.registered(x):
-        run = lambda shared: program.dll.run_scaled(pointer(x), pointer(x), 8, ctypes.c_float(1), 32, shared)
-        assert run(48 << 10) == 0
-        assert program.dll.name(run((48 << 10) + 4)) == b"cudaErrorInvalidValue"
-        assert program.dll.allow(100 << 10) == 0
-        assert run(100 << 10) == 0
+    allow = lambda bytes: program.name(program.dll.cuFuncSetAttribute(program.function("scaled"), 8, bytes))
+    with program.library.registered(x):
+        run = lambda shared: program.scaled(pointer(x), pointer(x), 8, 1, 32, shared)
+        assert run(48 << 10) == "CUDA_SUCCESS"
+        assert run((48 << 10) + 4) == "CUDA_ERROR_INVALID_VALUE"
+        assert allow(100 << 10) == "CUDA_SUCCESS"
+        assert run(100 << 10) == "CUDA_SUCCESS"
         with ptxsim.options(chip="rtx4090"):
-            assert program.dll.allow(100 << 10) != 0
-            assert program.dll.name(run(100 << 10)) == b"cudaErrorLaunchOutOfResources"
+            assert allow(100 << 10) == "CUDA_ERROR_INVALID_VALUE"
+            assert run(100 << 10) == "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES"
 
 
 @needs_nvcc
@@ -181,23 +205,21 @@ def test_cooperative_grid_barrier(program, seed):
     n, steps, blocks = 512, 5, 16
     x, want = np.zeros(2 * n, np.float32), np.arange(n, dtype=np.float32)
     x[:n] = want
-    before = program.counters()
-    with program.registered(x), ptxsim.options(seed=seed):
-        assert program.dll.run_rotate(pointer(x), n, steps, blocks) == 0, program.error()
+    before = program.library.counters()
+    with program.library.registered(x), ptxsim.options(seed=seed):
+        assert program.rotate(pointer(x), n, steps, blocks) == "CUDA_SUCCESS", program.library.error()
     for _ in range(steps):
         want = np.roll(want, -1) + 1
     np.testing.assert_array_equal(x[n:], want)
-    arrived = program.counters()["grid_arrive"] - before["grid_arrive"]
-    assert arrived == blocks * steps
+    assert program.library.counters()["grid_arrive"] - before["grid_arrive"] == blocks * steps
 
 
 @needs_nvcc
 def test_cooperative_grid_too_large(program):
     x = np.zeros(2 * 4096 * 32, np.float32)
-    with program.registered(x), ptxsim.options(chip="a10"):
-        error = program.dll.run_rotate(pointer(x), 2048 * 32, 1, 2048)
-    assert program.dll.name(error) == b"cudaErrorCooperativeLaunchTooLarge"
-    assert "a10 holds 1152 at a time (16 on each of 72 SMs)" in program.error()
+    with program.library.registered(x), ptxsim.options(chip="a10"):
+        assert program.rotate(pointer(x), 2048 * 32, 1, 2048) == "CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE"
+    assert "a10 holds 1152 at a time (16 on each of 72 SMs)" in program.library.error()
 
 
 @needs_nvcc
@@ -206,8 +228,8 @@ def test_mailbox_of_16_bytes(program, torn):
     steps, blocks = 6, 16
     y = aligned(np.zeros((steps, blocks, 4), np.uint32))
     for seed in range(4):
-        with program.registered(y), ptxsim.options(seed=seed, torn=torn):
-            assert program.dll.run_mailbox(pointer(y), steps, blocks, 0) == 0, program.error()
+        with program.library.registered(y), ptxsim.options(seed=seed, torn=torn):
+            assert program.mailbox(y, steps) == "CUDA_SUCCESS", program.library.error()
         want = (np.arange(blocks) + np.arange(steps)[:, None]) % blocks + np.arange(steps)[:, None]
         np.testing.assert_array_equal(y, np.broadcast_to(want[..., None], y.shape))
 
@@ -215,21 +237,33 @@ def test_mailbox_of_16_bytes(program, torn):
 @needs_nvcc
 def test_mailbox_with_a_weak_load_is_a_race(program):
     y = aligned(np.zeros((6, 16, 4), np.uint32))
-    with program.registered(y), ptxsim.options(seed=1):
-        assert program.dll.run_mailbox(pointer(y), 6, 16, 1) != 0
-    assert "RACE between blocks" in program.error()
+    with program.library.registered(y), ptxsim.options(seed=1):
+        assert program.mailbox(y, 6, "weak_mailbox") != "CUDA_SUCCESS"
+    assert "RACE between blocks" in program.library.error()
 
 
 @needs_nvcc
 def test_the_device_is_the_chip(program):
     for chip, sms, capability in (("a100", 108, (8, 0)), ("h100-sxm", 132, (9, 0)), ("l4", 58, (8, 9))):
         with ptxsim.options(chip=chip):
-            assert program.dll.attribute(16) == sms
-            assert (program.dll.attribute(75), program.dll.attribute(76)) == capability
-    assert 0 < program.dll.registers() < 64
+            assert program.attribute(16) == sms
+            assert (program.attribute(75), program.attribute(76)) == capability
+    registers = ctypes.c_int()
+    assert program.dll.cuFuncGetAttribute(ctypes.byref(registers), 4, program.function("scaled")) == 0
+    assert 0 < registers.value < 64
     with ptxsim.options(chip="a100"):
-        assert program.dll.occupancy(1024, 0) == 2
-        assert program.dll.occupancy(32, 40 << 10) == 4
+        assert program.occupancy(1024, 0) == 2
+        assert program.occupancy(32, 40 << 10) == 4
+
+
+def test_modules_that_cannot_be_loaded():
+    dll, module = ptxsim.default_library().dll, ctypes.c_void_p()
+    log = ctypes.create_string_buffer(200)
+    options, values = (ctypes.c_int * 2)(5, 6), (ctypes.c_void_p * 2)(ctypes.addressof(log), len(log))
+    load = lambda code: dll.cuModuleLoadDataEx(ctypes.byref(module), code, 2, options, values)
+    assert load(b"\x7fELF machine code") == 209  # CUDA_ERROR_NO_BINARY_FOR_GPU
+    assert load(b"nonsense") == 218
+    assert b"nonsense" in log.value
 
 
 @needs_nvcc

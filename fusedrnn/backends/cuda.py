@@ -92,7 +92,7 @@ class _Kernels:
 
     def __init__(self, library: Path, driver: str, folder: Path, simulator=None):
         self.dll = _launchers(library)
-        self.simulator = simulator
+        self.folder, self.simulator = folder, simulator
         self._handle = self.dll.fusedrnn_open(driver.encode(), str(folder).encode())
         if not self._handle:
             raise RuntimeError(f"backend 'cuda' cannot run: {self.dll.fusedrnn_error().decode()}")
@@ -144,7 +144,7 @@ def _launchers(path: Path) -> ctypes.CDLL:
 def _simulate(sources: Path, only: Sequence[str] = ()) -> _Kernels:
     """The kernels of a folder (of some files only) and their launcher, compiled in the simulator's cache."""
     ptxsim = simulator()
-    spec = importlib.util.spec_from_file_location("fusedrnn_cuda_build", sources / "build.py")
+    spec = importlib.util.spec_from_file_location("fusedrnn_device_code", sources / "device_code.py")
     build = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(build)
     files = sorted([*sources.iterdir(), *sources.parent.glob("*.h")])

@@ -78,7 +78,9 @@ def images(architectures: str) -> list[str]:
     return found
 
 
-def compile_device_code(out_folder: Path, architectures: str, jobs: int, compiler: Compiler | None = None) -> list[Path]:
+def compile_device_code(
+    out_folder: Path, architectures: str, jobs: int, compiler: Compiler | None = None
+) -> list[Path]:
     """The files for a list of architectures, those for others removed. Raises RuntimeError where there is no compiler.
 
     What is there already and of the same sources and compiler is kept.
@@ -156,9 +158,7 @@ def nvrtc(library: str, source: Path, number: str, files: Sequence[Path] = ()) -
     # Without machine code only the front end runs, for PTX.
     target = "sm" if any(path.suffix == ".cubin" for path in files) else "compute"
     options = ["--std=c++17", "-default-device", f"--gpu-architecture={target}_{number}", f"-I{source.parent}"]
-    created = rtc.nvrtcCreateProgram(
-        ctypes.byref(program), source.read_bytes(), source.name.encode(), 0, None, None
-    )
+    created = rtc.nvrtcCreateProgram(ctypes.byref(program), source.read_bytes(), source.name.encode(), 0, None, None)
     if created:
         raise RuntimeError(f"NVRTC cannot begin: error {created}")
     try:
@@ -177,8 +177,18 @@ def nvrtc(library: str, source: Path, number: str, files: Sequence[Path] = ()) -
 
 def compile_launcher(path: Path, compiler: str = "", flags: Sequence[str] = ()) -> Path:
     """The library of the launchers, by a C++ compiler alone."""
-    compiler = compiler or os.environ.get("CXX") or "c++"
-    command = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", *flags]
+    compilers = (compiler, os.environ.get("CXX"), "c++", "g++", "clang++")
+    command = [
+        next((c for c in compilers if c and shutil.which(c)), "c++"),
+        "-std=c++17",
+        "-O2",
+        "-shared",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wextra",
+        *flags,
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
     _run([*command, str(FOLDER / "launcher.cpp"), "-o", str(path), "-ldl"])
     return path
