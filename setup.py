@@ -58,8 +58,8 @@ def decide_cuda() -> tuple[device_code.Compiler | None, str]:
     compiler = device_code.find_compiler()
     if compiler is None:
         return None, (
-            f"CUDA kernels are left out: torch is built for CUDA {torch.version.cuda}, but neither nvcc (CUDA_HOME, the "
-            "PATH) nor NVRTC was found in this environment (the extra 'cuda-build' installs one)."
+            f"CUDA kernels are left out: torch is built for CUDA {torch.version.cuda}, but neither nvcc (CUDA_HOME, "
+            "the PATH) nor NVRTC was found in this environment (the extra 'cuda-build' installs one)."
         )
     # What is written down travels in the wheel: it names no folder of the machine that builds.
     return compiler, (

@@ -14,13 +14,17 @@ from torch import nn
 
 import fusedrnn
 from fusedrnn import build_info, planning, record_gates
+from fusedrnn.backends import cuda
 from fusedrnn.cells import CELLS
 from fusedrnn.ops import DTYPES
 from fusedrnn.selftest import selftest
 
 
 def info(arguments: argparse.Namespace) -> int:
-    """What was built, what is here, and which backend would run for tensors on the CPU and on a GPU, and why."""
+    """What was built, what is here, and which backend would run for tensors on the CPU and on a GPU, and why.
+
+    "cuda_images": the device code that a card of a compute capability takes; the driver compiles .ptx.
+    """
     try:
         found = build_info() | {"threads": torch.get_num_threads(), "gpus": []}
         machine, forced = planning.machine(), planning.asked_for()
@@ -30,6 +34,8 @@ def info(arguments: argparse.Namespace) -> int:
     for k in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(k)
         found["gpus"].append(f"{torch.cuda.get_device_name(k)} ({major}.{minor})")
+    cards = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)) if not cuda.missing() else ()
+    found["cuda_images"] = {f"{c[0]}.{c[1]}": next(iter(cuda.images(c)), "none") for c in cards}
     for device in ("cpu", "cuda"):
         capability = None
         if device == "cuda" and found["gpus"] and torch.version.cuda:

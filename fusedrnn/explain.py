@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from fusedrnn import _build, planning
-from fusedrnn.backends import cuda_plan, triton
+from fusedrnn.backends import cuda, cuda_plan, triton
 from fusedrnn.cells import CELLS, Cell, accumulation_dtype
 from fusedrnn.ops import BACKEND_ALGORITHMS, DTYPES
 
@@ -307,47 +307,33 @@ def _cuobjdump() -> str | None:
 
 
 @functools.cache
-def _compiled() -> tuple[tuple[tuple[int, str, int], ...], str]:
-    """((architecture, mangled kernel, registers), ...) of _cuda.so, and why there are none."""
-    library, tool = Path(__file__).with_name("_cuda.so"), _cuobjdump()
-    if not library.exists():
-        return (), "not known: there is no fusedrnn/_cuda.so to read it from"
+def _compiled(image: str) -> tuple[dict[str, int], str]:
+    """Registers of the kernels of an image, such as "sm_80.cubin", and why there are none."""
+    tool, found = _cuobjdump(), {}
     if tool is None:
-        return (), "not known: there is no cuobjdump (CUDA toolkit, or the package triton) to read it with"
-    ran = subprocess.run([tool, "-res-usage", str(library)], capture_output=True, text=True)
-    if ran.returncode:
-        return (), f"not known: cuobjdump failed: {ran.stderr.strip()}"
-    found, arch = [], 0
-    for match in re.finditer(r"arch = sm_(\d+)|Function (\S+):\s+REG:(\d+)", ran.stdout):
-        if match[1]:
-            arch = int(match[1])
-        else:
-            found.append((arch, match[2], int(match[3])))
-    return tuple(found), "not known: no such kernel was found in fusedrnn/_cuda.so"
-
-
-_CELL_SYMBOLS = {"lstm": "4Lstm", "gru": "3Gru", "rnn_tanh": "3RnnILb1EE", "rnn_relu": "3RnnILb0EE"}
-_TYPE_SYMBOLS = {"float64": "d", "float32": "f", "bfloat16": "13__nv_bfloat16", "float16": "6__half"}
+        return {}, "not known: there is no cuobjdump (CUDA toolkit, or the package triton) to read them with"
+    for path in sorted(cuda.DEVICE_CODE.glob(f"*.{image}")):
+        ran = subprocess.run([tool, "-res-usage", str(path)], capture_output=True, text=True)
+        if ran.returncode:
+            return {}, f"not known: cuobjdump failed: {ran.stderr.strip()}"
+        found |= {name: int(count) for name, count in re.findall(r"Function (\S+):\s+REG:(\d+)", ran.stdout)}
+    return found, f"not known: no such kernel was found in {image}"
 
 
 def _registers(z: _Sizes, algorithm: str, backward: bool, capability: tuple[int, int]) -> tuple[int | None, str]:
-    """Of the instance that the launcher takes (csrc/cuda/persistent.cu, step.cu); rows are taken to be aligned."""
-    kernels, why = _compiled()
-    if not kernels:
-        return None, why
-    target = 10 * capability[0] + capability[1]
-    fitting = {arch for arch, _, _ in kernels if arch // 10 == capability[0] and arch <= target}
-    if not fitting:
-        return None, f"not known: _cuda.so has no code for sm_{target}, the driver compiles its PTX"
-    arch = max(fitting)
+    """Of the instance that the launcher takes (csrc/cuda/launcher.cpp); rows are taken to be aligned."""
+    image = next(iter(cuda.images(capability)), None)
+    if image is None:
+        return None, "not known: there is no device code to read them from"
+    if image.endswith(".ptx"):
+        target = 10 * capability[0] + capability[1]
+        return None, f"not known: there is no code for sm_{target}, the driver compiles {image}"
+    kernels, why = _compiled(image)
     kernel = f"{algorithm}_{'backward' if backward else 'forward'}"
-    type_symbol = "NS_4Tf32E" if z.tf32 else _TYPE_SYMBOLS[str(z.dtype).removeprefix("torch.")]
-    symbol = re.compile(rf"{kernel}INS_{_CELL_SYMBOLS[z.cell.name]}E{type_symbol}Li(\d+)ELb([01])EEE")
-    instances = {}
-    for of_arch, name, registers in kernels:
-        match = symbol.search(name) if of_arch == arch else None
-        if match:
-            instances[int(match[1]), match[2] == "1"] = registers
+    cell = z.cell.name.title().replace("_", "")
+    dtype = "tf32" if z.tf32 else str(z.dtype).removeprefix("torch.")
+    instance = re.compile(rf"{kernel}_{cell}_{dtype}_(\d+)_(whole|ragged)")
+    instances = {(int(m[1]), m[2]): registers for name, registers in kernels.items() if (m := instance.fullmatch(name))}
     sizes = sorted({size for size, _ in instances})
     if algorithm == "persistent":
         row = _blocks(z.H * z.s, 16) * 16 * (z.G if backward else 1)
@@ -358,8 +344,8 @@ def _registers(z: _Sizes, algorithm: str, backward: bool, capability: tuple[int,
         size = next((n for n in reversed(sizes) if n <= tiles), None)
         k = (z.P if z.projected else z.H if z.A > z.G else z.G * z.H,) if backward else (z.I, z.P)
         whole = all(n * z.s % 16 == 0 for n in k)
-    registers = instances.get((size, whole))
-    return registers, why if registers is None else f"sm_{arch} code of _cuda.so"
+    registers = instances.get((size, "whole" if whole else "ragged"))
+    return registers, why if registers is None else f"of {image}"
 
 
 def _others(plan: Callable[[str], object], algorithms: tuple[str, ...], taken: str) -> tuple[tuple[str, str], ...]:
@@ -384,8 +370,8 @@ def _cuda(z: _Sizes, backward: bool, algorithm: str, chip: cuda_plan.Chip, peaks
     units = cuda_plan.BACKWARD_UNITS if backward else cuda_plan.FORWARD_UNITS
     if step:
         rows = 16 if z.B <= 16 else 32
-        if not backward and z.s == 8 and z.cell.x_acc != z.cell.h_acc:
-            rows = 8  # two tiles of doubles and a copy of them do not fit in the registers
+        if not backward and z.s == 8:
+            rows = 8  # two tiles of doubles, and the copy of them that some cells need, do not fit in the registers
         grid = _blocks(z.H, units), _blocks(z.B, rows)
         pair = z.A + z.A % 2
         forward_bytes = rows * cuda_plan.WARPS * cuda_plan.FORWARD_UNITS * pair * z.acc
@@ -554,8 +540,6 @@ def explain(
         gpu = triton.chip_of(capability, limits.multiprocessors, limits.shared_per_block)
         name, machine = f"{chip} (from its data sheet)", planning.Machine()
     elif on_gpu:
-        from fusedrnn.backends import cuda
-
         gpu, name, machine = triton._chip(device), torch.cuda.get_device_name(device), planning.machine()
         if torch.version.cuda:  # ROCm has no CUDA kernels
             limits, capability = cuda.chip(device), torch.cuda.get_device_capability(device)

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from fusedrnn import _build
+from fusedrnn.backends import cuda
 from fusedrnn.backends.common import simulator, simulator_folder
 from fusedrnn.cells import CELL_OF_MODE
 from fusedrnn.ops import ALGORITHMS, BACKEND_ALGORITHMS, BACKENDS, DTYPES, no_such_algorithm
@@ -144,7 +145,7 @@ def machine() -> Machine:
         unavailable.append(("cuda", "no nvcc was found that could compile the kernels for the simulator"))
     elif simulate:
         on_cpu.append("cuda")
-    elif why := importlib.import_module("fusedrnn.backends.cuda").missing():
+    elif why := cuda.missing():
         unavailable.append(("cuda", why))
     return Machine(tuple(unavailable), tuple(on_cpu))
 

@@ -3,7 +3,6 @@
 import functools
 import importlib
 import json
-import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from ptxsim import build
 
 import fusedrnn
 from fusedrnn import planning
@@ -140,19 +140,20 @@ def test_inference_saves_nothing():
 
 
 def test_registers_are_those_of_the_instance_that_is_launched(monkeypatch):
-    def symbol(kernel, cell, dtype, size, whole):
-        return f"_ZN8fusedrnn9anonymous{len(kernel)}{kernel}INS_{cell}E{dtype}Li{size}ELb{whole}EEEvNS0_7ForwardE"
-
-    kernels = [
-        (80, symbol("persistent_forward", "4Lstm", "13__nv_bfloat16", 3, 1), 1),
-        (90, symbol("persistent_forward", "4Lstm", "13__nv_bfloat16", 3, 1), 2),
-        (90, symbol("persistent_forward", "4Lstm", "13__nv_bfloat16", 4, 1), 3),
-        (90, symbol("persistent_forward", "4Lstm", "13__nv_bfloat16", 4, 0), 4),
-        (90, symbol("persistent_backward", "3RnnILb1EE", "NS_4Tf32E", 4, 1), 5),
-        (90, symbol("step_forward", "3Gru", "d", 1, 1), 6),
-        (90, symbol("step_forward", "4Lstm", "d", 4, 0), 7),
-    ]
-    monkeypatch.setattr(explain, "_compiled", lambda: (tuple(kernels), "not known: not there"))
+    kernels = {
+        "sm_80.cubin": {"persistent_forward_Lstm_bfloat16_3_whole": 1},
+        "sm_90.cubin": {
+            "persistent_forward_Lstm_bfloat16_3_whole": 2,
+            "persistent_forward_Lstm_bfloat16_4_whole": 3,
+            "persistent_forward_Lstm_bfloat16_4_ragged": 4,
+            "persistent_backward_RnnTanh_tf32_4_whole": 5,
+            "step_forward_Gru_float64_1_whole": 6,
+            "step_forward_Lstm_float64_1_ragged": 7,
+        },
+    }
+    images = lambda capability: [n for n in (f"sm_{capability[0]}0.cubin",) if n in kernels] + ["compute_80.ptx"]
+    monkeypatch.setattr(cuda, "images", images)
+    monkeypatch.setattr(explain, "_compiled", lambda image: (kernels[image], "not known: not there"))
 
     def registers(*args, **sizes):
         return one("cuda", *args, **sizes).registers
@@ -167,22 +168,26 @@ def test_registers_are_those_of_the_instance_that_is_launched(monkeypatch):
     assert one("cuda", cell="gru").registers_why == "not known: not there"
     unknown = one("cuda", chip="b200")
     assert unknown.registers is None
-    assert unknown.registers_why == "not known: _cuda.so has no code for sm_100, the driver compiles its PTX"
+    assert unknown.registers_why == "not known: there is no code for sm_100, the driver compiles compute_80.ptx"
+    monkeypatch.setattr(cuda, "images", lambda capability: [])
+    assert one("cuda").registers_why == "not known: there is no device code to read them from"
 
 
-def test_registers_of_the_compiled_library(tmp_path, monkeypatch):
-    library = Path(explain.__file__).with_name("_cuda.so")
-    if not library.exists() and "cuda" in planning.machine().on_cpu:
-        library = cuda._simulated().simulator.path  # holds code for sm_90 as well
-    (tmp_path / "_cuda.so").symlink_to(library)
-    monkeypatch.setattr(explain, "__file__", str(tmp_path / "explain.py"))
+def test_registers_of_compiled_code(tmp_path, monkeypatch):
+    if "cuda" not in planning.machine().on_cpu:
+        pytest.skip("there is no simulator, whose machine code is read")
+    ptx = (cuda._simulated().folder / "persistent_forward.compute_80.ptx").read_text()
+    assembled = build.assemble(ptx, 90)
+    if assembled is None or explain._cuobjdump() is None:
+        pytest.skip("there is no ptxas or no cuobjdump")
+    (tmp_path / "persistent_forward.sm_90.cubin").symlink_to(assembled[1])
+    monkeypatch.setattr(cuda, "DEVICE_CODE", tmp_path)
+    monkeypatch.setattr(cuda, "images", lambda capability: ["sm_90.cubin"])
     monkeypatch.setattr(explain, "_compiled", functools.cache(explain._compiled.__wrapped__))
-    kernels, why = explain._compiled()
-    if not kernels:
-        pytest.skip(f"registers are {why}")
     found = one("cuda", hidden_size=768, dtype=BF16)
     assert 64 <= found.registers <= 255
-    assert re.fullmatch(r"sm_\d+ code of _cuda.so", found.registers_why)
+    assert found.registers_why == "of sm_90.cubin"
+    assert one("cuda", backward=True, hidden_size=768, dtype=BF16).registers_why.startswith("not known: no such kernel")
 
 
 @pytest.mark.parametrize("name, known", [("NVIDIA H100 80GB HBM3", True), ("NVIDIA Thor", False)])
@@ -324,6 +329,7 @@ def test_info_says_what_would_run(capsys):
     assert found["cpu_tensors"].startswith("cpu (") == found["extension"]
     assert found["threads"] >= 1
     assert len(found["gpus"]) == torch.cuda.device_count()
+    assert set(found["cuda_images"]) == ({"8.0", "8.6", "8.9", "9.0", "10.0", "12.0"} if not cuda.missing() else set())
     assert found["gpus"] or "no GPU is here; with one: " in found["cuda_tensors"]
 
 

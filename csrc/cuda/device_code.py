@@ -49,7 +49,7 @@ def _nvrtc_libraries() -> list[str]:
     found = []
     for folder in map(Path, dict.fromkeys(sys.path)):
         for place in ("nvidia/cu[0-9]*/lib", "nvidia/cuda_nvrtc/lib"):
-            found += [p for p in folder.glob(f"{place}/libnvrtc.so.*")]
+            found += folder.glob(f"{place}/libnvrtc.so.*")
     return [str(p) for p in sorted(found, key=lambda p: -int(p.suffix[1:]))]
 
 

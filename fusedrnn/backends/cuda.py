@@ -1,8 +1,8 @@
 """The backend "cuda": the kernels of csrc/cuda, reached through ctypes.
 
-The launchers (libfusedrnn_cuda.so) take raw pointers and a stream; outputs and scratch memory are made here, with torch,
-so a launch allocates nothing and waits for nothing. They load the device code (fusedrnn/device) through the CUDA driver,
-or through the one of tests/ptxsim, and then take CPU tensors (FUSEDRNN_SIMULATE=1 in a checkout, or the path of
+The launchers (libfusedrnn_cuda.so) take raw pointers and a stream; outputs and scratch memory are made here, with
+torch, so a launch allocates nothing and waits for nothing. They load the device code (fusedrnn/device) through the
+CUDA driver, or through that of tests/ptxsim, which takes CPU tensors (FUSEDRNN_SIMULATE=1 in a checkout, or the path of
 tests/ptxsim).
 
 Saved gates have a layout of their own: [rows, H, S], the S values of a unit side by side; see ops.gates_in_torch_order.
@@ -88,7 +88,7 @@ class _Backward(ctypes.Structure):
 
 
 class _Kernels:
-    """The launchers, and the device code of a folder in a driver, real or simulated. Raises RuntimeError without them."""
+    """The launchers, with the device code of a folder and a driver, real or simulated. Raises RuntimeError."""
 
     def __init__(self, library: Path, driver: str, folder: Path, simulator=None):
         self.dll = _launchers(library)
@@ -169,14 +169,14 @@ def _simulated() -> _Kernels:
 
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-_LIBRARY, _DEVICE_CODE = _PACKAGE / "libfusedrnn_cuda.so", _PACKAGE / "device"
+_LIBRARY, DEVICE_CODE = _PACKAGE / "libfusedrnn_cuda.so", _PACKAGE / "device"
 
 
 def missing() -> str:
     """Why there are no kernels for CUDA tensors; empty where there are. Opens nothing."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
-    if _LIBRARY.exists() and any(_DEVICE_CODE.glob("*.*")):
+    if _LIBRARY.exists() and any(DEVICE_CODE.glob("*.*")):
         return ""
     info = build_info()
     if info["cuda_built"]:
@@ -188,14 +188,14 @@ def images(capability: tuple[int, int]) -> list[str]:
     """The device code that a card of this compute capability may take, the best first; the driver has the last word."""
     if missing():
         return []
-    return _launchers(_LIBRARY).fusedrnn_images(str(_DEVICE_CODE).encode(), *capability).decode().split()
+    return _launchers(_LIBRARY).fusedrnn_images(str(DEVICE_CODE).encode(), *capability).decode().split()
 
 
 @functools.cache
 def _compiled() -> _Kernels:
     if why := missing():
         raise RuntimeError(f"backend 'cuda' cannot run: {why}")
-    return _Kernels(_LIBRARY, "libcuda.so.1", _DEVICE_CODE)
+    return _Kernels(_LIBRARY, "libcuda.so.1", DEVICE_CODE)
 
 
 def _kernels(device: torch.device) -> _Kernels:
