@@ -144,6 +144,8 @@ def _compile(compiler: Compiler, source: Path, number: str, files: Sequence[Path
 
 def nvrtc(library: str, source: Path, number: str, files: Sequence[Path] = ()) -> str:
     """Compiles one source, writes the files; returns the log. Raises RuntimeError with it."""
+    for path in Path(library).parent.glob("libnvrtc-builtins.so.*"):  # it does not always look there itself
+        ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
     rtc = ctypes.CDLL(library)
     program = ctypes.c_void_p()
 

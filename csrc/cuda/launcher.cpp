@@ -244,11 +244,12 @@ struct FusedrnnKernels {
       const Result result = driver.cuModuleLoadDataEx(&module, code.c_str(), 2, options, values);
       driver.cuThreadExchangeStreamCaptureMode(&mode);
       if (result == kSuccess) return module;
-      refused += "; it does not take " + path_of(folder, file, image) + ": " + words(result) + (*log ? ": " : "") + log;
+      refused += (refused.empty() ? " does not take " : ", nor ") + path_of(folder, file, image) + ": " +
+                 words(result) + (*log ? ": " : "") + log;
     }
     const std::string card = "compute capability " + std::to_string(major) + "." + std::to_string(minor);
     if (refused.empty()) throw Failure{"there is no code of " + std::string(file) + " for " + card + " in " + folder};
-    throw Failure{"the driver (" + version_in_words(version) + ", a card of " + card + ")" + refused.substr(1) +
+    throw Failure{"the driver (" + version_in_words(version) + ", a card of " + card + ")" + refused +
                   ". A newer driver may"};
   }
 };

@@ -1,0 +1,281 @@
+"""The launchers of the CUDA kernels (csrc/cuda/launcher.cpp) in front of a driver that only takes notes, and what is
+compiled: the launchers need no CUDA library, the device code no header."""
+
+import ctypes
+import functools
+import importlib.util
+import re
+import shutil
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+
+from fusedrnn.backends import cuda
+
+CUDA = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
+spec = importlib.util.spec_from_file_location("device_code", CUDA / "device_code.py")
+device_code = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(device_code)
+
+# Two devices; a context is its number plus one, 0 none; a module is the context it was loaded in.
+DRIVER = r"""
+#include <mutex>
+#include <string>
+#include <string.h>
+static thread_local long current = 0;
+static std::mutex lock;
+static std::string notes;
+static int capability = 90, version = 12000, refuses = 0;
+static void note(const std::string& text) {
+  const std::lock_guard<std::mutex> held(lock);
+  notes += text + "\n";
+}
+extern "C" {
+void set(int c, int v, int r) { capability = c, version = v, refuses = r, notes.clear(); }
+void set_current(long context) { current = context; }
+long get_current() { return current; }
+const char* get_notes() { return notes.c_str(); }
+int cuInit(unsigned) { return 0; }
+int cuDriverGetVersion(int* v) { return *v = version, 0; }
+int cuDeviceGet(int* device, int ordinal) { return *device = ordinal, ordinal < 2 ? 0 : 101; }
+int cuDeviceGetAttribute(int* value, int which, int) {
+  return *value = which == 75 ? capability / 10 : which == 76 ? capability % 10 : 0, 0;
+}
+int cuDevicePrimaryCtxRetain(long* context, int device) { return note("retain"), *context = device + 1, 0; }
+int cuCtxGetCurrent(long* context) { return *context = current % 10, 0; }
+int cuCtxGetDevice(int* device) { return *device = int(current % 10) - 1, current ? 0 : 201; }
+int cuCtxPushCurrent_v2(long context) { return current = 10 * current + context, 0; }
+int cuCtxPopCurrent_v2(long* context) { return *context = current % 10, current /= 10, 0; }
+int cuModuleLoadDataEx(long* module, const char* code, unsigned, int*, void** values) {
+  if (refuses) return strcpy(static_cast<char*>(values[0]), "no such thing"), refuses;
+  note("load " + std::string(code));
+  return *module = current % 10, 0;
+}
+int cuModuleGetFunction(const char** function, long module, const char* name) {
+  return *function = strdup((std::to_string(module) + " " + name).c_str()), 0;
+}
+int cuFuncSetAttribute(const char*, int which, int value) {
+  return note("attribute " + std::to_string(which) + " " + std::to_string(value)), 0;
+}
+int cuLaunchKernel(const char* function, unsigned x, unsigned y, unsigned, unsigned threads, unsigned, unsigned,
+                   unsigned, long stream, void**, void**) {
+  return note(std::string("launch ") + function + " " + std::to_string(x) + " " + std::to_string(y) + " " +
+              std::to_string(threads) + " on " + std::to_string(stream)), int(current % 10) != function[0] - '0';
+}
+int cuLaunchCooperativeKernel(const char* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned b,
+                              unsigned c, unsigned shared, long stream, void** arguments) {
+  note("cooperative");
+  return cuLaunchKernel(function, x, y, z, threads, b, c, shared, stream, arguments, nullptr);
+}
+int cuThreadExchangeStreamCaptureMode(int* mode) {
+  return note("capture mode " + std::to_string(*mode)), *mode = 0, 0;
+}
+int cuGetErrorName(int error, const char** name) { return *name = error == 1 ? "CUDA_ERROR_INVALID_VALUE" : 0, 0; }
+int cuGetErrorString(int, const char** text) { return *text = nullptr, 1; }
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """(the driver that takes notes, the launchers), compiled."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++: the launchers are not compiled")
+    folder = tmp_path_factory.mktemp("launcher")
+    (folder / "driver.cpp").write_text(DRIVER)
+    driver = folder / "libdriver.so"
+    subprocess.run(["g++", "-shared", "-fPIC", "-o", str(driver), str(folder / "driver.cpp")], check=True)
+    return driver, device_code.compile_launcher(folder / device_code.LAUNCHER)
+
+
+class Notes:
+    """The launchers before the driver that takes notes, with the images of a folder."""
+
+    def __init__(self, built, folder, images, capability=90, version=12000, refuses=0):
+        self.driver = ctypes.CDLL(str(built[0]))
+        self.driver.get_notes.restype = ctypes.c_char_p
+        self.driver.set(capability, version, refuses)
+        self.driver.set_current(0)
+        for file in ("step_forward", "step_linear", "persistent_forward"):
+            for image in images:
+                (folder / f"{file}.{image}").write_text(f"{file} {image}")
+        self.kernels = cuda._Kernels(built[1], str(built[0]), folder)
+        self.dll = self.kernels.dll
+
+    def step(self, device=0, stream=7, steps=1, hidden=16, batch=4, dtype=4, w_hr=None):
+        params = cuda._Forward(
+            cell=0, dtype=dtype, steps=steps, batch=batch, input=16, hidden=hidden, out=hidden, w_hr=w_hr
+        )
+        return self.dll.fusedrnn_step_forward(self.kernels._handle, ctypes.byref(params), device, stream)
+
+    def notes(self):
+        return self.driver.get_notes().decode().splitlines()
+
+    def error(self):
+        return self.dll.fusedrnn_error().decode()
+
+
+def test_a_step_is_a_launch_on_the_stream(built, tmp_path):
+    n = Notes(built, tmp_path, ["sm_90.cubin", "compute_80.ptx"])
+    n.driver.set_current(1)
+    assert n.step(steps=2, batch=20, hidden=40, w_hr=16) == 0, n.error()
+    project = "launch 1 step_linear_float16_4_whole 3 1 256 on 7"
+    step = "launch 1 step_forward_Lstm_float16_4_whole 5 1 256 on 7"
+    capture = ["capture mode 2", "load step_forward sm_90.cubin", "capture mode 0"]
+    linear = [c.replace("step_forward", "step_linear") for c in capture]
+    assert n.notes() == [*capture, step, *linear, project, step, project]
+    assert n.driver.get_current() == 1
+
+
+def test_the_instance_fits_the_call(built, tmp_path):
+    n = Notes(built, tmp_path, ["sm_90.cubin"])
+    for given, name in (
+        ({}, "float16_2_whole"),
+        ({"hidden": 12}, "float16_2_ragged"),
+        ({"batch": 17}, "float16_4_whole"),
+        ({"dtype": 0, "batch": 17}, "float64_1_whole"),
+        ({"dtype": 2}, "tf32_2_whole"),
+        ({"dtype": 3}, "bfloat16_2_whole"),
+    ):
+        assert n.step(**given) == 0, n.error()
+        assert n.notes()[-1].split()[2] == f"step_forward_Lstm_{name}"
+    for cell, hidden, name in (
+        (0, 256, "Lstm_bfloat16_1_whole"),
+        (1, 255, "Gru_bfloat16_1_ragged"),
+        (2, 264, "RnnTanh_bfloat16_2_ragged"),
+        (3, 1024, "RnnRelu_bfloat16_4_whole"),
+    ):
+        params = cuda._Forward(cell=cell, dtype=3, steps=1, batch=4, hidden=hidden, out=hidden, slice_rows=4, groups=2)
+        call = functools.partial(n.dll.fusedrnn_persistent_forward, n.kernels._handle, ctypes.byref(params))
+        assert call(0, None) == 0, n.error()
+        assert n.notes()[-2] == "cooperative"
+        assert n.notes()[-1] == f"launch 1 persistent_forward_{name} {-(-hidden // 8)} 2 256 on 0"
+    params.hidden = 1025
+    assert call(0, None) == 1
+    assert n.error() == "persistent_forward has no kernel for H = 1025"
+    params.cell = 9
+    assert call(0, None) == 1
+    assert n.error() == "there is no cell 9"
+    params.cell, params.dtype, params.hidden = 0, 0, 16
+    assert call(0, None) == 1
+    assert n.error() == "persistent_forward has no kernel for this cell and dtype"
+
+
+def test_shared_memory_beyond_48_kb_is_asked_for(built, tmp_path):
+    n = Notes(built, tmp_path, ["sm_90.cubin"])
+    for rows, bytes in ((20, None), (24, None), (25, 65536), (64, 131072)):  # tiles of 8 rows, 1 KB a row, two buffers
+        params = cuda._Forward(cell=0, dtype=3, steps=1, batch=64, hidden=256, out=256, slice_rows=rows, groups=1)
+        assert n.dll.fusedrnn_persistent_forward(n.kernels._handle, ctypes.byref(params), 0, None) == 0, n.error()
+        assert n.notes()[-3] == (f"attribute 8 {bytes}" if bytes else n.notes()[-3])
+        assert sum("attribute" in line for line in n.notes()) == (0 if rows < 25 else 1 if rows == 25 else 2)
+
+
+def test_every_device_has_its_context_and_its_modules(built, tmp_path):
+    n = Notes(built, tmp_path, ["sm_90.cubin"])
+    for device in (1, 0, 1):
+        assert n.step(device) == 0, n.error()
+        assert n.driver.get_current() == 0
+    n.driver.set_current(1)  # that of device 0: used as it is, and left for device 1's
+    for device in (0, 1):
+        assert n.step(device) == 0, n.error()
+        assert n.driver.get_current() == 1
+    assert n.notes().count("retain") == 2
+    assert [line for line in n.notes() if "load" in line] == ["load step_forward sm_90.cubin"] * 2
+    assert [line.split()[1] for line in n.notes() if "launch" in line] == ["2", "1", "2", "1", "2"]
+    assert n.step(device=2) == 1
+    assert n.error() == "cuDeviceGet: CUDA_ERROR (101)"
+
+
+def test_threads_load_once(built, tmp_path):
+    n = Notes(built, tmp_path, ["sm_90.cubin"])
+    done = []
+    threads = [threading.Thread(target=lambda: done.append([n.step(d % 2) for d in range(50)])) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert done == [[0] * 50] * 8
+    assert sum("load" in line for line in n.notes()) == 2
+    assert sum("launch" in line for line in n.notes()) == 400
+
+
+@pytest.mark.parametrize(
+    "capability, first",
+    [(80, "sm_80.cubin"), (86, "sm_80.cubin"), (89, "sm_80.cubin"), (90, "sm_90.cubin"), (103, "sm_100.cubin"),
+     (110, "compute_80.ptx"), (121, "sm_120.cubin"), (75, None)],
+)  # fmt: skip
+def test_a_card_takes_the_best_image(built, tmp_path, capability, first):
+    images = ["sm_80.cubin", "compute_80.ptx", "sm_90.cubin", "sm_100.cubin", "sm_120.cubin"]
+    n = Notes(built, tmp_path, images, capability)
+    found = n.dll.fusedrnn_images(str(tmp_path).encode(), *divmod(capability, 10)).decode().split()
+    assert found == ([first] if first else []) + (["compute_80.ptx"] if first and first[0] == "s" else [])
+    assert n.step() == (0 if first else 1)
+    if first:
+        assert f"load step_forward {first}" in n.notes()
+    else:
+        assert n.error() == f"there is no code of step_forward for compute capability 7.5 in {tmp_path}"
+
+
+def test_a_driver_that_refuses_the_code_is_told_of(built, tmp_path):
+    n = Notes(built, tmp_path, ["sm_90.cubin", "compute_80.ptx"], refuses=1)
+    assert n.step() == 1
+    assert n.error() == (
+        "the driver (CUDA 12.0, a card of compute capability 9.0) does not take "
+        f"{tmp_path}/step_forward.sm_90.cubin: CUDA_ERROR_INVALID_VALUE (1): no such thing, nor "
+        f"{tmp_path}/step_forward.compute_80.ptx: CUDA_ERROR_INVALID_VALUE (1): no such thing. A newer driver may"
+    )
+
+
+def test_drivers_that_are_not_there_or_too_old(built, tmp_path):
+    with pytest.raises(RuntimeError, match=r"the driver is too old: it has CUDA 11\.8, CUDA 12\.0 is needed"):
+        Notes(built, tmp_path, [], version=11080)
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot run: there is no driver: libnowhere"):
+        cuda._Kernels(built[1], "libnowhere.so", tmp_path)
+    with pytest.raises(RuntimeError, match="has no cuInit: the driver is too old"):
+        cuda._Kernels(built[1], str(built[1]), tmp_path)
+
+
+def test_the_launchers_need_no_cuda_library(built):
+    for library in (built[1], cuda._LIBRARY):
+        if library.exists():
+            listed = subprocess.run(["readelf", "-d", str(library)], capture_output=True, text=True, check=True).stdout
+            needed = re.findall(r"NEEDED.*\[(.*)\]", listed)
+            assert needed
+            assert {name.split(".so")[0] for name in needed} <= {
+                "libdl",
+                "libstdc++",
+                "libm",
+                "libgcc_s",
+                "libc",
+                "ld-linux-x86-64",
+            }
+
+
+def test_architectures():
+    assert device_code.images("8.0+PTX;9.0 10.0") == ["sm_80.cubin", "compute_80.ptx", "sm_90.cubin", "sm_100.cubin"]
+    assert device_code.images("") == []
+
+
+def test_device_code_needs_no_header(tmp_path):
+    """NVRTC knows none; one file goes through it, machine code and all."""
+    libraries = device_code._nvrtc_libraries()
+    if not libraries:
+        pytest.skip("no NVRTC: that the device code needs no header is not checked")
+    compiler = device_code.Compiler("NVRTC", libraries[0], "")
+    wanted = ["sm_80.cubin", "compute_80.ptx"]
+    compiled = functools.partial(device_code.compile_images, tmp_path, wanted, 1, compiler, [CUDA / "step_linear.cu"])
+    assert [path.name for path in compiled()] == ["step_linear.compute_80.ptx", "step_linear.sm_80.cubin"]
+    ptx, code = compiled()
+    assert re.findall(r"\.visible \.entry (\w+)", ptx.read_text())[0] == "step_linear_float32_2_whole"
+    assert code.read_bytes().startswith(b"\x7fELF")
+    before = code.stat().st_mtime_ns
+    compiled()
+    assert code.stat().st_mtime_ns == before
+    (tmp_path / "none.cu").write_text("#include <stdint.h>\n")
+    with pytest.raises(RuntimeError, match="NVRTC cannot compile none"):
+        device_code.nvrtc(compiler.path, tmp_path / "none.cu", "80")
+    # The other files include what this one does, and persistent.cuh.
+    for path in [*CUDA.glob("*.cu"), *CUDA.glob("*.cuh")]:
+        assert "#include <" not in path.read_text(), path
