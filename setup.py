@@ -55,7 +55,7 @@ def decide_cuda() -> tuple[device_code.Compiler | None, str]:
         return None, "CUDA kernels are left out: there is no NVIDIA GPU in /dev (FUSEDRNN_CUDA=1 builds them)."
     if torch.version.cuda is None:
         return None, f"CUDA kernels are left out: torch {torch.__version__} is built without CUDA."
-    compiler = device_code.find_compiler()
+    compiler = device_code.find_compiler(torch.version.cuda)
     if compiler is None:
         return None, (
             f"CUDA kernels are left out: torch is built for CUDA {torch.version.cuda}, but neither nvcc (CUDA_HOME, "

@@ -39,7 +39,7 @@ def poisoned():
 def checkout(tmp_path_factory) -> Path:
     """A copy of the project without what was built in it, to build and to change."""
     root, copy = Path(__file__).resolve().parents[1], tmp_path_factory.mktemp("checkout")
-    built = shutil.ignore_patterns("*.so", "*.egg-info", "__pycache__", "_facts.json", "_build")
+    built = shutil.ignore_patterns("*.so", "device", "*.egg-info", "__pycache__", "_facts.json", "_build")
     for name in ("benchmarks", "csrc", "docs", "examples", "fusedrnn", "kernels", "tests"):
         shutil.copytree(root / name, copy / name, ignore=built)
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", ".clang-format"):

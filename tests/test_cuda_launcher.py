@@ -258,6 +258,25 @@ def test_architectures():
     assert device_code.images("") == []
 
 
+def test_compilers(monkeypatch, tmp_path):
+    for name, version in (("new", "13.0"), ("old", "12.4")):
+        nvcc = tmp_path / name / "bin" / "nvcc"
+        nvcc.parent.mkdir(parents=True)
+        nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {version}, V{version}.1'\n")
+        nvcc.chmod(0o755)
+    monkeypatch.delenv("FUSEDRNN_NVRTC", raising=False)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "new"))
+    monkeypatch.setenv("PATH", f"{tmp_path / 'old' / 'bin'}:/bin")
+    monkeypatch.setattr(device_code, "_nvrtc_libraries", lambda: ["lib/libnvrtc.so.13", "lib/libnvrtc.so.12"])
+    assert device_code.find_compiler("13.0") == ("nvcc", str(tmp_path / "new" / "bin" / "nvcc"), "13.0")
+    assert device_code.find_compiler("12.6") == ("nvcc", str(tmp_path / "old" / "bin" / "nvcc"), "12.4")
+    monkeypatch.setattr(device_code, "_version", lambda kind, path: "12.9")
+    monkeypatch.setenv("FUSEDRNN_NVRTC", "12")
+    assert device_code.find_compiler() == ("NVRTC", "lib/libnvrtc.so.12", "12.9")
+    monkeypatch.setenv("FUSEDRNN_NVRTC", "/opt/libnvrtc.so")
+    assert device_code.find_compiler() == ("NVRTC", "/opt/libnvrtc.so", "12.9")
+
+
 def test_device_code_needs_no_header(tmp_path):
     """NVRTC knows none; one file goes through it, machine code and all."""
     libraries = device_code._nvrtc_libraries()

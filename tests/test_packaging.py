@@ -85,9 +85,11 @@ def test_cuda_kernels_are_built(checkout):
     )
     assert done.returncode == 0, done.stderr
     assert "CUDA kernels are built for 8.0" in done.stdout
-    library = ctypes.CDLL(str(checkout / "fusedrnn" / "_cuda.so"))
+    library = ctypes.CDLL(str(checkout / "fusedrnn" / "libfusedrnn_cuda.so"))
     assert library.fusedrnn_step_forward
     assert library.fusedrnn_persistent_backward
+    names = ("persistent_backward", "persistent_forward", "step_backward", "step_forward", "step_linear")
+    assert sorted(p.name for p in (checkout / "fusedrnn" / "device").iterdir()) == [f"{n}.sm_80.cubin" for n in names]
 
 
 @pytest.mark.slow

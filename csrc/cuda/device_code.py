@@ -53,18 +53,23 @@ def _nvrtc_libraries() -> list[str]:
     return [str(p) for p in sorted(found, key=lambda p: -int(p.suffix[1:]))]
 
 
-def find_compiler() -> Compiler | None:
-    """$FUSEDRNN_NVRTC (the path of a libnvrtc.so); nvcc of CUDA_HOME, of the PATH, of PyPI; NVRTC of PyPI; or None."""
+def find_compiler(cuda: str = "") -> Compiler | None:
+    """$FUSEDRNN_NVRTC (the path of a libnvrtc.so, or 12 for that version's of PyPI); nvcc of CUDA_HOME, of the PATH, of
+    PyPI; NVRTC of PyPI; or None. Those of a later major version than `cuda` ("12.6") are passed over: the driver may be
+    of that version, and takes no later code.
+    """
     if forced := os.environ.get("FUSEDRNN_NVRTC"):
-        return Compiler("NVRTC", forced, _version("NVRTC", forced))
+        path = next((p for p in _nvrtc_libraries() if p.endswith(f".so.{forced}")), forced)
+        return Compiler("NVRTC", path, _version("NVRTC", path))
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     places = [str(Path(home) / "bin" / "nvcc")] if home else []
     places += [p for p in [shutil.which("nvcc")] if p]
     places += [str(Path(folder) / "nvidia" / "cu13" / "bin" / "nvcc") for folder in dict.fromkeys(sys.path)]
     for kind, candidates in (("nvcc", places), ("NVRTC", _nvrtc_libraries())):
-        for path in candidates:
-            if Path(path).exists():
-                return Compiler(kind, path, _version(kind, path))
+        for path in filter(os.path.exists, candidates):
+            version = _version(kind, path)
+            if not cuda or not version or int(version.split(".")[0]) <= int(cuda.split(".")[0]):
+                return Compiler(kind, path, version)
     return None
 
 
@@ -81,7 +86,8 @@ def images(architectures: str) -> list[str]:
 def compile_device_code(
     out_folder: Path, architectures: str, jobs: int, compiler: Compiler | None = None
 ) -> list[Path]:
-    """The files for a list of architectures, those for others removed. Raises RuntimeError where there is no compiler.
+    """The files for a list of architectures, those for others removed. Raises RuntimeError where there is no compiler,
+    and with what it says.
 
     What is there already and of the same sources and compiler is kept.
     """
