@@ -21,7 +21,7 @@ GPUS := /dev/nvidia[0-9]* /dev/dxg
 # An environment holds one checkout at a time (the stamp's name), a checkout the extension of one environment at a time
 # (build/environment): whichever is out of date, the target installs again.
 INSTALLED := $(VENV)/.fusedrnn-installed-$(subst /,+,$(subst $() ,_,$(CURDIR)))
-ENVIRONMENT := $(strip $(abspath $(VENV)) torch=$(TORCH) $(wildcard $(GPUS)) $(foreach v,FUSEDRNN_BUILD FUSEDRNN_CUDA TORCH_CUDA_ARCH_LIST,$(if $($v),$v=$($v))))
+ENVIRONMENT := $(strip $(abspath $(VENV)) torch=$(TORCH) $(wildcard $(GPUS)) $(foreach v,FUSEDRNN_BUILD FUSEDRNN_CUDA FUSEDRNN_NVRTC TORCH_CUDA_ARCH_LIST,$(if $($v),$v=$($v))))
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
 CLANG_FORMATTED = $(shell git ls-files 'csrc/*' 'tests/*' | grep -E '\.(h|cuh|cpp|cu)$$')
 # The tests run on every core where pytest-xdist is; ARGS=-n0 runs them in one process.

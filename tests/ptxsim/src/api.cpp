@@ -1,4 +1,4 @@
-// The C interface that Python (ctypes) and the stand-in for libcudart use.
+// The C interface that Python (ctypes) and the stand-in for the driver use.
 
 #include "api.h"
 
