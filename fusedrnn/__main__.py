@@ -31,10 +31,12 @@ def info(arguments: argparse.Namespace) -> int:
     except (RuntimeError, ValueError) as error:  # an environment variable that says nothing sensible
         print(f"error: {error}", file=sys.stderr)
         return 2
+    cards = {(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)}
     for k in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(k)
+        cards.add((major, minor))
         found["gpus"].append(f"{torch.cuda.get_device_name(k)} ({major}.{minor})")
-    cards = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)) if not cuda.missing() else ()
+    cards = () if cuda.missing() else sorted(cards)
     found["cuda_images"] = {f"{c[0]}.{c[1]}": next(iter(cuda.images(c)), "none") for c in cards}
     for device in ("cpu", "cuda"):
         capability = None

@@ -329,7 +329,8 @@ def test_info_says_what_would_run(capsys):
     assert found["cpu_tensors"].startswith("cpu (") == found["extension"]
     assert found["threads"] >= 1
     assert len(found["gpus"]) == torch.cuda.device_count()
-    assert set(found["cuda_images"]) == ({"8.0", "8.6", "8.9", "9.0", "10.0", "12.0"} if not cuda.missing() else set())
+    assert bool(found["cuda_images"]) != bool(cuda.missing())
+    assert not found["cuda_images"] or found["cuda_images"]["8.6"] == found["cuda_images"]["8.0"]
     assert found["gpus"] or "no GPU is here; with one: " in found["cuda_tensors"]
 
 

@@ -25,6 +25,7 @@ FOLDER = Path(__file__).resolve().parent
 ARCHITECTURES = "8.0+PTX;9.0"  # of a build for this machine
 WHEEL_ARCHITECTURES = "8.0+PTX;9.0;10.0;12.0"  # 8.6 and 8.9 run the code of 8.0
 LAUNCHER = "libfusedrnn_cuda.so"
+RECORD = "digests.json"  # of what the files were made of; written when all are there
 
 
 class Compiler(NamedTuple):
@@ -107,12 +108,15 @@ def compile_images(
         raise RuntimeError("device code cannot be compiled: neither nvcc nor NVRTC was found")
     sources = sorted(sources or FOLDER.glob("*.cu"))
     out_folder.mkdir(parents=True, exist_ok=True)
-    record = out_folder / "digests.json"
+    record = out_folder / RECORD
     known = json.loads(record.read_text()) if record.exists() else {}
-    digest = hashlib.sha256(repr(compiler).encode())
-    for path in sorted([*FOLDER.glob("*.cu*"), *FOLDER.glob("*.h"), *FOLDER.parent.glob("*.h"), Path(__file__)]):
-        digest.update(path.name.encode() + path.read_bytes())
-    digest = digest.hexdigest()
+    headers = sorted([*FOLDER.glob("*.cuh"), *FOLDER.glob("*.h"), *FOLDER.parent.glob("*.h")])
+    digests = {}
+    for source in sources:
+        digest = hashlib.sha256(repr(compiler).encode())
+        for path in (source, *headers, Path(__file__)):
+            digest.update(path.name.encode() + path.read_bytes())
+        digests[source.stem] = digest.hexdigest()
     # PTX first: nvcc assembles it for its own architecture without another pass over the source.
     by_target = {}
     for image in sorted(wanted):
@@ -122,11 +126,11 @@ def compile_images(
     for path in [*out_folder.glob("*.cubin"), *out_folder.glob("*.ptx")]:
         if path not in files:
             path.unlink()
-    stale = [g for g in groups if not all(p.exists() and known.get(p.name) == digest for p in g[2])]
+    stale = [g for g in groups if not all(p.exists() and known.get(p.name) == digests[g[0].stem] for p in g[2])]
     stale.sort(key=lambda group: -group[0].stat().st_size)
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(lambda group: _compile(compiler, *group), stale))
-    record.write_text(json.dumps({path.name: digest for path in files}))
+    record.write_text(json.dumps({path.name: digests[path.name.split(".")[0]] for path in files}))
     return files
 
 

@@ -144,22 +144,31 @@ def _launchers(path: Path) -> ctypes.CDLL:
 def _simulate(sources: Path, only: Sequence[str] = ()) -> _Kernels:
     """The kernels of a folder (of some files only) and their launcher, compiled in the simulator's cache."""
     ptxsim = simulator()
+    cache, library = ptxsim.build, ptxsim.default_library()
     spec = importlib.util.spec_from_file_location("fusedrnn_device_code", sources / "device_code.py")
-    build = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(build)
-    files = sorted([*sources.iterdir(), *sources.parent.glob("*.h")])
-    parts = [path.name.encode() + path.read_bytes() for path in files if path.is_file()]
-    compiler = build.find_compiler()
-    library = ptxsim.default_library()
-    with ptxsim.build.folder_of("kernels", *parts, tuple(only), compiler) as folder:
-        chosen = [sources / f"{name}.cu" for name in only]
-        code = build.compile_images(folder, ["compute_80.ptx"], 2, compiler, chosen)
-        launcher = folder / build.LAUNCHER
+    device_code = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(device_code)
+    compiler = device_code.find_compiler()
+
+    def compile_one(source: Path) -> tuple[Path, dict[str, int]]:
+        with cache.folder_of("kernel", *cache.dependencies([source]), compiler) as folder:
+            path = folder / f"{source.stem}.compute_80.ptx"
+            if not (folder / device_code.RECORD).exists():
+                device_code.compile_images(folder, ["compute_80.ptx"], 1, compiler, [source])
+        return path, ptxsim.registers_of(path.read_text(), 90)
+
+    with cache.folder_of("launcher", *cache.dependencies([sources / "launcher.cpp"])) as folder:
+        launcher = folder / device_code.LAUNCHER
         if not launcher.exists():
-            build.compile_launcher(launcher)
-    with ThreadPoolExecutor(2) as pool:  # how many blocks are resident depends on the registers; those of an H100 count
-        for registers in pool.map(lambda path: ptxsim.registers_of(path.read_text(), 90), code):
-            library.set_registers(registers)
+            device_code.compile_launcher(launcher)
+    chosen = [sources / f"{name}.cu" for name in only] or sources.glob("*.cu")
+    with ThreadPoolExecutor(2) as pool:
+        compiled = list(pool.map(compile_one, sorted(chosen, key=lambda path: -path.stat().st_size)))
+    with cache.folder_of("kernels", *(path.parent.name for path, _ in compiled)) as folder:
+        for path, registers in compiled:
+            library.set_registers(registers)  # on an H100: how many blocks are resident depends on them
+            if not (folder / path.name).exists():
+                (folder / path.name).symlink_to(path)
     return _Kernels(launcher, str(library.path), folder, library)
 
 

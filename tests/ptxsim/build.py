@@ -168,7 +168,7 @@ def _includes(include_dirs):
     return flags
 
 
-def _dependencies(sources, include_dirs):
+def dependencies(sources, include_dirs=()):
     """Content of the sources and of the files that they include, at any depth; headers of the system are left out."""
     parts, to_read, seen = [], [Path(s).resolve() for s in sources], set()
     while to_read:
@@ -224,7 +224,7 @@ def compile_ptx(source, include_dirs=(), arch="80", flags=()):
     text = source if isinstance(source, str) and "\n" in source else None
     folder = cache_dir() / "ptx"
     folder.mkdir(parents=True, exist_ok=True)
-    parts = [text] if text is not None else _dependencies([source], include_dirs)
+    parts = [text] if text is not None else dependencies([source], include_dirs)
     tag = _digest(*parts, Path(source).name if text is None else "", arch, tuple(flags), nvcc())
     path = folder / f"{tag}.ptx"
     if not path.exists():
