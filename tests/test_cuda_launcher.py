@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from fusedrnn.backends import cuda
 
@@ -251,6 +252,27 @@ def test_the_launchers_need_no_cuda_library(built):
                 "libc",
                 "ld-linux-x86-64",
             }
+
+
+def test_what_is_missing_is_said_and_nothing_opened(monkeypatch, tmp_path):
+    monkeypatch.setattr(cuda, "_launchers", lambda path: pytest.fail(f"{path} was opened"))
+    monkeypatch.setattr(cuda, "_compiled", cuda._compiled.__wrapped__)
+    for version, built, words in (
+        (None, True, f"torch {torch.__version__} is built without CUDA"),
+        (
+            "12.9",
+            True,
+            "they were built, but fusedrnn/device or fusedrnn/libfusedrnn_cuda.so is missing: install again",
+        ),
+        ("12.9", False, "left out"),
+    ):
+        monkeypatch.setattr(torch.version, "cuda", version)
+        monkeypatch.setattr(cuda, "build_info", lambda built=built: {"cuda_built": built, "cuda_why": "left out"})
+        monkeypatch.setattr(cuda, "DEVICE_CODE", tmp_path)
+        assert cuda.missing() == words
+        assert cuda.images((9, 0)) == []
+        with pytest.raises(RuntimeError, match="backend 'cuda' cannot run"):
+            cuda._compiled()
 
 
 def test_architectures():
