@@ -93,7 +93,7 @@ def other_cells():
 
 
 @pytest.mark.parametrize("case", OTHER_CASES, ids=str)
-@pytest.mark.parametrize("cell, backend, algorithm, math", other_cells())
+@pytest.mark.parametrize("cell, backend, algorithm, math", [*other_cells()])
 def test_every_cell_agrees_with_float64(cell, backend, algorithm, math, case, poisoned, monkeypatch):
     check_against_float64(cell, backend, algorithm, math, case, monkeypatch)
 
