@@ -175,11 +175,11 @@ def test_registers_are_those_of_the_instance_that_is_launched(monkeypatch):
 
 def test_registers_of_compiled_code(tmp_path, monkeypatch):
     if "cuda" not in planning.machine().on_cpu:
-        pytest.skip("there is no simulator, whose machine code is read")
+        pytest.skip("no simulator, whose machine code is read: the registers that explain reads are not checked")
     ptx = (cuda._simulated().folder / "persistent_forward.compute_80.ptx").read_text()
     assembled = build.assemble(ptx, 90)
     if assembled is None or explain._cuobjdump() is None:
-        pytest.skip("there is no ptxas or no cuobjdump")
+        pytest.skip("no ptxas or no cuobjdump: the registers that explain reads are not checked")
     (tmp_path / "persistent_forward.sm_90.cubin").symlink_to(assembled[1])
     monkeypatch.setattr(cuda, "DEVICE_CODE", tmp_path)
     monkeypatch.setattr(cuda, "images", lambda capability: ["sm_90.cubin"])
