@@ -1,11 +1,11 @@
-"""Builds fusedrnn._C (C++, CPU), the launchers of the CUDA kernels, and, where torch is a CUDA build and a compiler is
-found, their device code (csrc/cuda/device_code.py).
+"""Builds libfusedrnn.so (the ops and their CPU kernels, on torch's stable ABI), fusedrnn._C (its way into Python, in the
+limited C API), fusedrnn._direct (calls with gradients in C++, which fits the torch it is built with only), the launchers
+of the CUDA kernels, and, where torch is a CUDA build and a compiler is found, their device code
+(csrc/cuda/device_code.py).
 
-Environment: FUSEDRNN_BUILD=0 compiles nothing; FUSEDRNN_CUDA=0 leaves CUDA out; TORCH_CUDA_ARCH_LIST names the
-architectures; MAX_JOBS limits how many files are compiled at once.
-
-What is compiled fits one torch and has CUDA kernels or not: its version says so (0.1.0+cu130.torch2.14.1,
-0.1.0+cpu.torch2.13.0) and it depends on that torch alone. An sdist, and a wheel with nothing compiled, are 0.1.0.
+Environment: FUSEDRNN_BUILD=0 compiles nothing; FUSEDRNN_DIRECT=0 leaves _direct out, and what is built then fits every
+torch and every Python that are supported; FUSEDRNN_CUDA=0 leaves CUDA out; TORCH_CUDA_ARCH_LIST names the architectures;
+MAX_JOBS limits how many files are compiled at once.
 """
 
 import json
@@ -37,7 +37,8 @@ import device_code  # noqa: E402
 
 CUDA_ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or device_code.ARCHITECTURES
 VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "fusedrnn" / "__init__.py").read_text(), re.MULTILINE).group(1)
-TORCH = "torch>=2.13,<2.15"
+TORCH = "torch>=2.11"
+TORCH_TARGET = 0x020B << 48  # of the stable ABI: no newer function of torch is linked
 
 try:
     import torch
@@ -96,29 +97,40 @@ class BuildExt(build_ext):
     def build_extension(self, ext):
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        print(f"fusedrnn: {FACTS['cuda_why']}{f' ({COMPILER.path})' if COMPILER else ''}", flush=True)
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-        with ThreadPoolExecutor(jobs) as pool:
-            cuda = pool.submit(self.build_cuda, jobs)
-            objects = list(pool.map(lambda source: self.compile_one(ext, source), ext.sources))
-            shutil.rmtree(target.parent / "device", ignore_errors=True)
-            for path, name in cuda.result():
-                (target.parent / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, target.parent / name)
+        if ext.name == MODULE:
+            print(f"fusedrnn: {FACTS['cuda_why']}{f' ({COMPILER.path})' if COMPILER else ''}", flush=True)
+            # All files of all extensions at once: the first one takes longest.
+            with ThreadPoolExecutor(jobs) as pool:
+                cuda = pool.submit(self.build_cuda, jobs)
+                todo = [(e, source) for e in (*self.extensions[1:], LIBRARY, ext) for source in e.sources]
+                list(pool.map(lambda pair: self.compile_one(*pair), todo))
+                shutil.rmtree(target.parent / "device", ignore_errors=True)
+                for path, name in cuda.result():
+                    (target.parent / name).parent.mkdir(exist_ok=True)
+                    shutil.copyfile(path, target.parent / name)
+            self.link(LIBRARY, target.parent / LIBRARY.name)
+        self.link(ext, target)
+
+    def link(self, ext, target):
+        own = [str(target.parent / LIBRARY.name)] if ext is not LIBRARY else []
         self.compiler.link_shared_object(
-            objects,
+            [*(self.compile_one(ext, source) for source in ext.sources), *own],
             str(target),
             libraries=ext.libraries,
             library_dirs=ext.library_dirs,
             # No libgomp of our own: torch brings the one and only, and GOMP_* resolve to it.
-            extra_postargs=["-Wl,--strip-debug"],
+            extra_postargs=["-Wl,--strip-debug", f"-Wl,-soname,{target.name}", "-Wl,-rpath,$ORIGIN"],
             target_lang="c++",
         )
 
     def copy_extensions_to_source(self):
         super().copy_extensions_to_source()
         shutil.rmtree(ROOT / "fusedrnn" / "device", ignore_errors=True)
-        for name in (device_code.LAUNCHER, "device"):
+        # Of versions before 0.2, whose _C Python would take before the one for every Python.
+        for stale in (ROOT / "fusedrnn").glob("_C.cpython-*"):
+            stale.unlink()
+        for name in (LIBRARY.name, device_code.LAUNCHER, "device"):
             built = Path(self.build_lib) / "fusedrnn" / name
             if built.exists():
                 (shutil.copytree if built.is_dir() else shutil.copyfile)(built, ROOT / "fusedrnn" / name)
@@ -149,51 +161,59 @@ class BuildExt(build_ext):
 
 
 COMPILER, FACTS = None, {}
-version, requires = VERSION, TORCH
+MODULE, LIBRARY = "fusedrnn._C", None
 extensions = []
 if os.environ.get("FUSEDRNN_BUILD") == "0":
     FACTS = {"extension": False, "why": "FUSEDRNN_BUILD=0 when it was installed", "cuda_why": "FUSEDRNN_BUILD=0"}
 elif torch is None:
     if not {"egg_info", "sdist", "--version", "--name", "clean"} & set(sys.argv):
         sys.exit(
-            f"fusedrnn is built against the torch that it will run with, and torch is not here ({missing}).\n"
+            f"fusedrnn is built with torch's headers, and torch is not here ({missing}).\n"
             "Install torch and setuptools>=77 first, then run `pip install --no-build-isolation .` "
             "(FUSEDRNN_BUILD=0 installs without compiling)."
         )
 else:
     COMPILER, cuda_why = decide_cuda()
+    direct = os.environ.get("FUSEDRNN_DIRECT") != "0"
     FACTS = {
         "extension": True,
         "torch": torch.__version__,
+        "direct": direct,
         "cuda": COMPILER is not None,
         "cuda_why": cuda_why,
         "flags": " ".join(FLAGS),
     }
-    if "sdist" not in sys.argv:
-        release = torch.__version__.split("+")[0]
-        label = f"cu{torch.version.cuda.replace('.', '')}" if COMPILER else "cpu"
-        version, requires = f"{VERSION}+{label}.torch{release}", f"torch=={release}"
-    sources = ["csrc/bindings.cpp", "csrc/autograd.cpp", "csrc/cpu/sequence.cpp", "csrc/cpu/capability.cpp"]
-    extensions = [
-        Extension(
-            "fusedrnn._C",
-            sources=[*sources, *(f"csrc/cpu/recurrence_{c}.cpp" for c in CAPABILITIES)],
-            include_dirs=["csrc", *include_paths()],
-            define_macros=[
-                ("FUSEDRNN_TORCH_VERSION", f'"{torch.__version__}"'),
-                *((f"FUSEDRNN_HAS_{c.upper()}", "1") for c in CAPABILITIES),
-            ],
-            library_dirs=[str(Path(torch.__file__).parent / "lib")],
-            libraries=["c10", "torch_cpu", "torch_python"],
-        )
-    ]
+    common = {"include_dirs": ["csrc", *include_paths()], "library_dirs": [str(Path(torch.__file__).parent / "lib")]}
+    stable = [("TORCH_TARGET_VERSION", f"{TORCH_TARGET:#x}ULL")]
+    kernels = [*("tensor", "op", "sequence", "capability"), *(f"recurrence_{c}" for c in CAPABILITIES)]
+    LIBRARY = Extension(
+        "libfusedrnn.so",
+        sources=[f"csrc/cpu/{name}.cpp" for name in kernels],
+        define_macros=[*stable, *((f"FUSEDRNN_HAS_{c.upper()}", "1") for c in CAPABILITIES)],
+        libraries=["torch_cpu"],
+        **common,
+    )
+    module = Extension(
+        MODULE,
+        sources=["csrc/module.cpp"],
+        define_macros=[*stable, ("Py_LIMITED_API", "0x030A0000")],
+        libraries=["torch_cpu"],
+        py_limited_api=True,
+        **common,
+    )
+    extensions = [module]
+    if direct:
+        libraries = ["c10", "torch_cpu", "torch_python"]
+        extensions.append(Extension("fusedrnn._direct", sources=["csrc/direct.cpp"], libraries=libraries, **common))
 
 setup(
-    version=version,
-    install_requires=[requires],
+    version=VERSION,
+    install_requires=[TORCH],
     packages=["fusedrnn", "fusedrnn.backends", "fusedrnn.benchmarks", "fusedrnn.benchmarks.data", "fusedrnn.kernels"],
     package_dir={"fusedrnn": "fusedrnn", "fusedrnn.benchmarks": "benchmarks", "fusedrnn.kernels": "kernels"},
     package_data={"fusedrnn": ["py.typed"], "fusedrnn.benchmarks.data": ["*.csv"]},
     ext_modules=extensions,
+    # One wheel for every CPython, where nothing in it is for one only.
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if len(extensions) == 1 else {},
     cmdclass={"build_ext": BuildExt, "build_py": BuildPy},
 )

@@ -1,5 +1,6 @@
 """Loads the C++ extension when the package is imported, and remembers why it could not."""
 
+import contextlib
 import importlib
 import json
 import platform
@@ -10,9 +11,10 @@ from typing import Any
 import torch
 
 PYTHON_MIN = (3, 10)
-TORCH_MIN = (2, 13)
-TORCH_BEYOND = (2, 15)
-TORCH_RANGE = f">={TORCH_MIN[0]}.{TORCH_MIN[1]},<{TORCH_BEYOND[0]}.{TORCH_BEYOND[1]}"
+TORCH_MIN = (2, 11)
+TORCH_RANGE = f">={TORCH_MIN[0]}.{TORCH_MIN[1]}"
+# What the tests have run with; a newer torch is expected to work: what is compiled uses its stable ABI only.
+TORCH_TESTED = ("2.11.0", "2.12.1", "2.13.0", "2.14.1")
 PYTHON_RANGE = f">={PYTHON_MIN[0]}.{PYTHON_MIN[1]}"
 
 HOW_TO_BUILD = "install torch and setuptools>=77, then run `pip install --no-build-isolation .` in the checkout"
@@ -23,7 +25,7 @@ def check_versions(python: tuple[int, ...], torch_version: str) -> None:
     if python[:2] < PYTHON_MIN:
         raise ImportError(f"fusedrnn needs Python {PYTHON_RANGE}, this is {python[0]}.{python[1]}")
     release = tuple(int(part) for part in torch_version.split("+")[0].split(".")[:2])
-    if not TORCH_MIN <= release < TORCH_BEYOND:
+    if release < TORCH_MIN:
         raise ImportError(f"fusedrnn needs torch {TORCH_RANGE}, this is torch {torch_version}")
 
 
@@ -34,12 +36,9 @@ def _facts() -> dict[str, Any]:
 
 
 def _load() -> tuple[Any, str]:
-    """(the extension, "") or (None, why not)."""
-    built_for = FACTS.get("torch")
+    """(fusedrnn._C, "") or (None, why not). libfusedrnn.so, which it needs, registers the ops."""
     if FACTS.get("extension") is False:
         return None, f"not built: {FACTS.get('why', 'no reason was recorded')}"
-    if built_for is not None and built_for != torch.__version__:
-        return None, f"built for torch {built_for}, but this is torch {torch.__version__}: {HOW_TO_BUILD}"
     try:
         return importlib.import_module("fusedrnn._C"), ""
     except ModuleNotFoundError as error:
@@ -51,9 +50,24 @@ def _load() -> tuple[Any, str]:
         return None, f"{error}: {HOW_TO_BUILD}"
 
 
+def _load_calls() -> Any:
+    """What computes whole calls of modules: fusedrnn._direct where it fits this torch, with gradients; else fusedrnn._C
+    where this torch hands its tensors to C (from 2.14 on), without; else nothing.
+    """
+    if _extension is None:
+        return None
+    if FACTS.get("direct") and FACTS.get("torch") == torch.__version__:
+        with contextlib.suppress(ModuleNotFoundError):  # of another Python
+            return importlib.import_module("fusedrnn._direct")
+    return _small_calls
+
+
 check_versions(sys.version_info, torch.__version__)
 FACTS = _facts()
 _extension, _why_not = _load()
+# Where it can, the kernels below torch's dispatcher: a call takes 10 us less.
+_small_calls = _extension if _extension is not None and _extension.small_calls() else None
+_calls = _load_calls()
 
 
 def loaded() -> bool:
@@ -66,6 +80,12 @@ def why_not_loaded() -> str:
     return _why_not
 
 
+def _untried(version: str) -> str:
+    release = version.split("+")[0].split(".")[:2]
+    newest = TORCH_TESTED[-1].split(".")[:2]
+    return "" if [*map(int, release)] <= [*map(int, newest)] else f" (this torch, {version}, is newer and untried)"
+
+
 def build_info() -> dict[str, Any]:
     """What was built, for which torch, and what runs here; for bug reports and for the curious.
 
@@ -73,6 +93,8 @@ def build_info() -> dict[str, Any]:
     ``cpu_capability`` is the instruction set in use, one of ``cpu_capabilities_built``; the environment
     variable FUSEDRNN_CPU_CAPABILITY lowers it. ``cpu_products`` tells who multiplies 16-bit matrices on the CPU: "host"
     (torch's GEMM, where the processor has bfloat16 units) or "panels" of ours; FUSEDRNN_CPU_PRODUCTS forces one.
+    ``small_calls`` names what takes the calls of modules past torch's dispatcher: "fusedrnn._direct", of a source build
+    for this very torch, with gradients; "fusedrnn._C" (torch 2.14 and later) without gradients; or nothing.
     ``cuda_why`` is what the build decided on CUDA.
     """
     info = {
@@ -82,10 +104,12 @@ def build_info() -> dict[str, Any]:
         "torch_running": torch.__version__,
         "python_supported": PYTHON_RANGE,
         "torch_supported": TORCH_RANGE,
+        "torch_tested": ", ".join(TORCH_TESTED) + _untried(torch.__version__),
         "machine": platform.machine(),
         "cpu_capabilities_built": [],
         "cpu_capability": "",
         "cpu_products": {},
+        "small_calls": "",
         "compiler": "",
         "flags": FACTS.get("flags", ""),
         "cuda_built": bool(FACTS.get("cuda", False)),
@@ -93,4 +117,6 @@ def build_info() -> dict[str, Any]:
     }
     if _extension is not None:
         info |= _extension.facts()
+        info["cpu_capabilities_built"] = info["cpu_capabilities_built"].split()
+        info["small_calls"] = "" if _calls is None else _calls.__name__
     return info

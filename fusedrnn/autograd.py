@@ -66,6 +66,20 @@ class RecurrenceFunction(torch.autograd.Function):
         return batching.sequence(RecurrenceFunction.apply, 0, info, in_dims, *args)
 
 
+class EagerRecurrenceFunction(torch.autograd.Function):
+    """RecurrenceFunction where no transform of torch.func is on: without setup_context, for which torch binds the
+    arguments by their signature at every call, and that takes longer than a small step's kernels.
+    """
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        outputs = RecurrenceFunction.forward(*arguments)
+        RecurrenceFunction.setup_context(ctx, arguments, outputs)
+        return outputs
+
+    backward = RecurrenceFunction.backward
+
+
 class RecurrenceBackwardFunction(torch.autograd.Function):
     """The fused gradient. Differentiable in the output gradients and in the inputs of the forward.
 

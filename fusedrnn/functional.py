@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fusedrnn import _build, ops, planning
-from fusedrnn.autograd import RecurrenceFunction
+from fusedrnn.autograd import EagerRecurrenceFunction, RecurrenceFunction
 from fusedrnn.backends import reference
 from fusedrnn.backends.common import Inputs, neighbours
 from fusedrnn.cells import CELLS, Cell
@@ -35,12 +35,12 @@ def recording(callback: Callable):
 
 
 def direct(name: str, *arguments):
-    """A module's call as one call of C++ ("cell" or "layers", see csrc/autograd.h) on the backend "cpu"; None where
+    """A module's call as one call of C++ ("cell" or "layers", see csrc/direct.cpp) on the backend "cpu"; None where
     it is not built, or something is on that needs the way through Python.
     """
     if torch.compiler.is_compiling() or planning._forced or _recorders or forward_ad._current_level >= 0:
         return None
-    return None if _build._extension is None else getattr(_build._extension, name)(*arguments)
+    return None if _build._calls is None else getattr(_build._calls, name)(*arguments)
 
 
 def recurrence(
@@ -59,7 +59,8 @@ def recurrence(
         backend = "reference"
         y, h_n, c_n, gates, cells = _in_plain_torch(cell, inputs)
     elif _may_need_gradient(tensors):
-        y, h_n, c_n, gates, cells = RecurrenceFunction.apply(
+        special = torch.compiler.is_compiling() or _under_transform()
+        y, h_n, c_n, gates, cells = (RecurrenceFunction if special else EagerRecurrenceFunction).apply(
             *inputs, cell.name, backend, algorithm, recompute and not mine, keep_cells
         )
     else:

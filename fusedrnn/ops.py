@@ -1,25 +1,30 @@
-"""The ops: schemas, checks, fake kernels and the router to the backends written in Python.
+"""The ops: schemas, checks, fake kernels, gradients and the router to the backends written in Python.
 
 ``fusedrnn::sequence`` runs one direction of one layer over a whole sequence, ``fusedrnn::sequence_backward``
-is its gradient. Both are registered for the CPU by the C++ extension, which answers backend "cpu" itself and
-hands every other backend to the ``_python`` twin of the op; without the extension, and on other devices, the
-router below is the kernel.
+is its gradient. libfusedrnn.so (csrc/cpu/op.cpp) defines them with their kernels for CPU tensors, answers backend "cpu"
+itself and hands every other backend to the ``_python`` twin of the op; without that library, and on other devices, the
+router below is the kernel. :func:`sequence` and :func:`sequence_backward` call them for the cells there are today.
 
 Shapes: T steps, B batch, I input, H hidden, P output (P = H without projection), G gates, A accumulators,
 S saved arrays (fusedrnn.cells), N rows of packed data. x is [T, B, I], or [N, I] with ``batch_sizes`` [T]
 (int64, on the CPU, as in PackedSequence). Where ``resets`` (bool, [T, B] or [N]) is true, the step starts from zero
-states, in either direction. Of the outputs, gates [T, B, S*H] are kept with ``keep_gates``, cells [T, B, H] (every c,
-in the accumulation dtype) with ``keep_cells``; both are empty otherwise. cells are differentiable, gates are not.
+states, in either direction. ``states`` and ``final_states`` are h [B, P], then c [B, H] of a cell that has one. Of the
+outputs, gates [T, B, S*H] are kept with ``keep_gates`` (else an empty tensor), and ``every_state`` with ``keep_states``
+(else an empty list): of every state after h, which is y, its value after each step, [T, B, H] in the accumulation dtype.
+every_state is differentiable, gates are not. ``needs`` says of which inputs the gradient is wanted: x, each state, w_ih,
+w_hh, b_ih, b_hh, w_hr; another's is an empty tensor.
+
+No backend serves ``parameters`` (per-unit vectors), ``inputs`` (per-step tensors), ``lengths``, ``reset_states`` and
+``heads`` other than 1 yet: the schema has room for them, so that programs saved now can be loaded later; they raise.
 """
 
 import contextlib
-import functools
 import importlib
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves
 
 from fusedrnn import _build, batching
 from fusedrnn.backends.common import Gradients, Inputs, Saved
@@ -37,30 +42,35 @@ ALGORITHMS = ("auto", "step", "sequence", "persistent")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _INPUTS = (
-    "Tensor x, Tensor h0, Tensor? c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, "
-    "Tensor? batch_sizes, Tensor? resets, bool reverse, "
+    "Tensor x, Tensor[] states, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, "
+    "Tensor[] parameters, Tensor[] inputs, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, "
+    "Tensor[] reset_states, bool reverse, int heads, "
 )
-_CHOICE = "str backend, str algorithm, "
-_SEQUENCE = (
-    f"(str cell, {_INPUTS}{_CHOICE}bool keep_gates, bool keep_cells)"
-    " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)"
-)
-_BACKWARD = (
-    f"(str cell, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, {_INPUTS}"
-    f"Tensor y, Tensor gates, Tensor cells, {_CHOICE}bool[] needs) -> "
-    "(Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh, Tensor dw_hr)"
-)
+SCHEMAS = {
+    "sequence": (
+        f"(str cell, {_INPUTS}str backend, str algorithm, bool keep_gates, bool keep_states)"
+        " -> (Tensor y, Tensor[] final_states, Tensor gates, Tensor[] every_state)"
+    ),
+    "sequence_backward": (
+        f"(str cell, Tensor? dy, Tensor?[] dfinal_states, Tensor?[] devery_state, {_INPUTS}"
+        "Tensor y, Tensor gates, Tensor[] every_state, str backend, str algorithm, bool[] needs)"
+        " -> (Tensor dx, Tensor[] dstates, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh, Tensor dw_hr, "
+        "Tensor[] dparameters, Tensor[] dinputs, Tensor[] dreset_states)"
+    ),
+}
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
-_lib = torch.library.Library("fusedrnn", "DEF")
-for _name, _schema in (("sequence", _SEQUENCE), ("sequence_backward", _BACKWARD)):
-    try:
-        _lib.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
-    except RuntimeError as error:  # the extension's kernel has another schema
+_lib = torch.library.Library("fusedrnn", "FRAGMENT")
+for _name, _schema in SCHEMAS.items():
+    if not _build.loaded():
+        _lib.define(_name + _schema, tags=_TAGS)
+    elif str(getattr(torch.ops.fusedrnn, _name).default._schema) != f"fusedrnn::{_name}{_schema}":
         raise ImportError(
             "fusedrnn's C++ extension was built from other sources than these: to build it again, "
             f"{_build.HOW_TO_BUILD}"
-        ) from error
-    _lib.define(_name + "_python" + _schema)
+        )
+    # All outputs in one list (csrc/cpu/op.cpp, elsewhere).
+    _lib.define(f"{_name}_python{_schema.split(' -> ')[0]} -> Tensor[]")
 
 
 def no_such_algorithm(backend: str, algorithm: str) -> str:
@@ -180,34 +190,91 @@ def without_autocast(x: Tensor):
     return torch.autocast(device, enabled=False) if on else contextlib.nullcontext()
 
 
-def _sequence_python(cell, *arguments):
-    inputs, (backend, algorithm, keep_gates, keep_cells) = Inputs(*arguments[:11]), arguments[11:]
+def _inputs(
+    cell, x, states, w_ih, w_hh, b_ih, b_hh, w_hr, parameters, inputs, batch_sizes, lengths, resets, reset_states,
+    reverse, heads,
+) -> Inputs:  # fmt: skip
+    """The op's inputs, of a cell that there is today."""
+    if cell not in CELLS:
+        raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {cell!r}")
+    want = 1 + CELLS[cell].has_cell_state
+    if len(states) != want:
+        raise RuntimeError(f"fusedrnn::sequence: {cell} has {want} states, got {len(states)}")
+    for name, given in (
+        ("parameters", bool(parameters)),
+        ("inputs", bool(inputs)),
+        ("lengths", lengths is not None),
+        ("reset_states", bool(reset_states)),
+        ("heads", heads != 1),
+    ):
+        if given:
+            raise RuntimeError(f"fusedrnn::sequence: the cell {cell} takes no {name}")
+    h0, c0 = (*states, None)[:2]
+    return Inputs(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, resets, reverse)
+
+
+def _of_sequence(arguments) -> tuple[Inputs, str, str, bool, bool]:
+    """The arguments of the op sequence, in groups."""
+    return _inputs(*arguments[:16]), *arguments[16:]
+
+
+def _of_backward(arguments) -> tuple[Gradients, Inputs, Saved, str, str, list[bool]]:
+    """The arguments of the op sequence_backward after the cell, in groups; needs as in Inputs, with one for c0."""
+    cell, dy, dfinals, devery, *rest = arguments
+    inputs, (y, gates, every, backend, algorithm, needs) = _inputs(cell, *rest[:15]), rest[15:]
+    states = 1 + (inputs.c0 is not None)
+    for name, given, want in (
+        ("dfinal_states", dfinals, states),
+        ("devery_state", devery, states - 1),
+        ("every_state", every, states - 1),
+        ("needs", needs, 6 + states),
+    ):
+        if len(given) != want:
+            hint = " (was forward run with keep_gates and keep_states?)" if name == "every_state" else ""
+            raise RuntimeError(f"fusedrnn::sequence_backward: {name} must have {want} entries, got {len(given)}{hint}")
+    if inputs.c0 is None:
+        needs = [*needs[:2], False, *needs[2:]]
+    dh_n, dc_n = (*dfinals, None)[:2]
+    cells = every[0] if every else y.new_empty(0, dtype=accumulation_dtype(y.dtype))
+    return Gradients(dy, dh_n, dc_n, (*devery, None)[0]), inputs, Saved(y, gates, cells), backend, algorithm, needs
+
+
+def _outputs(inputs: Inputs, keep_states: bool, y, h_n, c_n, gates, cells):
+    """What the op sequence returns."""
+    has_c = inputs.c0 is not None
+    return y, [h_n, c_n] if has_c else [h_n], gates, [cells] if has_c and keep_states else []
+
+
+def _gradients(inputs: Inputs, dx, dh0, dc0, *others):
+    """What the op sequence_backward returns."""
+    return dx, [dh0, dc0] if inputs.c0 is not None else [dh0], *others, [], [], []
+
+
+def _sequence_python(*arguments) -> list[Tensor]:
+    """y, h_n, c_n, gates, cells"""
+    cell = arguments[0]
+    inputs, backend, algorithm, keep_gates, keep_states = _of_sequence(arguments)
     check_sequence(cell, inputs, backend, algorithm)
     if inputs.batch_sizes is not None:
         check_batch_sizes(inputs.batch_sizes, inputs.x.shape[0], inputs.h0.shape[0])
     with without_autocast(inputs.x):
-        return _backend(backend).forward(CELLS[cell], inputs, algorithm, keep_gates, keep_cells)
+        return list(_backend(backend).forward(CELLS[cell], inputs, algorithm, keep_gates, keep_states))
 
 
-def _of_backward(arguments) -> tuple[Gradients, Inputs, Saved, str, str, Sequence[bool]]:
-    """The arguments of sequence_backward after the cell, in groups."""
-    return Gradients(*arguments[:4]), Inputs(*arguments[4:15]), Saved(*arguments[15:18]), *arguments[18:]
-
-
-def _sequence_backward_python(cell, *arguments):
+def _sequence_backward_python(*arguments) -> list[Tensor]:
+    """The eight gradients."""
+    cell = arguments[0]
     grads, inputs, saved, backend, algorithm, needs = _of_backward(arguments)
-    _check_backward(cell, grads, inputs, saved, backend, algorithm, needs)
+    _check_backward(cell, grads, inputs, saved, backend, algorithm)
     if inputs.batch_sizes is not None:
         check_batch_sizes(inputs.batch_sizes, inputs.x.shape[0], inputs.h0.shape[0])
     # An input that is absent has no gradient to compute, whatever was asked.
     needs = [need and t is not None for need, t in zip(needs, inputs[:8])]
     with without_autocast(inputs.x):
-        return _backend(backend).backward(CELLS[cell], grads, inputs, saved, algorithm, needs)
+        return list(_backend(backend).backward(CELLS[cell], grads, inputs, saved, algorithm, needs))
 
 
-def _check_backward(
-    cell: str, grads: Gradients, inputs: Inputs, saved: Saved, backend: str, algorithm: str, needs: Sequence[bool]
-) -> None:
+def _check_backward(cell: str, grads: Gradients, inputs: Inputs, saved: Saved, backend: str, algorithm: str) -> None:
     check_sequence(cell, inputs, backend, algorithm)
     x = inputs.x
     y_shape, h_shape, c_shape, gates_shape, cells_shape = _output_shapes(cell, inputs, True, True)
@@ -229,8 +296,6 @@ def _check_backward(
                 f"fusedrnn::sequence_backward: {name} must be a dense {list(shape)} {dtype} on {x.device}, "
                 f"got {got}{hint}"
             )
-    if len(needs) != 8:
-        raise RuntimeError(f"fusedrnn::sequence_backward: needs must have 8 entries, got {len(needs)}")
 
 
 def _output_shapes(cell: str, inputs: Inputs, keep_gates: bool, keep_cells: bool) -> tuple[tuple, ...]:
@@ -245,67 +310,209 @@ def _output_shapes(cell: str, inputs: Inputs, keep_gates: bool, keep_cells: bool
     )
 
 
-def _sequence_fake(cell, *arguments):
-    inputs, (backend, algorithm, keep_gates, keep_cells) = Inputs(*arguments[:11]), arguments[11:]
-    check_sequence(cell, inputs, backend, algorithm)
-    y, h_n, c_n, gates, cells = _output_shapes(cell, inputs, keep_gates, keep_cells)
+def _sequence_kernel(*arguments):
+    return _outputs(_of_sequence(arguments)[0], arguments[-1], *_sequence_python(*arguments))
+
+
+def _sequence_backward_kernel(*arguments):
+    return _gradients(_of_backward(arguments)[1], *_sequence_backward_python(*arguments))
+
+
+def _sequence_fake(*arguments):
+    inputs, backend, algorithm, keep_gates, keep_states = _of_sequence(arguments)
+    check_sequence(arguments[0], inputs, backend, algorithm)
+    y, h_n, c_n, gates, cells = _output_shapes(arguments[0], inputs, keep_gates, keep_states)
     new = inputs.x.new_empty
-    return new(y), new(h_n), new(c_n), new(gates), new(cells, dtype=accumulation_dtype(inputs.x.dtype))
+    cells = new(cells, dtype=accumulation_dtype(inputs.x.dtype))
+    return _outputs(inputs, keep_states, new(y), new(h_n), new(c_n), new(gates), cells)
 
 
-def _sequence_backward_fake(cell, *arguments):
+def _sequence_backward_fake(*arguments):
     grads, inputs, saved, backend, algorithm, needs = _of_backward(arguments)
-    _check_backward(cell, grads, inputs, saved, backend, algorithm, needs)
-    return tuple(inputs.x.new_empty(t.shape if need and t is not None else (0,)) for t, need in zip(inputs[:8], needs))
+    _check_backward(arguments[0], grads, inputs, saved, backend, algorithm)
+    new = inputs.x.new_empty
+    return _gradients(inputs, *(new(t.shape if n and t is not None else (0,)) for t, n in zip(inputs[:8], needs)))
 
 
-def _autograd_kernel(op):
-    """not_differentiable of csrc/autograd.cpp, where that is not built."""
-
-    def below(keys, *arguments):
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
-
-    class NotDifferentiable(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *arguments):
-            return below(*arguments)
-
-        @staticmethod
-        def backward(ctx, *grads):
-            raise NotImplementedError(
-                "torch.ops.fusedrnn.* called directly is not differentiable; call fusedrnn.LSTM or "
-                "fusedrnn.functional, or run it under torch.no_grad()"
-            )
+def _autograd_kernel(op, apply):
+    """The op for autograd: ``apply`` records it where an input requires a gradient."""
 
     def kernel(keys, *arguments):
-        tensors = [t for t in arguments if isinstance(t, Tensor)]
+        tensors = [t for t in tree_leaves(arguments) if isinstance(t, Tensor)]
         if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
             raise NotImplementedError(
                 "fusedrnn: forward mode (jvp) reaches neither torch.ops.fusedrnn.* nor the gradient of a layer that "
                 "was called outside of it; call the layer inside"
             )
-        recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        return (NotDifferentiable.apply if recorded else below)(keys, *arguments)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return apply(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
 
     return kernel
 
 
-for _name, _kernel, _fake in (
-    ("sequence", _sequence_python, _sequence_fake),
-    ("sequence_backward", _sequence_backward_python, _sequence_backward_fake),
-):
-    _lib.impl(_name + "_python", _kernel, "CompositeExplicitAutograd")
+def _apply_sequence(*arguments):
+    autograd = importlib.import_module("fusedrnn.autograd")
+    inputs, backend, algorithm, keep_gates, keep_states = _of_sequence(arguments)
+    y, h_n, c_n, gates, cells = autograd.RecurrenceFunction.apply(
+        *inputs, arguments[0], backend, algorithm, False, keep_states
+    )
+    return _outputs(inputs, keep_states, y, h_n, c_n, gates if keep_gates else y.new_empty(0), cells)
+
+
+def _apply_sequence_backward(*arguments):
+    autograd = importlib.import_module("fusedrnn.autograd")
+    grads, inputs, saved, backend, algorithm, needs = _of_backward(arguments)
+    found = autograd.RecurrenceBackwardFunction.apply(
+        *grads, *inputs, *saved, arguments[0], backend, algorithm, False, needs
+    )
+    return _gradients(inputs, *found)
+
+
+def _vmap_sequence(info, in_dims, *arguments):
+    inputs, *rest = _of_sequence(arguments)
+    dims = _of_sequence(_same_structure(arguments, in_dims))[0]
+    none = (None,) * len(rest)
+    outputs, out_dims = batching.sequence(sequence, 1, info, (None, *dims, *none), arguments[0], *inputs, *rest)
+    keep_states = rest[-1]
+    return _outputs(inputs, keep_states, *outputs), _outputs(inputs, keep_states, *out_dims)
+
+
+def _vmap_sequence_backward(info, in_dims, *arguments):
+    groups, dims = _of_backward(arguments), _of_backward(_same_structure(arguments, in_dims))
+    flat = [*groups[0], *groups[1], *groups[2], *groups[3:]]
+    mapped = [*dims[0], *dims[1], *dims[2], None, None, None]
+    outputs, out_dims = batching.sequence_backward(sequence_backward, 1, info, (None, *mapped), arguments[0], *flat)
+    return _gradients(groups[1], *outputs), _gradients(groups[1], *out_dims)
+
+
+def _same_structure(arguments, in_dims):
+    """The mapped dimensions in the place of the tensors, everything else as it is."""
+    placed = []
+    for argument, dims in zip(arguments, in_dims, strict=True):
+        if isinstance(argument, (list, tuple)):
+            dims = dims if isinstance(dims, (list, tuple)) else [dims] * len(argument)
+            placed.append([d if isinstance(t, Tensor) or t is None else t for t, d in zip(argument, dims)])
+        else:
+            placed.append(dims if isinstance(argument, Tensor) else argument)
+    return placed
+
+
+sequence_op = torch.ops.fusedrnn.sequence.default
+sequence_backward_op = torch.ops.fusedrnn.sequence_backward.default
+for _name, _op, _python, _kernel, _fake, _apply, _rule in (
+    (
+        "sequence", sequence_op, _sequence_python, _sequence_kernel, _sequence_fake, _apply_sequence, _vmap_sequence,
+    ),
+    (
+        "sequence_backward", sequence_backward_op, _sequence_backward_python, _sequence_backward_kernel,
+        _sequence_backward_fake, _apply_sequence_backward, _vmap_sequence_backward,
+    ),
+):  # fmt: skip
+    _lib.impl(_name + "_python", _python, "CompositeExplicitAutograd")
     _lib.impl(_name, _kernel, "CUDA")
     if not _build.loaded():
         _lib.impl(_name, _kernel, "CPU")
-        _lib.impl(_name, _autograd_kernel(getattr(torch.ops.fusedrnn, _name).default), "Autograd", with_keyset=True)
+    _lib.impl(_name, _autograd_kernel(_op, _apply), "Autograd", with_keyset=True)
     torch.library.register_fake(f"fusedrnn::{_name}", _fake, lib=_lib)
+    torch.library.register_vmap(_op, _rule, lib=_lib)
 
-sequence = torch.ops.fusedrnn.sequence.default
-sequence_backward = torch.ops.fusedrnn.sequence_backward.default
-for _op, _rule in ((sequence, batching.sequence), (sequence_backward, batching.sequence_backward)):
-    torch.library.register_vmap(_op, functools.partial(_rule, _op, 1), lib=_lib)
+_keys = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
+# What torch has included where no transform, mode or tracer is on, inside and outside of inference_mode.
+_PLAIN = (_keys.raw_repr(), _keys.add(torch._C.DispatchKey.ADInplaceOrView).raw_repr())
+
+
+def _call(op, *arguments):
+    """The op, past the kernel for autograd where nothing else is on: whoever calls has seen to the gradient."""
+    special = torch.compiler.is_compiling() or forward_ad._current_level >= 0
+    if special or torch._C._dispatch_tls_local_include_set().raw_repr() not in _PLAIN:
+        return op(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
+
+
+def _under_old_vmap() -> bool:
+    """Whether the vmap is on that torch.autograd.grad uses for ``is_grads_batched``: it takes no op with lists."""
+    return not torch.compiler.is_compiling() and " VmapMode" in str(torch._C._dispatch_tls_local_include_set())
+
+
+def sequence_arguments(
+    cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, resets, reverse, backend, algorithm, keep_gates,
+    keep_cells,
+) -> tuple:  # fmt: skip
+    """The arguments of the op sequence for those of :func:`sequence`."""
+    return (
+        cell, x, [h0] if c0 is None else [h0, c0], w_ih, w_hh, b_ih, b_hh, w_hr, [], [], batch_sizes, None, resets, [],
+        reverse, 1, backend, algorithm, keep_gates, keep_cells,
+    )  # fmt: skip
+
+
+def sequence(cell: str, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One direction of one layer: y, h_n, c_n, gates, cells; nothing is recorded for autograd.
+
+    Takes the fields of Inputs, then backend, algorithm, keep_gates and keep_cells; a tensor that there is not is empty.
+    """
+    fast = None if torch.compiler.is_compiling() or forward_ad._current_level >= 0 else _build._small_calls
+    if fast is not None and arguments[11] == "cpu" and arguments[12] == "auto":
+        found = fast.sequence(cell, *arguments[:11], *arguments[13:])
+        if found is not None:
+            return found
+    y, finals, gates, every = _call(sequence_op, *sequence_arguments(cell, *arguments))
+    c_n = finals[1] if len(finals) > 1 else y.new_empty(0)
+    cells = every[0] if every else y.new_empty(0, dtype=accumulation_dtype(y.dtype))
+    return y, finals[0], c_n, gates, cells
+
+
+def sequence_backward_arguments(
+    cell, dy, dh_n, dc_n, dcells, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, resets, reverse, y, gates, cells,
+    backend, algorithm, needs,
+) -> tuple:  # fmt: skip
+    """The arguments of the op sequence_backward for those of :func:`sequence_backward`."""
+    if len(needs) != 8:
+        raise RuntimeError(f"fusedrnn::sequence_backward: needs must have 8 entries, got {len(needs)}")
+    if c0 is None:
+        if dc_n is not None or dcells is not None:
+            raise RuntimeError(
+                f"fusedrnn::sequence_backward: dc_n and dcells exist only for cells with a c, not {cell}"
+            )
+        states, dfinals, devery, every, needs = [h0], [dh_n], [], [], [*needs[:2], *needs[3:]]
+    else:
+        states, dfinals, devery, every = [h0, c0], [dh_n, dc_n], [dcells], [cells]
+    return (
+        cell, dy, dfinals, devery, x, states, w_ih, w_hh, b_ih, b_hh, w_hr, [], [], batch_sizes, None, resets, [],
+        reverse, 1, y, gates, every, backend, algorithm, needs,
+    )  # fmt: skip
+
+
+def sequence_backward(cell: str, *arguments) -> tuple[Tensor, ...]:
+    """The gradients of x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, each empty where it is not needed; nothing is recorded.
+
+    Takes the fields of Gradients, Inputs and Saved, then backend, algorithm and needs (eight).
+    """
+    fast = None if torch.compiler.is_compiling() or forward_ad._current_level >= 0 else _build._small_calls
+    if fast is not None and arguments[18] == "cpu" and arguments[19] == "auto":
+        found = fast.sequence_backward(cell, *arguments[:18], arguments[20])
+        if found is not None:
+            return found
+    if _under_old_vmap():
+        return torch.ops.fusedrnn.sequence_backward_flat.default(cell, *arguments)
+    return _sequence_backward(cell, *arguments)
+
+
+def _sequence_backward(cell: str, *arguments) -> tuple[Tensor, ...]:
+    dx, dstates, *others, _, _, _ = _call(sequence_backward_op, *sequence_backward_arguments(cell, *arguments))
+    dc0 = dstates[1] if len(dstates) > 1 else dx.new_empty(0)
+    return dx, dstates[0], dc0, *others
+
+
+_lib.define(
+    "sequence_backward_flat(str cell, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, Tensor x, Tensor h0, "
+    "Tensor? c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor? batch_sizes, "
+    "Tensor? resets, bool reverse, Tensor y, Tensor gates, Tensor cells, str backend, str algorithm, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_lib.impl("sequence_backward_flat", _sequence_backward, "CompositeExplicitAutograd")
 
 
 def gates_in_torch_order(gates: Tensor, cell: str, backend: str) -> Tensor:

@@ -111,10 +111,11 @@ def test_setup_without_torch_says_what_to_do(checkout, tmp_path):
 
 @pytest.mark.skipif(not _build.loaded(), reason=f"the C++ extension: {_build.why_not_loaded()}")
 def test_an_extension_of_other_sources_says_what_to_do(checkout):
-    shutil.copy(_build._extension.__file__, checkout / "fusedrnn")
+    for name in ("_C.abi3.so", "libfusedrnn.so"):
+        shutil.copy(Path(_build._extension.__file__).with_name(name), checkout / "fusedrnn")
     ops = checkout / "fusedrnn" / "ops.py"
     changed = ops.read_text().replace(
-        "bool keep_gates, bool keep_cells)", "bool keep_gates, bool keep_cells, bool new)"
+        "bool keep_gates, bool keep_states)", "bool keep_gates, bool keep_states, bool new)"
     )
     assert changed != ops.read_text()
     ops.write_text(changed)
@@ -122,7 +123,6 @@ def test_an_extension_of_other_sources_says_what_to_do(checkout):
     last = done.stderr.splitlines()[-1]
     assert last.startswith("ImportError: fusedrnn's C++ extension was built from other sources than these"), done.stderr
     assert "run `pip install --no-build-isolation .`" in last
-    assert "The above exception was the direct cause" in done.stderr
 
 
 @pytest.mark.slow

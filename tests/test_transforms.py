@@ -12,6 +12,7 @@ from test_recurrence import RUNS, need
 
 import fusedrnn
 from fusedrnn import ops
+from fusedrnn.autograd import RecurrenceFunction
 
 testing = pytest.importorskip("torch._dynamo.testing", reason="torch.compile is not tested: no Dynamo")
 
@@ -121,7 +122,7 @@ def forward_args(case: Case, backend: str, save: bool):
 def test_opcheck_sequence(backend, algorithm, case, save):
     need(backend)
     args, _ = forward_args(case, backend, save)
-    torch.library.opcheck(ops.sequence, args)
+    torch.library.opcheck(ops.sequence_op, ops.sequence_arguments(*args))
 
 
 @pytest.mark.parametrize("needs", [[True] * 8, [False, True] * 4])
@@ -132,15 +133,25 @@ def test_opcheck_sequence_backward(backend, algorithm, case, needs):
     (cell, *rest), given = forward_args(case, backend, True)
     y, _, _, gates, cells = ops.sequence(cell, *rest)
     args = (cell, given["dy"], None, given["dc_n"], None, *rest[:11], y, gates, cells, *rest[11:13], needs)
-    torch.library.opcheck(ops.sequence_backward, args)
+    torch.library.opcheck(ops.sequence_backward_op, ops.sequence_backward_arguments(*args))
 
 
-def test_raw_op_under_autograd_raises():
-    args, given = forward_args(CASES[0], "reference", True)
-    given["x"].requires_grad_()
-    y = ops.sequence(*args)[0]
-    with pytest.raises(NotImplementedError, match="not differentiable"):
-        y.sum().backward()
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_raw_op_is_differentiable(backend, case):
+    need(backend)
+    args, _ = forward_args(case, backend, False)
+    leaves = [t.requires_grad_() for t in args[1:9] if t is not None]
+    y, finals, gates, every = ops.sequence_op(*ops.sequence_arguments(*args))
+    assert gates.numel() == 0
+    assert not every
+    found = torch.autograd.grad(sum((t * t).sum() for t in (y, *finals)), leaves, create_graph=True)
+    y, h_n, c_n, *_ = RecurrenceFunction.apply(*args[1:12], args[0], *args[12:14], False, False)
+    want = torch.autograd.grad(sum((t * t).sum() for t in (y, h_n, c_n)), leaves, create_graph=True)
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(a, b)
+    second = [torch.autograd.grad(sum(g.sum() for g in grads), leaves[0])[0] for grads in (found, want)]
+    torch.testing.assert_close(*second)
 
 
 def test_backward_keeps_the_choice_of_forward():
@@ -517,13 +528,13 @@ def test_forward_mode_raises_where_it_does_not_reach(backend, create_graph):
 def test_raw_ops_without_the_extension():
     """The kernels in Python raise in the same places."""
     run = 'import sys, pytest; sys.modules["fusedrnn._C"] = None; sys.exit(pytest.main(sys.argv[1:]))'
-    chosen = "(raw_op_under_autograd or does_not_reach) and not cpu"
+    chosen = "(raw_op_is_differentiable or does_not_reach) and not cpu"
     done = subprocess.run(
         [sys.executable, "-c", run, "-q", "-p", "no:cacheprovider", __file__, "-k", chosen],
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "5 passed" in done.stdout, done.stdout
+    assert "6 passed" in done.stdout, done.stdout
 
 
 def test_vmap_over_packed_input_resets_and_every_state():
@@ -581,8 +592,10 @@ def test_jit_trace_is_checked_saved_and_good_for_another_batch(name, options, sh
     got, want = flat(loaded(x)), flat(module(x))
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b)
-    with pytest.raises(RuntimeError, match="not differentiable"):
-        got[0].sum().backward()
+    parameters = dict(loaded.named_parameters())
+    grads = torch.autograd.grad(got[0].sum(), [parameters[n] for n, _ in module.named_parameters()])
+    for a, b in zip(grads, torch.autograd.grad(want[0].sum(), list(module.parameters())), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_forward_mode_under_autocast():

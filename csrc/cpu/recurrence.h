@@ -8,6 +8,7 @@
 
 #include <stdint.h>
 
+#include "../api.h"
 #include "../cell_list.h"
 
 namespace fusedrnn {
@@ -112,7 +113,7 @@ extern const Kernels kernels;
 
 // The best one that was compiled in and that this processor runs; FUSEDRNN_CPU_CAPABILITY lowers it. Throws
 // std::runtime_error where that names none.
-const Kernels& kernels();
+FUSEDRNN_API const Kernels& kernels();
 
 // Who multiplies two 16-bit matrices: the host's GEMM, where the processor has instructions for it and oneDNN, which
 // uses them, is right; else Kernels::product.
@@ -121,12 +122,12 @@ struct Processor {
   bool bfloat16;             // products of bfloat16: AVX512-BF16, or AMX
   const char* onednn_limit;  // ONEDNN_MAX_CPU_ISA, or null
 };
-bool host_multiplies(const Processor& processor, Dtype dtype, const char* forced);
+FUSEDRNN_API bool host_multiplies(const Processor& processor, Dtype dtype, const char* forced);
 // The same of this processor; FUSEDRNN_CPU_PRODUCTS, "host" or "panels", forces it.
-bool host_multiplies(Dtype dtype);
+FUSEDRNN_API bool host_multiplies(Dtype dtype);
 
 // Names of those compiled in, separated by spaces.
-const char* compiled_capabilities();
+FUSEDRNN_API const char* compiled_capabilities();
 // Throws. Compiled without an instruction set's flags, as all code that is shared has to be.
 [[noreturn]] void out_of_memory(int64_t bytes);
 

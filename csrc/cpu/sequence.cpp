@@ -1,17 +1,10 @@
 #include "sequence.h"
 
-#include <ATen/Context.h>
-#include <ATen/Parallel.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/cat.h>
-#include <ATen/ops/constant_pad_nd.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 #include <vector>
 
 #include "../cells.h"
@@ -39,37 +32,32 @@ CellEntry entry(CellKind kind) {
   return e;
 }
 
-const CellEntry& find_cell(c10::string_view name) {
+const CellEntry& find_cell(std::string_view name) {
 #define FUSEDRNN_ENTRY(Cell) entry<Cell>(CellKind::k##Cell),
   static const std::vector<CellEntry> cells = {FUSEDRNN_CELLS(FUSEDRNN_ENTRY)};
 #undef FUSEDRNN_ENTRY
   for (const CellEntry& cell : cells) {
     if (name == cell.name) return cell;
   }
-  TORCH_CHECK(false, "the cpu backend has no cell '", name, "'");
+  fail("the cpu backend has no cell '", name, "'");
 }
 
-void check_algorithm(c10::string_view algorithm) {
-  TORCH_CHECK(algorithm == "auto" || algorithm == "persistent", "algorithm '", algorithm,
-              "' of backend 'cpu' cannot run: it has persistent only");
-}
-
-Dtype dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kFloat:
+Dtype dtype_of(int32_t dtype) {
+  switch (dtype) {
+    case kFloat:
       return Dtype::kFloat32;
-    case at::kDouble:
+    case kDouble:
       return Dtype::kFloat64;
-    case at::kBFloat16:
+    case kBFloat16:
       return Dtype::kBfloat16;
-    case at::kHalf:
+    case kHalf:
       return Dtype::kFloat16;
     default:
-      TORCH_CHECK(false, "x must be float32, float64, bfloat16 or float16, got ", x.scalar_type());
+      fail("x must be float32, float64, bfloat16 or float16, got ", name_of(dtype));
   }
 }
 
-at::ScalarType compute_dtype(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+int32_t compute_dtype(const Tensor& x) { return x.dtype() == kDouble ? kDouble : kFloat; }
 
 int64_t cache_bytes() {
   static const int64_t bytes = [] {
@@ -82,62 +70,60 @@ int64_t cache_bytes() {
   return bytes;
 }
 
-void check_tensor(const char* name, const Tensor& t, at::IntArrayRef shape, at::ScalarType dtype) {
-  TORCH_CHECK(t.sizes() == shape, "fusedrnn: ", name, " must have shape ", shape, ", got ", t.sizes());
-  TORCH_CHECK(t.scalar_type() == dtype, "fusedrnn: ", name, " must be ", dtype, ", got ", t.scalar_type());
-  TORCH_CHECK(t.device().is_cpu(), "fusedrnn: ", name, " must be on the CPU, got ", t.device());
-}
-void check_tensor(const char* name, const OptionalTensor& t, at::IntArrayRef shape, at::ScalarType dtype) {
-  if (t) check_tensor(name, *t, shape, dtype);
+void check_tensor(const char* name, const Tensor& t, Sizes shape, int32_t dtype) {
+  if (!t) return;
+  FUSEDRNN_CHECK(t.has_sizes(shape), "fusedrnn: ", name, " must have shape ", shape, ", got ", t.sizes());
+  FUSEDRNN_CHECK(t.dtype() == dtype, "fusedrnn: ", name, " must be ", name_of(dtype), ", got ", name_of(t.dtype()));
+  FUSEDRNN_CHECK(t.is_strided(), "fusedrnn: ", name, " must be a dense tensor");
+  FUSEDRNN_CHECK(t.on_cpu(), "fusedrnn: ", name, " must be on the CPU");
 }
 
 // The sizes of a call; building one checks the inputs that forward and backward share.
-struct Sizes {
+struct Problem {
   const CellEntry& cell;
   int64_t steps, batch, rows, input, hidden, out;
   std::vector<int64_t> offsets;
   std::vector<int64_t> lead;  // of x, y, gates, cells: [T, B] or [N]
 
-  Sizes(c10::string_view cell_name, const Tensor& x, const Tensor& h0, const OptionalTensor& c0, const Tensor& w_ih,
-        const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh, const OptionalTensor& w_hr,
-        const OptionalTensor& batch_sizes, const OptionalTensor& resets)
-      : cell(find_cell(cell_name)) {
-    const int64_t dims = batch_sizes ? 2 : 3;
-    TORCH_CHECK(x.dim() == dims, "fusedrnn: x must have ", dims, " dimensions, got ", x.dim());
-    TORCH_CHECK(h0.dim() == 2, "fusedrnn: h0 must have 2 dimensions, got ", h0.dim());
-    TORCH_CHECK(w_hh.dim() == 2 && w_hh.size(0) > 0 && w_hh.size(1) > 0 && w_hh.size(0) % cell.gates == 0,
-                "fusedrnn: w_hh must have shape [", cell.gates, " * hidden_size, output size], got ", w_hh.sizes());
-    dtype_of(x);
-    const at::ScalarType dtype = x.scalar_type();
+  Problem(std::string_view cell_name, const Inputs& in) : cell(find_cell(cell_name)) {
+    const Tensor &x = in.x, &h0 = in.h0, &w_hh = in.w_hh;
+    FUSEDRNN_CHECK(x && h0 && in.w_ih && w_hh, "fusedrnn: x, h0, w_ih and w_hh must be tensors");
+    const int64_t dims = in.batch_sizes ? 2 : 3;
+    FUSEDRNN_CHECK(x.dim() == dims, "fusedrnn: x must have ", dims, " dimensions, got ", x.dim());
+    FUSEDRNN_CHECK(h0.dim() == 2, "fusedrnn: h0 must have 2 dimensions, got ", h0.dim());
+    FUSEDRNN_CHECK(w_hh.dim() == 2 && w_hh.size(0) > 0 && w_hh.size(1) > 0 && w_hh.size(0) % cell.gates == 0,
+                   "fusedrnn: w_hh must have shape [", cell.gates, " * hidden_size, output size], got ", w_hh.sizes());
+    dtype_of(x.dtype());
+    const int32_t dtype = x.dtype();
     input = x.size(-1);
     hidden = w_hh.size(0) / cell.gates;
     out = w_hh.size(1);
     batch = h0.size(0);
-    TORCH_CHECK(w_hr || out == hidden, "fusedrnn: w_hh must have shape [", cell.gates * hidden, ", ", hidden, "], got ",
-                w_hh.sizes());
-    TORCH_CHECK(!w_hr || cell.has_cell_state, "fusedrnn: w_hr (projection) exists only for the LSTM");
-    TORCH_CHECK(c0.has_value() == cell.has_cell_state, "fusedrnn: c0 must ", cell.has_cell_state ? "" : "not ",
-                "be given for the cell ", cell.name);
+    FUSEDRNN_CHECK(in.w_hr || out == hidden, "fusedrnn: w_hh must have shape [", cell.gates * hidden, ", ", hidden,
+                   "], got ", w_hh.sizes());
+    FUSEDRNN_CHECK(!in.w_hr || cell.has_cell_state, "fusedrnn: w_hr (projection) exists only for the LSTM");
+    FUSEDRNN_CHECK(static_cast<bool>(in.c0) == cell.has_cell_state, "fusedrnn: c0 must ",
+                   cell.has_cell_state ? "" : "not ", "be given for the cell ", cell.name);
     check_tensor("x", x, x.sizes(), dtype);
     check_tensor("h0", h0, {batch, out}, dtype);
-    check_tensor("c0", c0, {batch, hidden}, dtype);
-    check_tensor("w_ih", w_ih, {cell.gates * hidden, input}, dtype);
+    check_tensor("c0", in.c0, {batch, hidden}, dtype);
+    check_tensor("w_ih", in.w_ih, {cell.gates * hidden, input}, dtype);
     check_tensor("w_hh", w_hh, {cell.gates * hidden, out}, dtype);
-    check_tensor("b_ih", b_ih, {cell.gates * hidden}, dtype);
-    check_tensor("b_hh", b_hh, {cell.gates * hidden}, dtype);
-    check_tensor("w_hr", w_hr, {out, hidden}, dtype);
-    if (batch_sizes) {
-      packed(x, *batch_sizes);
+    check_tensor("b_ih", in.b_ih, {cell.gates * hidden}, dtype);
+    check_tensor("b_hh", in.b_hh, {cell.gates * hidden}, dtype);
+    check_tensor("w_hr", in.w_hr, {out, hidden}, dtype);
+    if (in.batch_sizes) {
+      packed(x, in.batch_sizes);
     } else {
       dense(x);
     }
-    check_tensor("resets", resets, lead, at::kBool);
+    check_tensor("resets", in.resets, lead, kBool);
   }
 
   void dense(const Tensor& x) {
     steps = x.size(0);
-    TORCH_CHECK(steps > 0, "Expected sequence length to be larger than 0 in RNN");
-    TORCH_CHECK(x.size(1) == batch, "fusedrnn: h0 must have batch size ", x.size(1), ", got ", batch);
+    FUSEDRNN_CHECK(steps > 0, "Expected sequence length to be larger than 0 in RNN");
+    FUSEDRNN_CHECK(x.size(1) == batch, "fusedrnn: h0 must have batch size ", x.size(1), ", got ", batch);
     rows = steps * batch;
     lead = {steps, batch};
     offsets.resize(steps + 1);
@@ -145,27 +131,27 @@ struct Sizes {
   }
 
   void packed(const Tensor& x, const Tensor& sizes) {
-    TORCH_CHECK(sizes.dim() == 1 && sizes.scalar_type() == at::kLong && sizes.device().is_cpu(),
-                "fusedrnn: batch_sizes must be a 1-D int64 tensor on the CPU, got ", sizes.dim(), "-D ",
-                sizes.scalar_type(), " on ", sizes.device());
+    FUSEDRNN_CHECK(sizes.dim() == 1 && sizes.dtype() == kInt64 && sizes.is_strided() && sizes.on_cpu(),
+                   "fusedrnn: batch_sizes must be a 1-D int64 tensor on the CPU, got ", sizes.dim(), "-D ",
+                   name_of(sizes.dtype()));
     steps = sizes.size(0);
-    TORCH_CHECK(steps > 0, "Expected sequence length to be larger than 0 in RNN");
-    const Tensor contiguous = sizes.contiguous();
-    const int64_t* size = contiguous.const_data_ptr<int64_t>();
-    TORCH_CHECK(size[0] == batch, "fusedrnn: h0 must have batch size ", size[0], ", got ", batch);
+    FUSEDRNN_CHECK(steps > 0, "Expected sequence length to be larger than 0 in RNN");
+    const int64_t* first = sizes.data<int64_t>();
+    const auto size = [&](int64_t t) { return first[t * sizes.stride(0)]; };
+    FUSEDRNN_CHECK(size(0) == batch, "fusedrnn: h0 must have batch size ", size(0), ", got ", batch);
     rows = x.size(0);
     lead = {rows};
     offsets.reserve(steps + 1);
     offsets.push_back(0);
     for (int64_t t = 0; t < steps; ++t) {
-      TORCH_CHECK(size[t] >= 1 && size[t] <= size[t ? t - 1 : 0],
-                  "fusedrnn: batch_sizes must not increase and must be at least 1, got ", size[t], " at step ", t);
-      TORCH_CHECK(size[t] <= rows - offsets.back(), "fusedrnn: batch_sizes add up to more than the ", rows,
-                  " rows of x");
-      offsets.push_back(offsets.back() + size[t]);
+      FUSEDRNN_CHECK(size(t) >= 1 && size(t) <= size(t ? t - 1 : 0),
+                     "fusedrnn: batch_sizes must not increase and must be at least 1, got ", size(t), " at step ", t);
+      FUSEDRNN_CHECK(size(t) <= rows - offsets.back(), "fusedrnn: batch_sizes add up to more than the ", rows,
+                     " rows of x");
+      offsets.push_back(offsets.back() + size(t));
     }
-    TORCH_CHECK(offsets.back() == rows, "fusedrnn: batch_sizes must add up to the ", rows, " rows of x, got ",
-                offsets.back());
+    FUSEDRNN_CHECK(offsets.back() == rows, "fusedrnn: batch_sizes must add up to the ", rows, " rows of x, got ",
+                   offsets.back());
   }
 
   std::vector<int64_t> shape(int64_t last) const {
@@ -176,75 +162,88 @@ struct Sizes {
 
   // A step too small for several cores gains nothing from them; with few rows there is a barrier to pay for as well,
   // and on a busy machine that costs a time slice.
-  Shape problem(const Tensor& x, const OptionalTensor& resets, bool reverse) const {
+  Shape shape_of(const Tensor& x, const Tensor& resets, bool reverse) const {
     const double step = static_cast<double>(batch) * cell.gates * hidden * out;
-    int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+    int threads = in_parallel_region() ? 1 : torch_threads();
     if (step < (batch >= 2 * threads ? 32768.0 : (steps == 1 ? 65536.0 : 200000.0))) threads = 1;
-    const bool* reset = resets ? resets->const_data_ptr<bool>() : nullptr;
-    return {cell.kind, dtype_of(x), steps, batch, hidden, out, offsets.data(), reset, reverse, threads, cache_bytes()};
+    return {cell.kind,      dtype_of(x.dtype()), steps,   batch,   hidden,       out,
+            offsets.data(), resets.data<bool>(), reverse, threads, cache_bytes()};
   }
 };
 
-const void* pointer(const Tensor& t) { return t.numel() ? t.const_data_ptr() : nullptr; }
-const void* pointer(const OptionalTensor& t) { return t ? pointer(*t) : nullptr; }
-void* writable(const Tensor& t) { return t.numel() ? t.mutable_data_ptr() : nullptr; }
-
-OptionalTensor contiguous(const OptionalTensor& t) { return t ? OptionalTensor(t->contiguous()) : std::nullopt; }
-
-Tensor rows_of(const Tensor& t) { return t.contiguous().flatten(0, -2); }
+Tensor none(int32_t dtype) { return Tensor::empty({0}, dtype); }
 
 // Every product of two matrices outside of the loop comes through here.
-void product_out(Tensor& c, const Tensor& a, const Tensor& b) {
-  if (c.element_size() > 2 || c.numel() == 0 || a.size(1) == 0) {
-    at::mm_out(c, a, b);
+void product_out(const Matrix& c, const Matrix& a, const Matrix& b) {
+  const int64_t rows = a.rows, depth = a.columns, columns = b.columns;
+  if (bytes_of(c.dtype()) > 2 || rows * columns == 0 || depth == 0) {
+    torch_mm_out(c, a, b);
     return;
   }
-  const int64_t rows = a.size(0), depth = a.size(1), columns = b.size(1);
   const int64_t work = rows * depth * columns;
   const bool large = std::min({rows, depth, columns}) >= kHostLeast && work >= kHostWork;
-  if (host_multiplies(dtype_of(c)) && large && at::globalContext().userEnabledMkldnn()) {
+  if (host_multiplies(dtype_of(c.dtype())) && large) {
+    if (depth % 2 == 0) {
+      torch_mm_out(c, a, b);
+      return;
+    }
     // It takes the depth in pairs: the last of an odd one would have a NaN of the next row beside it.
-    const bool odd = depth % 2;
-    at::mm_out(c, odd ? at::constant_pad_nd(a, {0, 1}) : a, odd ? at::constant_pad_nd(b, {0, 0, 0, 1}) : b);
+    const Tensor left = Tensor::empty({rows, depth + 1}, c.dtype()),
+                 right = Tensor::empty({depth + 1, columns}, c.dtype());
+    const Matrix padded_left = Matrix::rows_of(left), padded_right = Matrix::rows_of(right);
+    for (int64_t row = 0; row < rows; ++row) {
+      std::memset(static_cast<char*>(left.writable()) + 2 * (row * (depth + 1) + depth), 0, 2);
+    }
+    std::memset(static_cast<char*>(right.writable()) + 2 * depth * columns, 0, 2 * columns);
+    torch_copy(padded_left.narrow_columns(0, depth), a);
+    torch_copy(padded_right.narrow_rows(0, depth), b);
+    torch_mm_out(c, padded_left, padded_right);
     return;
   }
-  const auto with_unit_stride = [](const Tensor& t) {
-    return t.stride(0) == 1 || t.stride(1) == 1 ? t : t.contiguous();
+  // Where neither stride is 1, a copy.
+  Tensor copies[2];
+  const auto with_unit_stride = [&](const Matrix& m, Tensor& copy) {
+    if (m.row_stride == 1 || m.column_stride == 1) return m;
+    copy = Tensor::empty({m.rows, m.columns}, m.dtype());
+    const Matrix to = Matrix::rows_of(copy);
+    torch_copy(to, m);
+    return to;
   };
-  const Tensor left = with_unit_stride(a), right = with_unit_stride(b);
-  const bool alone = at::in_parallel_region() || work < 65536;
-  kernels().product({dtype_of(c), rows, columns, depth, pointer(left), left.stride(0), left.stride(1), pointer(right),
-                     right.stride(0), right.stride(1), writable(c), c.stride(0), alone ? 1 : at::get_num_threads()});
+  const Matrix left = with_unit_stride(a, copies[0]), right = with_unit_stride(b, copies[1]);
+  const bool alone = in_parallel_region() || work < 65536;
+  kernels().product({dtype_of(c.dtype()), rows, columns, depth, left.data(), left.row_stride, left.column_stride,
+                     right.data(), right.row_stride, right.column_stride, c.data(), c.row_stride,
+                     alone ? 1 : torch_threads()});
 }
 
-Tensor product(const Tensor& a, const Tensor& b) {
-  Tensor c = at::empty({a.size(0), b.size(1)}, a.options());
-  product_out(c, a, b);
+Tensor product(const Matrix& a, const Matrix& b) {
+  Tensor c = Tensor::empty({a.rows, b.columns}, a.dtype());
+  product_out(Matrix::rows_of(c), a, b);
   return c;
 }
 
+Matrix matrix(const Tensor& t) { return {&t, t.size(0), t.size(1), t.stride(0), t.stride(1)}; }
+
 // For every row the h its step started from.
-Tensor previous_rows(const Sizes& sizes, const Tensor& h0, const Tensor& y, const OptionalTensor& resets,
-                     bool reverse) {
-  const Tensor result = at::empty({sizes.rows, sizes.out}, y.options());
-  const size_t row_bytes = static_cast<size_t>(sizes.out * y.element_size());
-  char* to = static_cast<char*>(result.mutable_data_ptr());
-  const char* from_y = static_cast<const char*>(y.const_data_ptr());
-  const char* from_h0 = static_cast<const char*>(h0.const_data_ptr());
-  for (int64_t t = 0; t < sizes.steps; ++t) {
+Tensor previous_rows(const Problem& s, const Tensor& h0, const Tensor& y, const Tensor& resets, bool reverse) {
+  Tensor result = Tensor::empty({s.rows, s.out}, y.dtype());
+  const size_t row_bytes = static_cast<size_t>(s.out * y.element_size());
+  char* to = static_cast<char*>(result.writable());
+  const char *from_y = y.data<char>(), *from_h0 = h0.data<char>();
+  for (int64_t t = 0; t < s.steps; ++t) {
     const int64_t before = reverse ? t + 1 : t - 1;
-    const int64_t count = sizes.offsets[t + 1] - sizes.offsets[t];
-    const bool inside = before >= 0 && before < sizes.steps;
-    const int64_t carried = inside ? std::min(count, sizes.offsets[before + 1] - sizes.offsets[before]) : 0;
-    char* row = to + sizes.offsets[t] * row_bytes;
-    if (carried) std::memcpy(row, from_y + sizes.offsets[before] * row_bytes, carried * row_bytes);
+    const int64_t count = s.offsets[t + 1] - s.offsets[t];
+    const bool inside = before >= 0 && before < s.steps;
+    const int64_t carried = inside ? std::min(count, s.offsets[before + 1] - s.offsets[before]) : 0;
+    char* row = to + s.offsets[t] * row_bytes;
+    if (carried) std::memcpy(row, from_y + s.offsets[before] * row_bytes, carried * row_bytes);
     if (count > carried) {
       std::memcpy(row + carried * row_bytes, from_h0 + carried * row_bytes, (count - carried) * row_bytes);
     }
   }
   if (resets) {
-    const bool* reset = resets->const_data_ptr<bool>();
-    for (int64_t row = 0; row < sizes.rows; ++row) {
+    const bool* reset = resets.data<bool>();
+    for (int64_t row = 0; row < s.rows; ++row) {
       if (reset[row]) std::memset(to + row * row_bytes, 0, row_bytes);
     }
   }
@@ -252,148 +251,150 @@ Tensor previous_rows(const Sizes& sizes, const Tensor& h0, const Tensor& y, cons
 }
 
 // dgates^T times what each step started from. In 16 bits one GEMM over a copy: adding two would round twice.
-Tensor recurrent_gradient(const Sizes& s, const Tensor& dgates, const Tensor& h0, const Tensor& y,
-                          const OptionalTensor& resets, bool reverse) {
+Tensor recurrent_gradient(const Problem& s, const Matrix& dgates, const Tensor& h0, const Tensor& y,
+                          const Tensor& resets, bool reverse) {
   const bool dense = s.lead.size() == 2;
-  if (!dense || resets || dgates.element_size() == 2) {
-    return product(dgates.t(), previous_rows(s, h0, y, resets, reverse));
-  }
   const int64_t inner = s.rows - s.batch;
-  const Tensor started = dgates.narrow(0, reverse ? inner : 0, s.batch);
-  Tensor result = at::mm(started.t(), h0);
-  const Tensor y_rows = y.view({s.rows, s.out}).narrow(0, reverse ? s.batch : 0, inner);
-  return inner ? result.addmm_(dgates.narrow(0, reverse ? 0 : s.batch, inner).t(), y_rows) : result;
+  if (dense && !resets && bytes_of(dgates.dtype()) > 2 && s.rows > 0) {
+    Tensor result = product(dgates.narrow_rows(reverse ? inner : 0, s.batch).t(), matrix(h0));
+    if (inner == 0) return result;
+    const Matrix y_rows = Matrix::rows_of(y).narrow_rows(reverse ? s.batch : 0, inner);
+    if (torch_addmm(matrix(result), dgates.narrow_rows(reverse ? 0 : s.batch, inner).t(), y_rows)) return result;
+  }
+  const Tensor started = previous_rows(s, h0, y, resets, reverse);
+  return product(dgates.t(), matrix(started));
 }
 
-// Columns of dgates in the order of the gates.
-Tensor gate_columns(const Tensor& dgates, const std::vector<int64_t>& accumulators, int64_t hidden) {
+// Columns of dgates in the order of the gates: a part of it, or a copy, which `copy` then holds.
+Matrix gate_columns(const Tensor& dgates, const std::vector<int64_t>& accumulators, int64_t hidden, Tensor& copy) {
   bool in_order = true;
   for (size_t g = 0; g < accumulators.size(); ++g) in_order &= accumulators[g] == static_cast<int64_t>(g);
-  if (in_order) return dgates.narrow(1, 0, static_cast<int64_t>(accumulators.size()) * hidden);
-  std::vector<Tensor> columns;
-  for (const int64_t a : accumulators) columns.push_back(dgates.narrow(1, a * hidden, hidden));
-  return at::cat(columns, 1);
+  const int64_t gates = static_cast<int64_t>(accumulators.size()), rows = dgates.size(0), columns = dgates.size(1);
+  if (in_order) return matrix(dgates).narrow_columns(0, gates * hidden);
+  copy = Tensor::empty({rows, gates * hidden}, dgates.dtype());
+  const int64_t bytes = dgates.element_size();
+  const char* from = dgates.data<char>();
+  char* to = static_cast<char*>(copy.writable());
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t g = 0; g < gates; ++g) {
+      std::memcpy(to + (row * gates + g) * hidden * bytes, from + (row * columns + accumulators[g] * hidden) * bytes,
+                  static_cast<size_t>(hidden * bytes));
+    }
+  }
+  return matrix(copy);
+}
+
+// gates and cells are where they are kept, or have no elements.
+void forward(const Problem& s, const Inputs& in, void* y, void* h_n, void* c_n, const Tensor& gates,
+             const Tensor& cells) {
+  if (s.rows == 0) return;
+  const int32_t dtype = in.x.dtype();
+  // Where as many gates are saved as come in, the cell replaces the one by the other in place.
+  const bool in_place = gates.numel() > 0 && s.cell.saved == s.cell.gates;
+  // In a step of few rows the kernel multiplies x by W_ih as well: a GEMM of its own would take longer.
+  const bool in_tiles = kernels().tiles && dtype == kBFloat16;
+  const bool one_kernel = s.steps == 1 && s.batch <= (in_tiles ? kFewRowsOfTiles : kFewRows);
+  // With more rows both products are GEMMs; 16 bits would round the second.
+  const bool two_products = s.steps == 1 && !one_kernel && bytes_of(dtype) > 2 && !in.resets;
+  const Tensor x = in.x.contiguous(), w_ih = one_kernel ? in.w_ih.contiguous() : in.w_ih.with_dims(2);
+  const Tensor h0 = in.h0.contiguous(), c0 = in.c0.contiguous(), w_hh = in.w_hh.contiguous();
+  const Tensor b_ih = in.b_ih.contiguous(), b_hh = in.b_hh.contiguous(), w_hr = in.w_hr.contiguous();
+  const Tensor resets = in.resets.contiguous();
+  Tensor gates_x, gates_h;
+  const void* of_x = nullptr;
+  if (!one_kernel) {
+    if (!in_place) gates_x = Tensor::empty({s.rows, s.cell.gates * s.hidden}, dtype);
+    const Matrix to = Matrix::rows_of(in_place ? gates : gates_x);
+    product_out(to, Matrix::rows_of(x), matrix(w_ih).t());
+    of_x = to.data();
+  }
+  if (two_products) gates_h = product(matrix(h0), matrix(w_hh).t());
+  kernels().forward({s.shape_of(x, resets, in.reverse), of_x, gates_h.data(), x.data(), w_ih.data(), s.input, h0.data(),
+                     c0.data(), w_hh.data(), b_ih.data(), b_hh.data(), w_hr.data(), y, h_n, c_n, gates.writable(),
+                     cells.writable()});
 }
 
 }  // namespace
 
-std::pair<int64_t, bool> gates_and_c(c10::string_view cell) {
+std::pair<int64_t, bool> gates_and_c(std::string_view cell) {
   const CellEntry& found = find_cell(cell);
   return {found.gates, found.has_cell_state};
 }
 
-Outputs sequence_cpu(c10::string_view cell, const Tensor& x, const Tensor& h0, const OptionalTensor& c0,
-                     const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
-                     const OptionalTensor& w_hr, const OptionalTensor& batch_sizes, const OptionalTensor& resets,
-                     bool reverse, c10::string_view backend, c10::string_view algorithm, bool keep_gates,
-                     bool keep_cells) {
-  // The tensors have the dtype they shall have; autocast would round the operands of the products here.
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  if (backend != "cpu") {
-    static const auto python =
-        c10::Dispatcher::singleton().findSchemaOrThrow("fusedrnn::sequence_python", "").typed<decltype(sequence_cpu)>();
-    return python.call(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, resets, reverse, backend, algorithm,
-                       keep_gates, keep_cells);
-  }
-  check_algorithm(algorithm);
-  const Sizes s(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, resets);
-  const auto options = x.options();
-  const auto compute = options.dtype(compute_dtype(x));
-  const Tensor y = at::empty(s.shape(s.out), options);
-  const Tensor h_n = at::empty({s.batch, s.out}, options);
-  const Tensor c_n = s.cell.has_cell_state ? at::empty({s.batch, s.hidden}, options) : at::empty({0}, options);
+Outputs sequence(std::string_view cell, const Inputs& in, bool keep_gates, bool keep_cells) {
+  const Problem s(cell, in);
+  const int32_t dtype = in.x.dtype(), compute = compute_dtype(in.x);
   const bool save_gates = keep_gates && s.cell.saved > 0, save_cells = keep_cells && s.cell.has_cell_state;
-  const Tensor gates = save_gates ? at::empty(s.shape(s.cell.saved * s.hidden), options) : at::empty({0}, options);
-  const Tensor cells = save_cells ? at::empty(s.shape(s.hidden), compute) : at::empty({0}, compute);
-  if (s.rows == 0) return {y, h_n, c_n, gates, cells};
-
-  // Where as many gates are saved as come in, the cell replaces the one by the other in place.
-  const bool in_place = save_gates && s.cell.saved == s.cell.gates;
-  // In a step of few rows the kernel multiplies x by W_ih as well: a GEMM of its own would take longer.
-  const bool in_tiles = kernels().tiles && x.scalar_type() == at::kBFloat16;
-  const bool one_kernel = s.steps == 1 && s.batch <= (in_tiles ? kFewRowsOfTiles : kFewRows);
-  // With more rows both products are GEMMs; 16 bits would round the second.
-  const bool two_products = s.steps == 1 && !one_kernel && x.element_size() > 2 && !resets;
-  Tensor gates_x =
-      in_place ? gates.view({s.rows, -1}) : at::empty({one_kernel ? 0 : s.rows, s.cell.gates * s.hidden}, options);
-  const Tensor xc = one_kernel ? x.contiguous() : x, w_ihc = one_kernel ? w_ih.contiguous() : w_ih;
-  if (!one_kernel) product_out(gates_x, rows_of(x), w_ih.t());
-  const Tensor h0c = h0.contiguous(), w_hhc = w_hh.contiguous();
-  const Tensor gates_h = two_products ? at::mm(h0c, w_hh.t()) : at::empty({0}, options);
-  const OptionalTensor c0c = contiguous(c0), b_ihc = contiguous(b_ih), b_hhc = contiguous(b_hh),
-                       w_hrc = contiguous(w_hr);
-  const OptionalTensor resetsc = contiguous(resets);
-  kernels().forward({s.problem(x, resetsc, reverse), one_kernel ? nullptr : pointer(gates_x),
-                     two_products ? pointer(gates_h) : nullptr, pointer(xc), pointer(w_ihc), s.input, pointer(h0c),
-                     pointer(c0c), pointer(w_hhc), pointer(b_ihc), pointer(b_hhc), pointer(w_hrc), writable(y),
-                     writable(h_n), writable(c_n), writable(gates), writable(cells)});
-  return {y, h_n, c_n, gates, cells};
+  Outputs out{Tensor::empty(s.shape(s.out), dtype), Tensor::empty({s.batch, s.out}, dtype),
+              s.cell.has_cell_state ? Tensor::empty({s.batch, s.hidden}, dtype) : none(dtype),
+              save_gates ? Tensor::empty(s.shape(s.cell.saved * s.hidden), dtype) : none(dtype),
+              save_cells ? Tensor::empty(s.shape(s.hidden), compute) : none(compute)};
+  forward(s, in, out.y.writable(), out.h_n.writable(), out.c_n.writable(), out.gates, out.cells);
+  return out;
 }
 
-Gradients sequence_backward_cpu(c10::string_view cell, const OptionalTensor& dy, const OptionalTensor& dh_n,
-                                const OptionalTensor& dc_n, const OptionalTensor& dcells, const Tensor& x,
-                                const Tensor& h0, const OptionalTensor& c0, const Tensor& w_ih, const Tensor& w_hh,
-                                const OptionalTensor& b_ih, const OptionalTensor& b_hh, const OptionalTensor& w_hr,
-                                const OptionalTensor& batch_sizes, const OptionalTensor& resets, bool reverse,
-                                const Tensor& y, const Tensor& gates, const Tensor& cells, c10::string_view backend,
-                                c10::string_view algorithm, c10::List<bool> needs) {
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  if (backend != "cpu") {
-    static const auto python = c10::Dispatcher::singleton()
-                                   .findSchemaOrThrow("fusedrnn::sequence_backward_python", "")
-                                   .typed<decltype(sequence_backward_cpu)>();
-    return python.call(cell, dy, dh_n, dc_n, dcells, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, resets,
-                       reverse, y, gates, cells, backend, algorithm, needs);
-  }
-  check_algorithm(algorithm);
-  const Sizes s(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, resets);
-  const at::ScalarType dtype = x.scalar_type();
-  TORCH_CHECK(needs.size() == 8, "fusedrnn: needs must have 8 entries, got ", needs.size());
+void sequence_into(std::string_view cell, const Inputs& in, void* y, void* h_n, void* c_n) {
+  forward(Problem(cell, in), in, y, h_n, c_n, {}, {});
+}
+
+Gradients sequence_backward(std::string_view cell, const Tensor& dy, const Tensor& dh_n, const Tensor& dc_n,
+                            const Tensor& dcells, const Inputs& in, const Tensor& y, const Tensor& gates,
+                            const Tensor& cells, const std::array<bool, 8>& needs) {
+  const Problem s(cell, in);
+  const int32_t dtype = in.x.dtype(), compute = compute_dtype(in.x);
   check_tensor("y", y, s.shape(s.out), dtype);
   check_tensor("dy", dy, s.shape(s.out), dtype);
   check_tensor("dh_n", dh_n, {s.batch, s.out}, dtype);
-  TORCH_CHECK(s.cell.has_cell_state || !dc_n, "fusedrnn: dc_n exists only for cells with a cell state");
+  FUSEDRNN_CHECK(s.cell.has_cell_state || !dc_n, "fusedrnn: dc_n exists only for cells with a cell state");
   check_tensor("dc_n", dc_n, {s.batch, s.hidden}, dtype);
-  TORCH_CHECK(s.cell.has_cell_state || !dcells, "fusedrnn: dcells exists only for cells with a cell state");
-  check_tensor("dcells", dcells, s.shape(s.hidden), compute_dtype(x));
+  FUSEDRNN_CHECK(s.cell.has_cell_state || !dcells, "fusedrnn: dcells exists only for cells with a cell state");
+  check_tensor("dcells", dcells, s.shape(s.hidden), compute);
   if (s.cell.saved) check_tensor("gates (saved by forward)", gates, s.shape(s.cell.saved * s.hidden), dtype);
-  if (s.cell.has_cell_state) check_tensor("cells (saved by forward)", cells, s.shape(s.hidden), compute_dtype(x));
+  if (s.cell.has_cell_state) check_tensor("cells (saved by forward)", cells, s.shape(s.hidden), compute);
 
-  const auto options = x.options();
-  const Tensor dgates = at::empty({s.rows, s.cell.accumulators * s.hidden}, options);
-  const Tensor none = at::empty({0}, options);
-  const auto output = [&](int index, at::IntArrayRef shape) {
-    return needs.get(index) ? at::empty(shape, options) : at::empty({0}, options);
-  };
-  const Tensor dh0 = output(1, {s.batch, s.out});
-  const Tensor dc0 = s.cell.has_cell_state ? output(2, {s.batch, s.hidden}) : none;
-  const Tensor dy_total = w_hr ? at::empty({s.rows, s.out}, options) : none;
-  const Tensor h = w_hr ? at::empty({s.rows, s.hidden}, options) : none;
-  const Tensor yc = y.contiguous(), h0c = h0.contiguous();
-  const OptionalTensor resetsc = contiguous(resets);
+  const Tensor dgates = Tensor::empty({s.rows, s.cell.accumulators * s.hidden}, dtype);
+  Gradients d;
+  if (needs[1]) d[1] = Tensor::empty({s.batch, s.out}, dtype);
+  if (needs[2] && s.cell.has_cell_state) d[2] = Tensor::empty({s.batch, s.hidden}, dtype);
+  Tensor dy_total, h;
+  if (in.w_hr) dy_total = Tensor::empty({s.rows, s.out}, dtype), h = Tensor::empty({s.rows, s.hidden}, dtype);
+  const Tensor yc = y.contiguous(), h0 = in.h0.contiguous(), resets = in.resets.contiguous();
   if (s.rows > 0) {
-    const Tensor w_hhc = w_hh.contiguous(), gatesc = gates.contiguous(), cellsc = cells.contiguous();
-    const OptionalTensor dyc = contiguous(dy), dh_nc = contiguous(dh_n), dc_nc = contiguous(dc_n), c0c = contiguous(c0),
-                         w_hrc = contiguous(w_hr), dcellsc = contiguous(dcells);
-    kernels().backward({s.problem(x, resetsc, reverse), pointer(dyc), pointer(dh_nc), pointer(dc_nc), pointer(dcellsc),
-                        pointer(h0c), pointer(c0c), pointer(w_hhc), pointer(w_hrc), pointer(yc), pointer(gatesc),
-                        pointer(cellsc), writable(dgates), writable(dh0), writable(dc0), writable(dy_total),
-                        writable(h)});
+    const Tensor w_hh = in.w_hh.contiguous(), gatesc = gates.contiguous(), cellsc = cells.contiguous();
+    const Tensor dyc = dy.contiguous(), dh_nc = dh_n.contiguous(), dc_nc = dc_n.contiguous();
+    const Tensor c0 = in.c0.contiguous(), w_hr = in.w_hr.contiguous(), dcellsc = dcells.contiguous();
+    kernels().backward({s.shape_of(in.x, resets, in.reverse), dyc.data(), dh_nc.data(), dc_nc.data(), dcellsc.data(),
+                        h0.data(), c0.data(), w_hh.data(), w_hr.data(), yc.data(), gatesc.data(), cellsc.data(),
+                        dgates.writable(), d[1].writable(), d[2].writable(), dy_total.writable(), h.writable()});
   }
 
   const bool same = s.cell.x_acc == s.cell.h_acc;
-  const Tensor dgates_x = gate_columns(dgates, s.cell.x_acc, s.hidden);
-  const Tensor dgates_h = same ? dgates_x : gate_columns(dgates, s.cell.h_acc, s.hidden);
-  Tensor dx = none, dw_ih = none, dw_hh = none, db_ih = none, db_hh = none, dw_hr = none;
-  if (needs.get(0)) dx = product(dgates_x, w_ih).view(x.sizes());
-  if (needs.get(3)) dw_ih = product(dgates_x.t(), rows_of(x));
-  if (needs.get(4)) dw_hh = recurrent_gradient(s, dgates_h, h0c, yc, resetsc, reverse);
-  if (needs.get(5) && b_ih) db_ih = dgates_x.sum(0);
-  if (needs.get(6) && b_hh) db_hh = same && db_ih.numel() ? db_ih.clone() : dgates_h.sum(0);
-  if (needs.get(7) && w_hr) dw_hr = product(dy_total.t(), h);
-  // Outputs of an op may not alias each other.
-  const auto own = [&](const Tensor& t) { return t.is_same(none) ? at::empty({0}, options) : t; };
-  return {own(dx), dh0, own(dc0), own(dw_ih), own(dw_hh), own(db_ih), own(db_hh), own(dw_hr)};
+  Tensor copies[2];
+  const Matrix dgates_x = gate_columns(dgates, s.cell.x_acc, s.hidden, copies[0]);
+  const Matrix dgates_h = same ? dgates_x : gate_columns(dgates, s.cell.h_acc, s.hidden, copies[1]);
+  if (needs[0]) {
+    d[0] = Tensor::empty(in.x.sizes(), dtype);
+    product_out(Matrix::rows_of(d[0]), dgates_x, matrix(in.w_ih));
+  }
+  if (needs[3]) {
+    const Tensor x = in.x.contiguous();
+    d[3] = product(dgates_x.t(), Matrix::rows_of(x));
+  }
+  if (needs[4]) d[4] = recurrent_gradient(s, dgates_h, h0, yc, resets, in.reverse);
+  if (needs[5] && in.b_ih) d[5] = torch_sum_rows(dgates_x);
+  if (needs[6] && in.b_hh) {
+    if (same && d[5]) {
+      d[6] = Tensor::empty(d[5].sizes(), dtype);
+      if (d[5].numel()) std::memcpy(d[6].writable(), d[5].data(), d[5].numel() * d[5].element_size());
+    } else {
+      d[6] = torch_sum_rows(dgates_h);
+    }
+  }
+  if (needs[7] && in.w_hr) d[7] = product(matrix(dy_total).t(), matrix(h));
+  for (Tensor& t : d) {
+    if (!t) t = none(dtype);
+  }
+  return d;
 }
 
 }  // namespace fusedrnn

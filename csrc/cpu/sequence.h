@@ -1,35 +1,40 @@
-// fusedrnn::sequence and fusedrnn::sequence_backward on the CPU; shapes as in recurrence.h and fusedrnn/ops.py.
+// fusedrnn::sequence and fusedrnn::sequence_backward on the CPU, below torch's dispatcher; shapes as in recurrence.h
+// and fusedrnn/ops.py. What is wrong with the arguments is a std::runtime_error.
 #pragma once
 
-#include <ATen/core/List.h>
-#include <ATen/core/Tensor.h>
-
-#include <optional>
-#include <tuple>
+#include <array>
+#include <string_view>
 #include <utility>
+
+#include "tensor.h"
 
 namespace fusedrnn {
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+// None where there is none; batch_sizes and resets as well.
+struct Inputs {
+  Tensor x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, resets;
+  bool reverse = false;
+};
+
+// Of what was not kept, and of a c that there is not, a tensor without elements.
+struct Outputs {
+  Tensor y, h_n, c_n, gates, cells;
+};
+
+// Of x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr.
+using Gradients = std::array<Tensor, 8>;
 
 // Of a cell: how many gates, and whether there is a c. An unknown name raises.
-std::pair<int64_t, bool> gates_and_c(c10::string_view cell);
+FUSEDRNN_API std::pair<int64_t, bool> gates_and_c(std::string_view cell);
 
-Outputs sequence_cpu(c10::string_view cell, const Tensor& x, const Tensor& h0, const OptionalTensor& c0,
-                     const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
-                     const OptionalTensor& w_hr, const OptionalTensor& batch_sizes, const OptionalTensor& resets,
-                     bool reverse, c10::string_view backend, c10::string_view algorithm, bool keep_gates,
-                     bool keep_cells);
+FUSEDRNN_API Outputs sequence(std::string_view cell, const Inputs& in, bool keep_gates, bool keep_cells);
 
-Gradients sequence_backward_cpu(c10::string_view cell, const OptionalTensor& dy, const OptionalTensor& dh_n,
-                                const OptionalTensor& dc_n, const OptionalTensor& dcells, const Tensor& x,
-                                const Tensor& h0, const OptionalTensor& c0, const Tensor& w_ih, const Tensor& w_hh,
-                                const OptionalTensor& b_ih, const OptionalTensor& b_hh, const OptionalTensor& w_hr,
-                                const OptionalTensor& batch_sizes, const OptionalTensor& resets, bool reverse,
-                                const Tensor& y, const Tensor& gates, const Tensor& cells, c10::string_view backend,
-                                c10::string_view algorithm, c10::List<bool> needs);
+// Without anything kept, into memory of the caller: y [T, B, P], h_n [B, P] and c_n [B, H] in one piece each.
+FUSEDRNN_API void sequence_into(std::string_view cell, const Inputs& in, void* y, void* h_n, void* c_n);
+
+// dcells: the gradient of every c. y, gates and cells as forward gave them.
+FUSEDRNN_API Gradients sequence_backward(std::string_view cell, const Tensor& dy, const Tensor& dh_n,
+                                         const Tensor& dc_n, const Tensor& dcells, const Inputs& in, const Tensor& y,
+                                         const Tensor& gates, const Tensor& cells, const std::array<bool, 8>& needs);
 
 }  // namespace fusedrnn

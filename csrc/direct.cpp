@@ -1,11 +1,20 @@
-#include "autograd.h"
-
+// fusedrnn._direct: whole calls of layers and cells in one call of C++, autograd included. It needs torch's C++
+// headers, so it fits the one torch that it was built for, and is used with that one only; fusedrnn._C does the same
+// for any torch where no gradient is asked for.
+//
+// Each call computes one call of a module on the backend "cpu", and answers None where something is not plain (a tensor
+// subclass, a transform, autocast, shapes that do not fit): the way through Python then computes it, or says what is
+// wrong.
+//   cell(cell, module, names, input, h0, c0): h, and c of a cell that has one.
+//   layers(cell, module, names, input, h0, c0, bias, num_layers, directions, batch_first): y, h_n, and c_n likewise.
+// module is a module's __dict__, names those of its weights; h0 and c0 may be None, which is zeros.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -19,7 +28,11 @@
 
 #include "cpu/sequence.h"
 
-namespace fusedrnn {
+namespace fusedrnn::direct {
+
+using at::Tensor;  // the names without `fusedrnn::` are torch's
+using OptionalTensor = std::optional<Tensor>;
+
 namespace {
 
 using torch::autograd::AutogradContext;
@@ -31,10 +44,12 @@ using Tensors = std::array<Tensor, 8>;
 
 OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 
-template <typename Kernel>
-c10::TypedOperatorHandle<Kernel> find_op(const char* name, Kernel*) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Kernel>();
+fusedrnn::Tensor borrow(const Tensor& t) {
+  return t.defined() ? fusedrnn::Tensor::borrow(reinterpret_cast<AtenTensorHandle>(const_cast<Tensor*>(&t)))
+                     : fusedrnn::Tensor();
 }
+
+Tensor take(fusedrnn::Tensor&& t) { return t ? std::move(*reinterpret_cast<Tensor*>(t.handle())) : Tensor(); }
 
 // t with dimensions of one element put in front, or taken away there.
 Tensor with_dims(Tensor t, int64_t dims) {
@@ -43,16 +58,38 @@ Tensor with_dims(Tensor t, int64_t dims) {
   return t;
 }
 
-// The op, with the states in the shape they came in.
-Outputs run(c10::string_view cell, const Tensors& t, bool reverse, bool keep) {
-  static const auto op = find_op("fusedrnn::sequence", sequence_cpu);
+// Dense, on the CPU, and nothing that only torch's dispatcher understands.
+bool is_plain(const Tensor& t) {
+  static const c10::DispatchKeySet cpu(c10::DispatchKey::CPU);
+  static const c10::DispatchKeySet recorded =
+      cpu | c10::DispatchKeySet({c10::DispatchKey::AutogradCPU, c10::DispatchKey::ADInplaceOrView});
+  const c10::DispatchKeySet keys = t.key_set() - c10::autocast_dispatch_keyset;
+  return keys == recorded || keys == cpu;
+}
+
+// What the kernels take; `t` outlives it.
+Inputs inputs_of(const Tensors& t, bool reverse) {
+  Inputs in;
+  in.x = borrow(t[0]).with_dims(3);
+  in.h0 = borrow(t[1]).with_dims(2);
+  if (t[2].defined()) in.c0 = borrow(t[2]).with_dims(2);
+  in.w_ih = borrow(t[3]);
+  in.w_hh = borrow(t[4]);
+  in.b_ih = borrow(t[5]);
+  in.b_hh = borrow(t[6]);
+  in.w_hr = borrow(t[7]);
+  in.reverse = reverse;
+  return in;
+}
+
+// y, h_n, c_n, gates, cells, with the states in the shape they came in.
+std::array<Tensor, 5> run(c10::string_view cell, const Tensors& t, bool reverse, bool keep) {
   // Nothing in here is recorded: neither operations nor that a result is a view.
   const at::AutoDispatchBelowADInplaceOrView guard;
-  const auto& [x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr] = t;
-  auto [y, h_n, c_n, gates, cells] =
-      op.call(cell, with_dims(x, 3), with_dims(h0, 2), optional(with_dims(c0, 2)), w_ih, w_hh, optional(b_ih),
-              optional(b_hh), optional(w_hr), std::nullopt, std::nullopt, reverse, "cpu", "auto", keep, keep);
-  return {y, with_dims(h_n, h0.dim()), c0.defined() ? with_dims(c_n, c0.dim()) : c_n, gates, cells};
+  Outputs found = sequence(cell, inputs_of(t, reverse), keep, keep);
+  return {take(std::move(found.y)), with_dims(take(std::move(found.h_n)), t[1].dim()),
+          t[2].defined() ? with_dims(take(std::move(found.c_n)), t[2].dim()) : Tensor(), take(std::move(found.gates)),
+          take(std::move(found.cells))};
 }
 
 // A fused operation would drop a tangent without a word. There is one level of dual tensors at most.
@@ -139,16 +176,19 @@ struct Recurrence : torch::autograd::Function<Recurrence> {
       if (t[k].defined() && k < 3) dims[k] = t[k].dim();
     }
     std::array<Tensor, 3> d;
-    bool any = false;
+    bool any = false, plain = true;
+    for (const Tensor& each : saved) plain &= !each.defined() || is_plain(each);
     for (size_t k = dims[0] == 3 ? 0 : 1, g = 0; g < grads.size(); ++k, ++g) {
       d[k] = grads[g];
       any |= d[k].defined();
+      plain &= !d[k].defined() || is_plain(d[k]);
       check_no_tangent(d[k]);
     }
     if (!any) return result;
     const std::string& cell = ctx->saved_data["cell"].toStringRef();
     const bool reverse = ctx->saved_data["reverse"].toBool();
-    const bool recorded = at::GradMode::is_enabled();
+    // Or mapped by vmap, or what a hook made of a saved tensor.
+    const bool recorded = at::GradMode::is_enabled() || !plain;
     std::optional<at::AutoDispatchBelowADInplaceOrView> guard;
     if (!recorded) guard.emplace();
     for (size_t k = 0; k < 3; ++k) t[k] = with_dims(t[k], k ? 2 : 3);
@@ -157,15 +197,9 @@ struct Recurrence : torch::autograd::Function<Recurrence> {
     if (recorded) {
       found = differentiable_gradient(cell, d, t, reverse, {saved[8], saved[9], saved[10]}, needs);
     } else {
-      static const auto op = find_op("fusedrnn::sequence_backward", sequence_backward_cpu);
-      c10::List<bool> wanted;
-      wanted.reserve(8);
-      for (const bool need : needs) wanted.push_back(need);
-      auto [dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr] =
-          op.call(cell, optional(d[0]), optional(d[1]), optional(d[2]), std::nullopt, t[0], t[1], optional(t[2]), t[3],
-                  t[4], optional(t[5]), optional(t[6]), optional(t[7]), std::nullopt, std::nullopt, reverse, saved[8],
-                  saved[9], saved[10], "cpu", "auto", wanted);
-      found = {dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr};
+      Gradients gradients = sequence_backward(cell, borrow(d[0]), borrow(d[1]), borrow(d[2]), {}, inputs_of(t, reverse),
+                                              borrow(saved[8]), borrow(saved[9]), borrow(saved[10]), needs);
+      for (fusedrnn::Tensor& each : gradients) found.push_back(take(std::move(each)));
     }
     for (size_t k = 0; k < 8; ++k) {
       if (needs[k]) result[k] = k < 3 ? with_dims(found[k], dims[k]) : found[k];
@@ -200,15 +234,8 @@ bool nothing_special() {
          !at::impl::torch_function_mode_enabled() && (forced == nullptr || *forced == '\0');
 }
 
-// A Tensor or Parameter, of no subclass, dense, on the CPU.
-bool is_plain(PyObject* object) {
-  static const c10::DispatchKeySet cpu(c10::DispatchKey::CPU);
-  static const c10::DispatchKeySet recorded =
-      cpu | c10::DispatchKeySet({c10::DispatchKey::AutogradCPU, c10::DispatchKey::ADInplaceOrView});
-  if (!THPVariable_CheckExact(object)) return false;
-  const c10::DispatchKeySet keys = THPVariable_Unpack(object).key_set() - c10::autocast_dispatch_keyset;
-  return keys == recorded || keys == cpu;
-}
+// A Tensor or Parameter of no subclass, and plain.
+bool is_plain(PyObject* object) { return THPVariable_CheckExact(object) && is_plain(THPVariable_Unpack(object)); }
 
 // What a module's __dict__ has under a name, or nullptr.
 PyObject* attribute(PyObject* module, PyObject* name) {
@@ -299,15 +326,6 @@ bool weights_fit(const Tensors& t, int64_t gates, int64_t input) {
   }
   return w_hr.defined() ? has_shape(w_hr, {out, hidden}, x) : out == hidden;
 }
-
-struct NotDifferentiable : torch::autograd::Node {
-  using Node::Node;
-  variable_list apply(variable_list&&) override {
-    TORCH_CHECK_NOT_IMPLEMENTED(false,
-                                "torch.ops.fusedrnn.* called directly is not differentiable; call fusedrnn.LSTM or "
-                                "fusedrnn.functional, or run it under torch.no_grad()");
-  }
-};
 
 PyObject* tuple_of(const std::array<Tensor, 3>& tensors) {
   const auto defined = [](const Tensor& t) { return t.defined(); };
@@ -402,30 +420,13 @@ PyObject* layers(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-}  // namespace
-
-void not_differentiable(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
-  variable_list inputs;
-  for (const c10::IValue& value : torch::jit::last(*stack, op.schema().arguments().size())) {
-    if (!value.isTensor()) continue;
-    check_no_tangent(value.toTensor());
-    if (at::GradMode::is_enabled() && value.toTensor().requires_grad()) inputs.push_back(value.toTensor());
-  }
-  {
-    const at::AutoDispatchBelowAutograd guard;
-    op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
-  }
-  if (inputs.empty()) return;
-  const auto node = c10::make_intrusive<NotDifferentiable>(torch::autograd::collect_next_edges(inputs));
-  for (const c10::IValue& value : torch::jit::last(*stack, op.schema().returns().size())) {
-    torch::autograd::set_history(value.toTensor(), node);
-  }
-}
-
 PyMethodDef direct_calls[] = {
     {"cell", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(cell)), METH_FASTCALL, nullptr},
     {"layers", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(layers)), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 
-}  // namespace fusedrnn
+}  // namespace
+}  // namespace fusedrnn::direct
+
+PYBIND11_MODULE(_direct, m) { PyModule_AddFunctions(m.ptr(), fusedrnn::direct::direct_calls); }

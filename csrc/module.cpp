@@ -1,0 +1,487 @@
+// fusedrnn._C, in the limited C API of Python 3.10: what was built, and the CPU kernels below torch's dispatcher, for
+// calls that need nothing of what lies between: a small call takes less time than torch's way to an op.
+//
+// Each call answers None where something is not plain (a tensor subclass, a transform, autocast, a gradient, shapes
+// that do not fit), and where torch, before 2.14, does not hand out its tensors; the op then computes it, or says what
+// is wrong.
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <dlfcn.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <optional>
+#include <stdexcept>
+#include <tuple>
+
+#include "cpu/recurrence.h"
+#include "cpu/sequence.h"
+
+namespace {
+
+using namespace fusedrnn;
+
+struct PythonError {};  // the error is set
+
+class Object {
+ public:
+  Object() = default;
+  explicit Object(PyObject* object) : object_(object) {  // takes the reference
+    if (!object) throw PythonError();
+  }
+  Object(Object&& other) noexcept : object_(std::exchange(other.object_, nullptr)) {}
+  Object& operator=(Object&& other) noexcept {
+    std::swap(object_, other.object_);
+    return *this;
+  }
+  ~Object() { Py_XDECREF(object_); }
+  PyObject* get() const { return object_; }
+  PyObject* release() { return std::exchange(object_, nullptr); }
+
+ private:
+  PyObject* object_ = nullptr;
+};
+
+// Kept for the life of the process.
+PyObject* name(const char* text) { return Object(PyUnicode_InternFromString(text)).release(); }
+PyObject* attribute_of(const char* module, const char* path) {
+  Object found(PyImport_ImportModule(module));
+  for (const char* at = path; *at;) {
+    const char* dot = std::strchr(at, '.');
+    const std::string part = dot ? std::string(at, dot) : std::string(at);
+    found = Object(PyObject_GetAttrString(found.get(), part.c_str()));
+    at = dot ? dot + 1 : at + part.size();
+  }
+  return found.release();
+}
+
+bool is_true(PyObject* object) {
+  const int truth = PyObject_IsTrue(object);
+  if (truth < 0) throw PythonError();
+  return truth != 0;
+}
+
+unsigned long long integer(const Object& object) {
+  const unsigned long long value = PyLong_AsUnsignedLongLong(object.get());
+  if (value == static_cast<unsigned long long>(-1) && PyErr_Occurred()) throw PythonError();
+  return value;
+}
+
+// What torch says of its state; looked up once.
+struct Torch {
+  AOTITorchError (*from_python)(void*, AtenTensorHandle*) = nullptr;
+  AOTITorchError (*to_python)(AtenTensorHandle, void*, void**) = nullptr;
+  PyObject *tensor_type, *parameter_type;
+  PyObject *included, *function_modes, *any_autocast;
+  PyObject *raw_repr, *is_neg, *requires_grad;
+  unsigned long long plain, inference;
+
+  Torch() {
+    from_python = reinterpret_cast<decltype(from_python)>(dlsym(RTLD_DEFAULT, "torch_tensor_from_pyobject"));
+    to_python = reinterpret_cast<decltype(to_python)>(dlsym(RTLD_DEFAULT, "torch_tensor_to_pyobject"));
+    tensor_type = attribute_of("torch", "Tensor");
+    parameter_type = attribute_of("torch", "nn.Parameter");
+    included = attribute_of("torch", "_C._dispatch_tls_local_include_set");
+    function_modes = attribute_of("torch", "_C._len_torch_function_stack");
+    any_autocast = attribute_of("torch", "_C._is_any_autocast_enabled");
+    raw_repr = name("raw_repr");
+    is_neg = name("is_neg");
+    requires_grad = name("requires_grad");
+    // What torch has included where nobody asked for anything, outside and inside of inference_mode.
+    const Object keys(attribute_of("torch", "_C.DispatchKey"));
+    const Object backend_select(PyObject_GetAttrString(keys.get(), "BackendSelect"));
+    const Object in_place_or_view(PyObject_GetAttrString(keys.get(), "ADInplaceOrView"));
+    const Object set(attribute_of("torch", "_C.DispatchKeySet"));
+    const Object one(PyObject_CallFunctionObjArgs(set.get(), backend_select.get(), nullptr));
+    const Object both(PyObject_CallMethod(one.get(), "add", "O", in_place_or_view.get()));
+    inference = repr(one);
+    plain = repr(both);
+  }
+
+  unsigned long long repr(const Object& keys) const {
+    return integer(Object(PyObject_CallMethodObjArgs(keys.get(), raw_repr, nullptr)));
+  }
+
+  bool available() const { return from_python && to_python; }
+
+  // No transform, mode, tracer or autocast.
+  bool nothing_special() const {
+    const unsigned long long keys = repr(Object(PyObject_CallObject(included, nullptr)));
+    return (keys == plain || keys == inference) && integer(Object(PyObject_CallObject(function_modes, nullptr))) == 0 &&
+           !is_true(Object(PyObject_CallObject(any_autocast, nullptr)).get());
+  }
+};
+
+const Torch& torch_state() {
+  static const Torch state;
+  return state;
+}
+
+struct NotPlain {};
+
+// Arguments of one call; what they hold lives as long as this.
+class Arguments {
+ public:
+  explicit Arguments(bool recorded) : recorded_(recorded) {}
+  ~Arguments() {
+    for (const AtenTensorHandle handle : handles_) aoti_torch_delete_tensor_object(handle);
+  }
+
+  // A Tensor or Parameter, of no subclass, dense, on the CPU, that no gradient is asked of; None: no tensor.
+  Tensor take(PyObject* object) {
+    if (object == Py_None) return {};
+    const Torch& torch = torch_state();
+    const auto type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+    if (type != torch.tensor_type && type != torch.parameter_type) throw NotPlain();
+    if (recorded_ && is_true(Object(PyObject_GetAttr(object, torch.requires_grad)).get())) throw NotPlain();
+    // A tensor whose memory holds its negative.
+    if (is_true(Object(PyObject_CallMethodObjArgs(object, torch.is_neg, nullptr)).get())) throw NotPlain();
+    AtenTensorHandle handle = nullptr;
+    FUSEDRNN_TORCH(torch.from_python(object, &handle));
+    handles_.push_back(handle);
+    Tensor t = Tensor::borrow(handle);
+    if (!t.is_strided() || !t.on_cpu() || t.dim() > Tensor::kDims || (t.numel() && !t.data())) throw NotPlain();
+    return t;
+  }
+
+ private:
+  bool recorded_;
+  std::vector<AtenTensorHandle> handles_;
+};
+
+Object wrap(const Tensor& t) {
+  void* object = nullptr;
+  FUSEDRNN_TORCH(torch_state().to_python(t.handle(), nullptr, &object));
+  return Object(static_cast<PyObject*>(object));
+}
+
+class WithoutGil {
+ public:
+  WithoutGil() : state_(PyEval_SaveThread()) {}
+  ~WithoutGil() { PyEval_RestoreThread(state_); }
+
+ private:
+  PyThreadState* state_;
+};
+
+std::string_view text(PyObject* object) {
+  Py_ssize_t length = 0;
+  const char* data = PyUnicode_AsUTF8AndSize(object, &length);
+  if (!data) throw PythonError();
+  return {data, static_cast<size_t>(length)};
+}
+
+template <PyObject* (*kCall)(PyObject* const*), Py_ssize_t kCount>
+PyObject* guarded(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  try {
+    if (count != kCount) {
+      PyErr_Format(PyExc_TypeError, "expected %zd arguments, got %zd", kCount, count);
+      return nullptr;
+    }
+    return kCall(arguments);
+  } catch (const NotPlain&) {
+    Py_RETURN_NONE;
+  } catch (const PythonError&) {
+    return nullptr;
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+}
+
+void require_plain() {
+  if (!torch_state().available() || !torch_state().nothing_special()) throw NotPlain();
+}
+
+Object tuple_of(std::initializer_list<const Tensor*> tensors) {
+  Object found(PyTuple_New(static_cast<Py_ssize_t>(tensors.size())));
+  Py_ssize_t k = 0;
+  for (const Tensor* t : tensors) PyTuple_SetItem(found.get(), k++, wrap(*t).release());
+  return found;
+}
+
+// (cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, resets, reverse, keep_gates, keep_cells): y, h_n, c_n,
+// gates, cells.
+PyObject* call_sequence(PyObject* const* a) {
+  require_plain();
+  Arguments held(aoti_torch_grad_mode_is_enabled());
+  Inputs in;
+  Tensor* const to[] = {&in.x,    &in.h0,   &in.c0,   &in.w_ih,        &in.w_hh,
+                        &in.b_ih, &in.b_hh, &in.w_hr, &in.batch_sizes, &in.resets};
+  for (int k = 0; k < 10; ++k) *to[k] = held.take(a[1 + k]);
+  in.reverse = is_true(a[11]);
+  const bool keep_gates = is_true(a[12]), keep_cells = is_true(a[13]);
+  const std::string_view cell = text(a[0]);
+  Outputs out;
+  {
+    const WithoutGil released;
+    out = sequence(cell, in, keep_gates, keep_cells);
+  }
+  return tuple_of({&out.y, &out.h_n, &out.c_n, &out.gates, &out.cells}).release();
+}
+
+// (cell, dy, dh_n, dc_n, dcells, the ten inputs, reverse, y, gates, cells, needs): the eight gradients.
+PyObject* call_sequence_backward(PyObject* const* a) {
+  require_plain();
+  Arguments held(aoti_torch_grad_mode_is_enabled());
+  Tensor grads[4], saved[3];
+  for (int k = 0; k < 4; ++k) grads[k] = held.take(a[1 + k]);
+  Inputs in;
+  Tensor* const to[] = {&in.x,    &in.h0,   &in.c0,   &in.w_ih,        &in.w_hh,
+                        &in.b_ih, &in.b_hh, &in.w_hr, &in.batch_sizes, &in.resets};
+  for (int k = 0; k < 10; ++k) *to[k] = held.take(a[5 + k]);
+  in.reverse = is_true(a[15]);
+  for (int k = 0; k < 3; ++k) saved[k] = held.take(a[16 + k]);
+  std::array<bool, 8> needs{};
+  if (PySequence_Size(a[19]) != 8) throw NotPlain();
+  for (int k = 0; k < 8; ++k) needs[k] = is_true(Object(PySequence_GetItem(a[19], k)).get());
+  const std::string_view cell = text(a[0]);
+  Gradients d;
+  {
+    const WithoutGil released;
+    d = sequence_backward(cell, grads[0], grads[1], grads[2], grads[3], in, saved[0], saved[1], saved[2], needs);
+  }
+  return tuple_of({&d[0], &d[1], &d[2], &d[3], &d[4], &d[5], &d[6], &d[7]}).release();
+}
+
+// What a module's __dict__ has under a name, or nullptr.
+PyObject* attribute(PyObject* module, PyObject* name) {
+  PyObject* found = PyDict_GetItemWithError(module, name);
+  if (!found && PyErr_Occurred()) throw PythonError();
+  return found;
+}
+
+long integer(PyObject* object) {
+  const long value = PyLong_AsLong(object);
+  if (value == -1 && PyErr_Occurred()) throw PythonError();
+  return value;
+}
+
+// A module's integer; -1 where it is none.
+int64_t size_attribute(PyObject* module, PyObject* name) {
+  PyObject* found = attribute(module, name);
+  return found && PyLong_CheckExact(found) ? integer(found) : -1;
+}
+
+bool fits(const Tensor& t, Sizes sizes, const Tensor& x) { return t && t.has_sizes(sizes) && t.dtype() == x.dtype(); }
+void require(bool plain) {
+  if (!plain) throw NotPlain();
+}
+
+// The arguments that the calls of whole modules begin with: (cell, the module's __dict__, the names of its weights,
+// input, h0, c0).
+struct Call {
+  Arguments held{aoti_torch_grad_mode_is_enabled()};
+  std::string_view cell;
+  int64_t gates = 0, hidden_size = 0;
+  bool has_c = false;
+  Tensor x, h0, c0;
+  std::vector<Tensor> weights;
+
+  explicit Call(PyObject* const* a) : cell(text(a[0])) {
+    std::tie(gates, has_c) = gates_and_c(cell);
+    static PyObject *const parameters_name = name("_parameters"), *const hidden_size_name = name("hidden_size");
+    PyObject* module = a[1];
+    require_plain();
+    require(PyDict_CheckExact(module));
+    PyObject* parameters = attribute(module, parameters_name);
+    require(parameters && PyDict_CheckExact(parameters));
+    hidden_size = size_attribute(module, hidden_size_name);
+    x = held.take(a[3]);
+    require(static_cast<bool>(x) && x.numel() > 0);
+    const int32_t dtype = x.dtype();
+    require(dtype == kFloat || dtype == kDouble || dtype == kBFloat16 || dtype == kHalf);
+    h0 = held.take(a[4]);
+    c0 = held.take(a[5]);
+    require(static_cast<bool>(c0) == (has_c && h0));
+    const bool is_list = PyList_CheckExact(a[2]);
+    require(is_list || PyTuple_CheckExact(a[2]));
+    const Py_ssize_t count = is_list ? PyList_Size(a[2]) : PyTuple_Size(a[2]);
+    weights.reserve(count);
+    for (Py_ssize_t k = 0; k < count; ++k) {
+      // No parameter: a parametrization computes it. An attribute of that name comes before the parameter.
+      PyObject* name = is_list ? PyList_GetItem(a[2], k) : PyTuple_GetItem(a[2], k);
+      PyObject* weight = attribute(parameters, name);
+      require(weight && !attribute(module, name));
+      weights.push_back(held.take(weight));
+    }
+    require(count >= 2 && weights[0] && weights[1] && weights[1].dim() == 2 && weights[1].size(1) > 0);
+  }
+
+  // The states [lead..., .] as they should be, or zeros where none came; `zeros` then holds them.
+  void settle_states(std::vector<int64_t> lead, int64_t out, int64_t hidden, Tensor (&zeros)[2]) {
+    lead.push_back(out);
+    if (!h0) {
+      for (int k = 0; k < 1 + has_c; ++k) {
+        lead.back() = k ? hidden : out;
+        zeros[k] = Tensor::empty(lead, x.dtype());
+        if (zeros[k].numel()) std::memset(zeros[k].writable(), 0, zeros[k].numel() * zeros[k].element_size());
+        (k ? c0 : h0) = zeros[k].with_dims(zeros[k].dim());
+      }
+      return;
+    }
+    require(fits(h0, lead, x));
+    lead.back() = hidden;
+    require(!has_c || fits(c0, lead, x));
+  }
+
+  // Weights `w` as those of one sequence with so many input features.
+  void settle_weights(Inputs& in, const Tensor* w, bool bias, const Tensor& w_hr, int64_t input) const {
+    const int64_t rows = w[1].size(0), hidden = rows / gates, out = w[1].size(1);
+    require(hidden * gates == rows && hidden > 0 && fits(w[0], {rows, input}, x) && fits(w[1], {rows, out}, x));
+    in.w_ih = w[0].with_dims(2);
+    in.w_hh = w[1].with_dims(2);
+    for (int k = 0; bias && k < 2; ++k) {
+      require(!w[2 + k] || fits(w[2 + k], {rows}, x));
+      (k ? in.b_hh : in.b_ih) = w[2 + k].with_dims(w[2 + k].dim());
+    }
+    require(w_hr ? fits(w_hr, {out, hidden}, x) : out == hidden);
+    in.w_hr = w_hr.with_dims(w_hr.dim());
+  }
+};
+
+// A Cell's call, input [B, I] or [I]: h, and c of a cell that has one, in a tuple then.
+PyObject* call_cell(PyObject* const* a) {
+  Call call(a);
+  const int64_t dims = call.x.dim(), out = call.weights[1].size(1);
+  require(call.weights.size() == 4 && (dims == 1 || dims == 2));
+  // Zeros have the size that the module says.
+  require(call.h0 || call.hidden_size == out);
+  std::vector<int64_t> lead;
+  if (dims == 2) lead.push_back(call.x.size(0));
+  Tensor zeros[2];
+  call.settle_states(lead, out, out, zeros);
+  Inputs in;
+  call.settle_weights(in, call.weights.data(), true, {}, call.x.size(-1));
+  in.x = call.x.with_dims(3);
+  in.h0 = call.h0.with_dims(2);
+  if (call.has_c) in.c0 = call.c0.with_dims(2);
+  lead.push_back(out);
+  Tensor h = Tensor::empty(lead, call.x.dtype()), c;
+  if (call.has_c) c = Tensor::empty(lead, call.x.dtype());
+  const Tensor y = Tensor::empty(lead, call.x.dtype());
+  {
+    const WithoutGil released;
+    sequence_into(call.cell, in, y.writable(), h.writable(), c.writable());
+  }
+  return (call.has_c ? tuple_of({&h, &c}) : wrap(h)).release();
+}
+
+// A layer's call; after what Call takes: bias, num_layers, directions, batch_first. y, h_n, and c_n where there is a c.
+PyObject* call_layers(PyObject* const* a) {
+  Call call(a);
+  require(call.x.dim() == 3);
+  const bool bias = a[6] == Py_True, batch_first = a[9] == Py_True;
+  const int64_t num_layers = integer(a[7]), directions = integer(a[8]);
+  require(num_layers >= 1 && directions >= 1);
+  const int64_t all = num_layers * directions, per = static_cast<int64_t>(call.weights.size()) / all;
+  const int64_t out = call.weights[1].size(1), hidden = call.weights[1].size(0) / call.gates;
+  const bool projection = per == 3 + 2 * bias;
+  require(per * all == static_cast<int64_t>(call.weights.size()) && per == 2 + 2 * bias + projection);
+  static PyObject *const input_size_name = name("input_size"), *const proj_size_name = name("proj_size");
+  const int64_t projected = size_attribute(a[1], proj_size_name);
+  require(size_attribute(a[1], input_size_name) == call.x.size(2) && call.hidden_size == hidden &&
+          (projected ? projected : hidden) == out);
+  const Tensor input = batch_first ? call.x.transposed() : call.x.with_dims(3);
+  const int64_t steps = input.size(0), batch = input.size(1), width = directions * out;
+  const int32_t dtype = call.x.dtype();
+  Tensor zeros[2];
+  call.settle_states({all, batch}, out, hidden, zeros);
+  std::vector<Inputs> sequences(all);
+  for (int64_t k = 0; k < all; ++k) {
+    const Tensor* w = &call.weights[k * per];
+    for (int64_t j = 0; j < per; ++j) require(static_cast<bool>(w[j]));
+    call.settle_weights(sequences[k], w, bias, projection ? w[per - 1].with_dims(2) : Tensor(),
+                        k < directions ? call.x.size(2) : width);
+    require(w[1].size(0) == call.gates * hidden && w[1].size(1) == out);
+  }
+  Tensor h_n = Tensor::empty({all, batch, out}, dtype), c_n;
+  if (call.has_c) c_n = Tensor::empty({all, batch, hidden}, dtype);
+  Tensor y;
+  {
+    const WithoutGil released;
+    std::vector<Tensor> ys(directions);
+    for (int64_t k = 0; k < all; ++k) {
+      const int64_t direction = k % directions;
+      Inputs& in = sequences[k];
+      const Tensor& x = k < directions ? input : y;
+      in.x = x.with_dims(3);
+      in.h0 = call.h0.select(k);
+      if (call.has_c) in.c0 = call.c0.select(k);
+      in.reverse = direction == 1;
+      ys[direction] = Tensor::empty({steps, batch, out}, dtype);
+      const Tensor h = h_n.select(k), c = call.has_c ? c_n.select(k) : Tensor();
+      sequence_into(call.cell, in, ys[direction].writable(), h.writable(), c.writable());
+      if (direction + 1 < directions) continue;
+      if (directions == 1) {
+        y = std::move(ys[0]);
+        continue;
+      }
+      Tensor together = Tensor::empty({steps, batch, width}, dtype);
+      const size_t bytes = static_cast<size_t>(out * together.element_size());
+      for (int64_t row = 0; row < steps * batch; ++row) {
+        for (int64_t d = 0; d < directions; ++d) {
+          std::memcpy(static_cast<char*>(together.writable()) + (row * directions + d) * bytes,
+                      ys[d].data<char>() + row * bytes, bytes);
+        }
+      }
+      y = std::move(together);
+    }
+  }
+  if (batch_first) {
+    const int64_t sizes[] = {batch, steps, width}, strides[] = {width, batch * width, 1};
+    AtenTensorHandle view = nullptr;
+    FUSEDRNN_TORCH(aoti_torch__reinterpret_tensor(y.handle(), 3, sizes, strides, 0, &view));
+    y = Tensor::own(view);
+  }
+  return (call.has_c ? tuple_of({&y, &h_n, &c_n}) : tuple_of({&y, &h_n})).release();
+}
+
+const char* products(Dtype dtype) { return host_multiplies(dtype) ? "host" : "panels"; }
+
+PyObject* facts(PyObject* const*) {
+  return Py_BuildValue("{s:s, s:s, s:s, s:{s:s, s:s}}", "compiler", __VERSION__, "cpu_capability", kernels().name,
+                       "cpu_capabilities_built", compiled_capabilities(), "cpu_products", "bfloat16",
+                       products(Dtype::kBfloat16), "float16", products(Dtype::kFloat16));
+}
+
+// Whether this torch hands its tensors to C: whether `sequence`, `cell` and the others ever answer.
+PyObject* small_calls(PyObject* const*) { return PyBool_FromLong(torch_state().available()); }
+
+// (capability, has_bfloat16, onednn_limit or None, of_bfloat16, forced or None): who multiplies, of any processor; for
+// the tests.
+PyObject* cpu_products(PyObject* const* a) {
+  const auto optional_text = [](PyObject* object) {
+    return object == Py_None ? std::optional<std::string>() : std::string(text(object));
+  };
+  const std::string capability(text(a[0]));
+  const auto limit = optional_text(a[2]), forced = optional_text(a[4]);
+  const Processor processor{capability.c_str(), is_true(a[1]), limit ? limit->c_str() : nullptr};
+  const bool host = host_multiplies(processor, is_true(a[3]) ? Dtype::kBfloat16 : Dtype::kFloat16,
+                                    forced ? forced->c_str() : nullptr);
+  return PyUnicode_FromString(host ? "host" : "panels");
+}
+
+template <PyObject* (*kCall)(PyObject* const*), Py_ssize_t kCount>
+PyMethodDef method(const char* name) {
+  PyObject* (*const function)(PyObject*, PyObject* const*, Py_ssize_t) = guarded<kCall, kCount>;
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function)), METH_FASTCALL, nullptr};
+}
+
+PyMethodDef methods[] = {
+    method<call_sequence, 14>("sequence"),
+    method<call_sequence_backward, 20>("sequence_backward"),
+    method<call_cell, 6>("cell"),
+    method<call_layers, 10>("layers"),
+    method<facts, 0>("facts"),
+    method<small_calls, 0>("small_calls"),
+    method<cpu_products, 5>("cpu_products"),
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "fusedrnn._C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&definition); }
