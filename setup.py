@@ -1,11 +1,11 @@
-"""Builds libfusedrnn.so (the ops and their CPU kernels, on torch's stable ABI), fusedrnn._C (its way into Python, in the
-limited C API), fusedrnn._direct (calls with gradients in C++, which fits the torch it is built with only), the launchers
-of the CUDA kernels, and, where torch is a CUDA build and a compiler is found, their device code
+"""Builds libfusedrnn.so (the ops and their CPU kernels, on torch's stable ABI), fusedrnn._C (its way into Python, in
+the limited C API), fusedrnn._direct (calls with gradients in C++, which fits only the torch that it is built with), the
+launchers of the CUDA kernels, and, where torch is a CUDA build and a compiler is found, their device code
 (csrc/cuda/device_code.py).
 
 Environment: FUSEDRNN_BUILD=0 compiles nothing; FUSEDRNN_DIRECT=0 leaves _direct out, and what is built then fits every
-torch and every Python that are supported; FUSEDRNN_CUDA=0 leaves CUDA out; TORCH_CUDA_ARCH_LIST names the architectures;
-MAX_JOBS limits how many files are compiled at once.
+torch and every Python that are supported; FUSEDRNN_CUDA=0 leaves CUDA out; TORCH_CUDA_ARCH_LIST names the
+architectures; MAX_JOBS limits how many files are compiled at once.
 """
 
 import json

@@ -5,6 +5,7 @@ import importlib
 import json
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,12 @@ TORCH_TESTED = ("2.11.0", "2.12.1", "2.13.0", "2.14.1")
 PYTHON_RANGE = f">={PYTHON_MIN[0]}.{PYTHON_MIN[1]}"
 
 HOW_TO_BUILD = "install torch and setuptools>=77, then run `pip install --no-build-isolation .` in the checkout"
+
+
+def constant_when_compiled(function: Callable) -> Callable:
+    """torch.compiler.assume_constant_result, which would import Dynamo: 1.2 s that only who compiles should pay."""
+    function._dynamo_marked_constant = True
+    return function
 
 
 def check_versions(python: tuple[int, ...], torch_version: str) -> None:

@@ -10,15 +10,16 @@ S saved arrays (fusedrnn.cells), N rows of packed data. x is [T, B, I], or [N, I
 (int64, on the CPU, as in PackedSequence). Where ``resets`` (bool, [T, B] or [N]) is true, the step starts from zero
 states, in either direction. ``states`` and ``final_states`` are h [B, P], then c [B, H] of a cell that has one. Of the
 outputs, gates [T, B, S*H] are kept with ``keep_gates`` (else an empty tensor), and ``every_state`` with ``keep_states``
-(else an empty list): of every state after h, which is y, its value after each step, [T, B, H] in the accumulation dtype.
-every_state is differentiable, gates are not. ``needs`` says of which inputs the gradient is wanted: x, each state, w_ih,
-w_hh, b_ih, b_hh, w_hr; another's is an empty tensor.
+(else an empty list): of every state after h, which is y, its value after each step, [T, B, H] in the accumulation
+dtype. every_state is differentiable, gates are not. ``needs`` says of which inputs the gradient is wanted: x, each
+state, w_ih, w_hh, b_ih, b_hh, w_hr; another's is an empty tensor.
 
 No backend serves ``parameters`` (per-unit vectors), ``inputs`` (per-step tensors), ``lengths``, ``reset_states`` and
 ``heads`` other than 1 yet: the schema has room for them, so that programs saved now can be loaded later; they raise.
 """
 
 import contextlib
+import functools
 import importlib
 
 import torch
@@ -183,10 +184,16 @@ def _backend(name: str):
     return importlib.import_module(f"fusedrnn.backends.{name}")
 
 
+@_build.constant_when_compiled
+@functools.cache
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
 def without_autocast(x: Tensor):
     """The dtypes of an op are settled when it is called; autocast would reach into its products."""
     device = x.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    on = _has_autocast(device) and torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if on else contextlib.nullcontext()
 
 
@@ -465,8 +472,8 @@ def sequence(cell: str, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Ten
 
 
 def sequence_backward_arguments(
-    cell, dy, dh_n, dc_n, dcells, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, resets, reverse, y, gates, cells,
-    backend, algorithm, needs,
+    cell, dy, dh_n, dc_n, dcells, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, resets, reverse, y, gates,
+    cells, backend, algorithm, needs,
 ) -> tuple:  # fmt: skip
     """The arguments of the op sequence_backward for those of :func:`sequence_backward`."""
     if len(needs) != 8:
@@ -525,7 +532,7 @@ def gates_in_torch_order(gates: Tensor, cell: str, backend: str) -> Tensor:
 
 def autocast(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors as autocast wants them: float32 and 16-bit ones in its dtype, others as they are."""
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    if not (_has_autocast(device_type) and torch.is_autocast_enabled(device_type)):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(

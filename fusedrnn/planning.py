@@ -13,7 +13,6 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -194,12 +193,6 @@ def backend(name: str | None, algorithm: str | None = None):
 _told: set[str] = set()
 
 
-def _constant_when_compiled(function: Callable) -> Callable:
-    """torch.compiler.assume_constant_result, which would import Dynamo: 1.2 s that only who compiles should pay."""
-    function._dynamo_marked_constant = True
-    return function
-
-
 def _tell_once(message: str) -> None:
     """Warns at the line that called into this package and into torch."""
     if message in _told:
@@ -212,7 +205,7 @@ def _tell_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=level)
 
 
-@_constant_when_compiled
+@_build.constant_when_compiled
 def _innermost(blocks: tuple, backend: str | None, algorithm: str | None) -> tuple[str | None, str | None]:
     """What this thread's innermost block forces; what the module asks for when there is none."""
     mine = [entry[1:] for entry in blocks if entry[0] == threading.get_ident()]
@@ -243,7 +236,7 @@ def choose(
     return _choose(cell, input_size, hidden_size, proj_size, dtype, device, backend, algorithm, setting)
 
 
-@_constant_when_compiled
+@_build.constant_when_compiled
 def _choose(*key) -> Choice:
     # Dynamo looks through functools.cache, so the constant it may keep is this function's.
     return _cached_choice(*key)

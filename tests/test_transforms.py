@@ -11,7 +11,7 @@ from problems import INPUTS, Case, make
 from test_recurrence import RUNS, need
 
 import fusedrnn
-from fusedrnn import ops
+from fusedrnn import _build, ops
 from fusedrnn.autograd import RecurrenceFunction
 
 testing = pytest.importorskip("torch._dynamo.testing", reason="torch.compile is not tested: no Dynamo")
@@ -198,6 +198,19 @@ DIRECT = [
 ]
 
 
+@pytest.fixture(params=["fusedrnn._direct", "fusedrnn._C"])
+def calls(request, monkeypatch):
+    """What takes calls past torch's dispatcher, with gradients or without."""
+    found = {getattr(m, "__name__", ""): m for m in (_build._calls, _build._small_calls)}
+    if request.param not in found:
+        pytest.skip(
+            f"calls by {request.param} are not tested here: it is not built, or not for torch {torch.__version__}"
+        )
+    monkeypatch.setattr(_build, "_calls", found[request.param])
+    with torch.set_grad_enabled(request.param == "fusedrnn._direct"):
+        yield request.param
+
+
 def direct_pair(name, options, dtype=torch.float64):
     need("cpu")
     plain, python = (getattr(fusedrnn, name)(4, 5, dtype=dtype, backend=b, **options) for b in (None, "cpu"))
@@ -222,7 +235,7 @@ def flat(results):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name, options, shape", DIRECT)
-def test_direct_call_equals_the_way_through_python(name, options, shape, dtype):
+def test_direct_call_equals_the_way_through_python(name, options, shape, dtype, calls):
     modules = direct_pair(name, options, dtype)
     x = torch.randn(shape, dtype=dtype, requires_grad=True)
     leaves, hx = states_of(modules[0], x)
@@ -232,9 +245,10 @@ def test_direct_call_equals_the_way_through_python(name, options, shape, dtype):
     for given in (hx, None):
         found = []
         for module in modules:
-            outputs = flat(module(x, given))
+            with torch.enable_grad():
+                outputs = flat(module(x, given))
             wanted = [x, *module.parameters(), *(leaves if given is not None else ())]
-            found.append([*outputs, *torch.autograd.grad(sum((y * y).sum() for y in outputs), wanted)])
+            found.append([*outputs, *torch.autograd.grad(outputs, wanted, [2 * y.detach() for y in outputs])])
             with torch.no_grad():
                 found[-1] += flat(module(x, given))
             with torch.inference_mode():
@@ -303,7 +317,7 @@ def test_direct_call_in_the_hands_of_autograd(name, options, shape):
     torch.testing.assert_close(pullback(torch.ones_like(y))[0], want)
 
 
-def test_direct_call_gives_way():
+def test_direct_call_gives_way(calls):
     """To subclasses, modes, autocast, parametrizations and whatever does not fit."""
     module, _ = direct_pair("GRUCell", {}, torch.float32)
     x = torch.randn(3, 4)
@@ -318,6 +332,11 @@ def test_direct_call_gives_way():
     for bad in (x.double(), x[:, :3], x[None, None], x.to_sparse(), x.to("meta"), x[:0], None, 1):
         assert module._direct(bad, None, None) is None
         assert module._direct(x, bad, None) is None or bad is None
+    negative = torch._neg_view(x)
+    assert module._direct(negative, None, None) is None
+    torch.testing.assert_close(module(negative), module(-x))
+    with torch.enable_grad():
+        assert (module._direct(x, None, None) is None) == (calls == "fusedrnn._C")
     with torch.autocast("cpu", torch.bfloat16):
         assert module._direct(x, None, None) is None
     with fusedrnn.backend("reference"):
@@ -333,10 +352,11 @@ def test_direct_call_gives_way():
     assert inside == [None]
     torch.nn.utils.parametrizations.weight_norm(module, "weight_hh")
     assert module._direct(x, None, None) is None
-    assert module(x).grad_fn is not None
+    with torch.enable_grad():
+        assert module(x).grad_fn is not None
 
 
-def test_direct_call_gives_way_to_a_changed_layer():
+def test_direct_call_gives_way_to_a_changed_layer(calls):
     module, _ = direct_pair("GRU", {}, torch.float32)
     x = torch.randn(3, 2, 4)
     module.num_layers = 0
