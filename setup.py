@@ -35,7 +35,6 @@ GPUS = [*Path("/dev").glob("nvidia[0-9]*"), *Path("/dev").glob("dxg")]
 sys.path.insert(0, str(ROOT / "csrc" / "cuda"))
 import device_code  # noqa: E402
 
-CUDA_ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or device_code.ARCHITECTURES
 VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "fusedrnn" / "__init__.py").read_text(), re.MULTILINE).group(1)
 TORCH = "torch>=2.11"
 TORCH_TARGET = 0x020B << 48  # of the stable ABI: no newer function of torch is linked
@@ -48,24 +47,42 @@ except ImportError as error:
     missing = error
 
 
-def decide_cuda() -> tuple[device_code.Compiler | None, str]:
-    """(the compiler or None, the sentence that says why). A machine that builds need not have a GPU."""
+def decide_cuda() -> tuple[device_code.Compiler | None, str, str]:
+    """(the compiler or None, the architectures, the sentence that says why). A machine that builds need not have a
+    GPU.
+    """
     if os.environ.get("FUSEDRNN_CUDA") == "0":
-        return None, "CUDA kernels are left out: FUSEDRNN_CUDA=0."
+        return None, "", "CUDA kernels are left out: FUSEDRNN_CUDA=0."
     if os.environ.get("FUSEDRNN_CUDA") == "auto" and not GPUS:
-        return None, "CUDA kernels are left out: there is no NVIDIA GPU in /dev (FUSEDRNN_CUDA=1 builds them)."
+        return None, "", "CUDA kernels are left out: there is no NVIDIA GPU in /dev (FUSEDRNN_CUDA=1 builds them)."
     if torch.version.cuda is None:
-        return None, f"CUDA kernels are left out: torch {torch.__version__} is built without CUDA."
+        return None, "", f"CUDA kernels are left out: torch {torch.__version__} is built without CUDA."
+    setting = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace("native", "")
+    try:
+        kept, dropped = device_code.architectures(setting)
+    except ValueError as error:
+        sys.exit(f"fusedrnn: {error}")
+    left_out = f" ({', '.join(dropped)} of TORCH_CUDA_ARCH_LIST left out: the kernels need 8.0)" if dropped else ""
+    if dropped and not kept:
+        return None, "", f"CUDA kernels are left out: TORCH_CUDA_ARCH_LIST is {setting!r}, and they need 8.0 or newer."
     compiler = device_code.find_compiler(torch.version.cuda)
     if compiler is None:
-        return None, (
-            f"CUDA kernels are left out: torch is built for CUDA {torch.version.cuda}, but neither nvcc (CUDA_HOME, "
-            "the PATH) nor NVRTC was found in this environment (the extra 'cuda-build' installs one)."
+        return (
+            None,
+            "",
+            (
+                f"CUDA kernels are left out: torch is built for CUDA {torch.version.cuda}, but neither nvcc (CUDA_HOME, "
+                "the PATH) nor NVRTC was found in this environment (the extra 'cuda-build' installs one)."
+            ),
         )
+    cards = [torch.cuda.get_device_capability(k) for k in range(torch.cuda.device_count())]
+    architectures = ";".join(kept) or device_code.default_architectures(compiler.version, cards)
     # What is written down travels in the wheel: it names no folder of the machine that builds.
-    return compiler, (
-        f"CUDA kernels are built for {CUDA_ARCHITECTURES}: torch is built for CUDA {torch.version.cuda} and "
-        f"{compiler.kind} {compiler.version or 'of an unknown version'} was found."
+    return (
+        compiler,
+        architectures,
+        f"CUDA kernels are built for {architectures}{left_out}: torch is built for CUDA {torch.version.cuda} and "
+        f"{compiler.kind} {compiler.version or 'of an unknown version'} was found.",
     )
 
 
@@ -156,11 +173,11 @@ class BuildExt(build_ext):
         """[(file, its name in the package)]: the launchers, always, and the device code."""
         folder = Path(self.build_temp) / "device"
         launcher = device_code.compile_launcher(folder / device_code.LAUNCHER, flags=prefix_maps())
-        code = device_code.compile_device_code(folder, CUDA_ARCHITECTURES, jobs, COMPILER) if COMPILER else []
+        code = device_code.compile_device_code(folder, ARCHITECTURES, jobs, COMPILER) if COMPILER else []
         return [(launcher, launcher.name), *((path, f"device/{path.name}") for path in code)]
 
 
-COMPILER, FACTS = None, {}
+COMPILER, ARCHITECTURES, FACTS = None, "", {}
 MODULE, LIBRARY = "fusedrnn._C", None
 extensions = []
 if os.environ.get("FUSEDRNN_BUILD") == "0":
@@ -173,7 +190,7 @@ elif torch is None:
             "(FUSEDRNN_BUILD=0 installs without compiling)."
         )
 else:
-    COMPILER, cuda_why = decide_cuda()
+    COMPILER, ARCHITECTURES, cuda_why = decide_cuda()
     direct = os.environ.get("FUSEDRNN_DIRECT") != "0"
     FACTS = {
         "extension": True,

@@ -149,6 +149,14 @@ def machine() -> Machine:
     return Machine(tuple(unavailable), tuple(on_cpu))
 
 
+def machine_with(device: torch.device) -> Machine:
+    """``machine()``, and why the kernels do not run on a CUDA device: its driver is asked."""
+    found = machine()
+    if device.type != "cuda" or found.reason("cuda") or not (why := cuda.why_not(device.index)):
+        return found
+    return replace(found, unavailable=(*found.unavailable, ("cuda", why)))
+
+
 @functools.cache
 def _capability(index: int | None) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(index)
@@ -255,7 +263,7 @@ def _cached_choice(cell, input_size, hidden_size, proj_size, dtype, device, back
         device.type,
         _capability(device.index) if device.type == "cuda" and torch.version.cuda else None,
     )
-    choice = decide(problem, machine(), backend, algorithm)
+    choice = decide(problem, machine_with(device), backend, algorithm)
     fell_back = choice.backend == "torch" or (choice.backend == "reference" and device.type != "meta")
     if backend is None and (fell_back or (algorithm or "auto") != choice.algorithm):
         _tell_once(f"fusedrnn: {choice.why}")

@@ -93,6 +93,27 @@ def test_slices_taken_in_turn(dtype, poisoned):
         assert_agree(both(given, upstream, "persistent"), given, upstream, 3e-3 if dtype == torch.float16 else 1e-5)
 
 
+@simulated
+@pytest.mark.parametrize("hidden, left", [(512, "persistent"), (904, "step")])
+def test_a_refused_launch_gives_way(hidden, left, monkeypatch):
+    """A process that gets 108 of the 132 multiprocessors that the device says it has: warned of once, then planned
+    for; two groups of 64 blocks become one, 113 blocks one launch a step."""
+    monkeypatch.setattr(cuda, "_resident", {})
+    given, upstream = draw(2, 16, 3, hidden, torch.bfloat16)
+    with cuda.simulator_options(chip="a100"):
+        with pytest.raises(RuntimeError, match=r"launch of persistent_forward failed.*COOPERATIVE_LAUNCH_TOO_LARGE"):
+            forward(given, "persistent")
+        with pytest.warns(RuntimeWarning, match="plans for less than (128|113) blocks at once") as warned:
+            got = both(given, upstream, "auto")
+        assert len(warned) == 1
+        again = both(given, upstream, "auto")
+    assert all(torch.equal(a, b) for a, b in zip(got, again))
+    assert_agree(got, given, upstream, 2e-2)
+    chosen = cuda.plan_for(LSTM, 16, 3, hidden, 0, torch.bfloat16, torch.device(DEVICE), "auto", False)
+    assert chosen.algorithm == left
+    assert "h100-sxm, of which this process gets a part, has" in chosen.why or left == "persistent"
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("tf32", [False, True])
 def test_nan_of_any_bits_passes_through(dtype, tf32, monkeypatch):
@@ -335,5 +356,5 @@ def test_a_lost_packet_ends_the_launch_and_says_where(tmp_path, monkeypatch):
     edit = ("persistent_forward.cu", "            if (sends) {", "            if (sends && blockIdx.x != 1) {")
     kernels = build(tmp_path, edit)
     monkeypatch.setattr(cuda, "_kernels", lambda device: kernels)
-    with pytest.raises(RuntimeError, match=r"block \d+, step 1, packet \d+"):
+    with pytest.raises(RuntimeError, match=r"packet \d+ of the step before step 1 never came to block \d+"):
         check_persistent(monkeypatch)

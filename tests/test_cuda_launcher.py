@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fusedrnn import planning
 from fusedrnn.backends import cuda
 
 CUDA = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
@@ -24,17 +25,22 @@ spec.loader.exec_module(device_code)
 DRIVER = r"""
 #include <mutex>
 #include <string>
+#include <stdlib.h>
 #include <string.h>
 static thread_local long current = 0;
 static std::mutex lock;
 static std::string notes;
-static int capability = 90, version = 12000, refuses = 0;
+static int capability = 90, version = 12000, refuses = 0, cooperative_error = 0;
+static int allowed_shared = 0;
 static void note(const std::string& text) {
   const std::lock_guard<std::mutex> held(lock);
   notes += text + "\n";
 }
 extern "C" {
-void set(int c, int v, int r) { capability = c, version = v, refuses = r, notes.clear(); }
+void set(int c, int v, int r) {
+  capability = c, version = v, refuses = r, cooperative_error = 0, allowed_shared = 48 << 10, notes.clear();
+}
+void set_cooperative_error(int error) { cooperative_error = error; }
 void set_current(long context) { current = context; }
 long get_current() { return current; }
 const char* get_notes() { return notes.c_str(); }
@@ -42,7 +48,7 @@ int cuInit(unsigned) { return 0; }
 int cuDriverGetVersion(int* v) { return *v = version, 0; }
 int cuDeviceGet(int* device, int ordinal) { return *device = ordinal, ordinal < 2 ? 0 : 101; }
 int cuDeviceGetAttribute(int* value, int which, int) {
-  return *value = which == 75 ? capability / 10 : which == 76 ? capability % 10 : 0, 0;
+  return *value = which == 75 ? capability / 10 : which == 76 ? capability % 10 : which == 95, 0;
 }
 int cuDevicePrimaryCtxRetain(long* context, int device) { return note("retain"), *context = device + 1, 0; }
 int cuCtxGetCurrent(long* context) { return *context = current % 10, 0; }
@@ -58,7 +64,9 @@ int cuModuleGetFunction(const char** function, long module, const char* name) {
   return *function = strdup((std::to_string(module) + " " + name).c_str()), 0;
 }
 int cuFuncSetAttribute(const char*, int which, int value) {
-  return note("attribute " + std::to_string(which) + " " + std::to_string(value)), 0;
+  note("attribute " + std::to_string(which) + " " + std::to_string(value));
+  const std::lock_guard<std::mutex> held(lock);
+  return allowed_shared = value, 0;
 }
 int cuLaunchKernel(const char* function, unsigned x, unsigned y, unsigned, unsigned threads, unsigned, unsigned,
                    unsigned, long stream, void**, void**) {
@@ -68,7 +76,17 @@ int cuLaunchKernel(const char* function, unsigned x, unsigned y, unsigned, unsig
 int cuLaunchCooperativeKernel(const char* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned b,
                               unsigned c, unsigned shared, long stream, void** arguments) {
   note("cooperative");
+  if (cooperative_error) return cooperative_error;
+  {
+    const std::lock_guard<std::mutex> held(lock);
+    if (int(shared) > allowed_shared) return 1;
+  }
   return cuLaunchKernel(function, x, y, z, threads, b, c, shared, stream, arguments, nullptr);
+}
+static void* memory = nullptr;
+void* get_memory() { return memory; }
+int cuMemHostAlloc(void** made, size_t bytes, unsigned flags) {
+  return note("host memory " + std::to_string(flags)), *made = memory = malloc(bytes), 0;
 }
 int cuThreadExchangeStreamCaptureMode(int* mode) {
   return note("capture mode " + std::to_string(*mode)), *mode = 0, 0;
@@ -97,6 +115,7 @@ class Notes:
     def __init__(self, built, folder, images, capability=90, version=12000, refuses=0):
         self.driver = ctypes.CDLL(str(built[0]))
         self.driver.get_notes.restype = ctypes.c_char_p
+        self.driver.get_memory.restype = ctypes.c_void_p
         self.driver.set(capability, version, refuses)
         self.driver.set_current(0)
         for file in ("step_forward", "step_linear", "persistent_forward"):
@@ -154,23 +173,78 @@ def test_the_instance_fits_the_call(built, tmp_path):
         assert n.notes()[-2] == "cooperative"
         assert n.notes()[-1] == f"launch 1 persistent_forward_{name} {-(-hidden // 8)} 2 256 on 0"
     params.hidden = 1025
-    assert call(0, None) == 1
+    assert call(0, None) == 999
     assert n.error() == "persistent_forward has no kernel for H = 1025"
     params.cell = 9
-    assert call(0, None) == 1
+    assert call(0, None) == 999
     assert n.error() == "there is no cell 9"
     params.cell, params.dtype, params.hidden = 0, 0, 16
-    assert call(0, None) == 1
+    assert call(0, None) == 999
     assert n.error() == "persistent_forward has no kernel for this cell and dtype"
 
 
+def persistent(n, rows, cell=0, hidden=256):
+    params = cuda._Forward(cell=cell, dtype=3, steps=1, batch=64, hidden=hidden, out=hidden, slice_rows=rows, groups=1)
+    return n.dll.fusedrnn_persistent_forward(n.kernels._handle, ctypes.byref(params), 0, None)
+
+
 def test_shared_memory_beyond_48_kb_is_asked_for(built, tmp_path):
+    """It only grows: the limit is the function's, and another thread may be about to launch it."""
     n = Notes(built, tmp_path, ["sm_90.cubin"])
-    for rows, bytes in ((20, None), (24, None), (25, 65536), (64, 131072)):  # tiles of 8 rows, 1 KB a row, two buffers
-        params = cuda._Forward(cell=0, dtype=3, steps=1, batch=64, hidden=256, out=256, slice_rows=rows, groups=1)
-        assert n.dll.fusedrnn_persistent_forward(n.kernels._handle, ctypes.byref(params), 0, None) == 0, n.error()
-        assert n.notes()[-3] == (f"attribute 8 {bytes}" if bytes else n.notes()[-3])
-        assert sum("attribute" in line for line in n.notes()) == (0 if rows < 25 else 1 if rows == 25 else 2)
+    for rows in (20, 24, 25, 64, 33):  # tiles of 8 rows, 1 KB a row, two buffers
+        assert persistent(n, rows) == 0, n.error()
+    assert persistent(n, 32, cell=1) == 0, n.error()  # another function
+    assert [line for line in n.notes() if "attribute" in line] == [
+        "attribute 8 65536", "attribute 8 131072", "attribute 8 65536",
+    ]  # fmt: skip
+
+
+def test_threads_with_batches_of_different_size(built, tmp_path):
+    n = Notes(built, tmp_path, ["sm_90.cubin"])
+    done = []
+    threads = [
+        threading.Thread(target=lambda k=k: done.append({persistent(n, 64 - 8 * (k % 4)) for _ in range(200)}))
+        for k in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert done == [{0}] * 8
+
+
+def test_a_refusal_is_told_by_its_number(built, tmp_path):
+    n = Notes(built, tmp_path, ["sm_90.cubin"])
+    assert n.dll.fusedrnn_cooperative(n.kernels._handle, 0) == 1
+    assert n.dll.fusedrnn_cooperative(n.kernels._handle, 2) == 0  # no such device
+    for number in (720, 801):
+        n.driver.set_cooperative_error(number)
+        assert persistent(n, 8) == number
+        assert n.error() == f"persistent_forward_Lstm_bfloat16_1_whole: CUDA_ERROR ({number})"
+    n.driver.set_cooperative_error(0)
+    assert persistent(n, 8, hidden=1025) == 999
+
+
+def test_a_fault_outlives_its_context(built, tmp_path, capsys):
+    """The kernels write into host memory, of every context: asked for once, and read when a launch fails."""
+    n = Notes(built, tmp_path, ["sm_90.cubin"])
+    for _ in range(2):
+        assert persistent(n, 8) == 0, n.error()
+    assert n.notes().count("host memory 3") == 1
+    assert n.notes()[-1].endswith("on 0")
+    words = ctypes.cast(n.driver.get_memory(), ctypes.POINTER(ctypes.c_int32))
+    assert words[:4] == [0, 0, 0, 0]
+    assert n.dll.fusedrnn_fault(n.kernels._handle) == b""
+    said = "packet 7 of the step before step 3 never came to block 5 of a persistent kernel, which gave up"
+    for k, word in enumerate((5, 3, 7, 1)):
+        words[k] = word
+    n.driver.set_cooperative_error(710)
+    assert persistent(n, 8) == 710
+    assert n.error() == f"persistent_forward_Lstm_bfloat16_1_whole: CUDA_ERROR (710): {said}"
+    words[3] = 1
+    n.kernels.tell_fault()
+    n.kernels.tell_fault()  # said once
+    assert capsys.readouterr().err == f"fusedrnn: {said}\n"
 
 
 def test_every_device_has_its_context_and_its_modules(built, tmp_path):
@@ -185,7 +259,7 @@ def test_every_device_has_its_context_and_its_modules(built, tmp_path):
     assert n.notes().count("retain") == 2
     assert [line for line in n.notes() if "load" in line] == ["load step_forward sm_90.cubin"] * 2
     assert [line.split()[1] for line in n.notes() if "launch" in line] == ["2", "1", "2", "1", "2"]
-    assert n.step(device=2) == 1
+    assert n.step(device=2) == 101
     assert n.error() == "cuDeviceGet: CUDA_ERROR (101)"
 
 
@@ -212,7 +286,7 @@ def test_a_card_takes_the_best_image(built, tmp_path, capability, first):
     n = Notes(built, tmp_path, images, capability)
     found = n.dll.fusedrnn_images(str(tmp_path).encode(), *divmod(capability, 10)).decode().split()
     assert found == ([first] if first else []) + (["compute_80.ptx"] if first and first[0] == "s" else [])
-    assert n.step() == (0 if first else 1)
+    assert n.step() == (0 if first else 999)
     if first:
         assert f"load step_forward {first}" in n.notes()
     else:
@@ -221,7 +295,7 @@ def test_a_card_takes_the_best_image(built, tmp_path, capability, first):
 
 def test_a_driver_that_refuses_the_code_is_told_of(built, tmp_path):
     n = Notes(built, tmp_path, ["sm_90.cubin", "compute_80.ptx"], refuses=1)
-    assert n.step() == 1
+    assert n.step() == 999
     assert n.error() == (
         "the driver (CUDA 12.0, a card of compute capability 9.0) does not take "
         f"{tmp_path}/step_forward.sm_90.cubin: CUDA_ERROR_INVALID_VALUE (1): no such thing, nor "
@@ -275,9 +349,77 @@ def test_what_is_missing_is_said_and_nothing_opened(monkeypatch, tmp_path):
             cuda._compiled()
 
 
+def test_a_driver_without_the_kernels_leaves_the_card_to_triton(monkeypatch, tmp_path):
+    """A driver that is too old, and a card for which nothing was built, are known before a layer is called."""
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(cuda, "missing", lambda: "")
+    monkeypatch.setattr(cuda, "why_not", cuda.why_not.__wrapped__)
+    monkeypatch.setattr(planning, "machine", lambda: planning.Machine())
+
+    def too_old():
+        raise RuntimeError("backend 'cuda' cannot run: the driver is too old: it has CUDA 11.8, CUDA 12.0 is needed")
+
+    monkeypatch.setattr(cuda, "_compiled", too_old)
+    problem = planning.Problem("lstm", 8, 8, 0, torch.float32, "cuda", (8, 6))
+    choice = planning.decide(problem, planning.machine_with(device))
+    assert choice.backend == "triton"
+    assert "cuda cannot: the driver is too old: it has CUDA 11.8, CUDA 12.0 is needed" in choice.why
+
+    monkeypatch.setattr(cuda, "_compiled", lambda: None)
+    monkeypatch.setattr(cuda, "DEVICE_CODE", tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 6))
+    for found, why in (([], "takes none of sm_90.cubin"), (["sm_80.cubin"], "")):
+        (tmp_path / "step_forward.sm_90.cubin").touch()
+        monkeypatch.setattr(cuda, "images", lambda capability, found=found: found)
+        assert why in cuda.why_not(0)
+        assert (planning.machine_with(device).reason("cuda") is None) == (why == "")
+
+
 def test_architectures():
     assert device_code.images("8.0+PTX;9.0 10.0") == ["sm_80.cubin", "compute_80.ptx", "sm_90.cubin", "sm_100.cubin"]
     assert device_code.images("") == []
+    assert device_code.images("Ampere;9.0a;8.0") == ["sm_80.cubin", "sm_86.cubin", "compute_86.ptx", "sm_90.cubin"]
+    assert device_code.images("Blackwell+Tegra 12.0f+PTX") == ["sm_110.cubin", "sm_120.cubin", "compute_120.ptx"]
+    # A container's list: what lies below 8.0 has no kernels, and says so.
+    listed = "5.2 6.0;7.0,Turing 7.5 8.0 Volta+Tegra Hopper;"
+    assert device_code.architectures(listed) == (
+        ["8.0", "9.0+PTX"],
+        ["5.2", "6.0", "7.0", "Turing", "7.5", "Volta+Tegra"],
+    )
+    for wrong in ("Hoper", "9", "sm_90", "8.0;all", "9.0b"):
+        with pytest.raises(ValueError, match="is no architecture"):
+            device_code.architectures(wrong)
+
+
+def test_default_architectures():
+    default = device_code.default_architectures
+    assert default("13.0", []) == default("12.4", [(10, 0)]) == default("", [(12, 0)]) == "8.0+PTX;9.0"
+    assert default("12.8", [(8, 6), (12, 1), (12, 0)]) == "8.0+PTX;9.0;12.0"
+    assert default("13.0", [(10, 3), (12, 0), (11, 0)]) == "8.0+PTX;9.0;10.0;12.0"
+
+
+def test_another_list_or_compiler_compiles_anew(tmp_path):
+    """An nvcc that writes its arguments; what is there already of the same is kept."""
+    ran = tmp_path / "ran"
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f'#!/bin/sh\necho "$3 $4" >> {ran}\nfor last; do :; done\necho code > $last\n')
+    nvcc.chmod(0o755)
+    source = tmp_path / "one.cu"
+    source.write_text("")
+
+    def compile(setting, version="13.0"):
+        ran.write_text("")
+        compiler = device_code.Compiler("nvcc", str(nvcc), version)
+        wanted = device_code.images(setting)
+        files = device_code.compile_images(tmp_path / "device", wanted, 1, compiler, [source])
+        assert sorted(files) == sorted((tmp_path / "device").glob("one.*"))
+        return ran.read_text().split()[::2]
+
+    assert compile("8.0;9.0") == ["-cubin", "-cubin"]
+    assert compile("8.0;9.0") == []
+    assert compile("9.0;12.0") == ["-cubin"]  # and that of 8.0 is gone
+    assert compile("9.0+PTX") == ["-ptx", "-cubin"]  # the PTX, and of it the code
+    assert compile("9.0+PTX", "13.1") == ["-ptx", "-cubin"]
 
 
 def test_compilers(monkeypatch, tmp_path):

@@ -22,8 +22,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 FOLDER = Path(__file__).resolve().parent
-ARCHITECTURES = "8.0+PTX;9.0"  # of a build for this machine
+ARCHITECTURES = "8.0+PTX;9.0"  # of a build for this machine, and those of its cards
 WHEEL_ARCHITECTURES = "8.0+PTX;9.0;10.0;12.0"  # 8.6 and 8.9 run the code of 8.0
+# The names that TORCH_CUDA_ARCH_LIST may hold, as torch's cpp_extension takes them.
+NAMES = {
+    "Ampere+Tegra": "8.7",
+    "Ampere": "8.0;8.6+PTX",
+    "Ada": "8.9+PTX",
+    "Hopper": "9.0+PTX",
+    "Blackwell+Tegra": "11.0",
+    "Blackwell": "10.0;10.3;12.0;12.1+PTX",
+    **dict.fromkeys(("Kepler+Tesla", "Kepler", "Maxwell+Tegra", "Maxwell", "Pascal", "Volta+Tegra", "Volta"), "7.0"),
+    "Turing": "7.5",
+}
 LAUNCHER = "libfusedrnn_cuda.so"
 RECORD = "digests.json"  # of what the files were made of; written when all are there
 
@@ -74,14 +85,44 @@ def find_compiler(cuda: str = "") -> Compiler | None:
     return None
 
 
-def images(architectures: str) -> list[str]:
+def architectures(setting: str) -> tuple[list[str], list[str]]:
+    """(["8.0+PTX", "9.0"], [what was dropped]) of a setting in the form of TORCH_CUDA_ARCH_LIST.
+
+    The kernels need compute capability 8.0: what lies below is dropped. Code for one chip only ("9.0a") is that of its
+    family: the kernels use nothing more. Raises ValueError on a word that names no architecture.
+    """
+    kept, dropped = [], []
+    for word in re.split(r"[;,\s]+", setting.strip(" ;,")):
+        for name in NAMES.get(word, word).split(";"):
+            found = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", name)
+            if name and found is None:
+                raise ValueError(f"TORCH_CUDA_ARCH_LIST: {word!r} is no architecture (8.0, 9.0+PTX, Hopper, ...)")
+            if found and int(found[1]) < 8:
+                dropped.append(word)
+            elif found:
+                kept.append(f"{found[1]}.{found[2]}{found[3] or ''}")
+    return list(dict.fromkeys(kept)), list(dict.fromkeys(dropped))
+
+
+def default_architectures(compiler_version: str, cards: Sequence[tuple[int, int]]) -> str:
+    """Where no list is given, for the compute capabilities of the cards here.
+
+    8.0 and 9.0 always; of 10.x and 12.x the first where such a card is here, which else would have its driver compile
+    at the first call all kernels of a file, for a minute or two.
+    """
+    if tuple(map(int, re.findall(r"\d+", compiler_version)[:2])) < (12, 8):  # knows no 10.0
+        return ARCHITECTURES
+    newer = sorted({major for major, _ in cards} & {10, 12})
+    return ";".join([ARCHITECTURES, *(f"{major}.0" for major in newer)])
+
+
+def images(setting: str) -> list[str]:
     """ "8.0+PTX;9.0", the form of TORCH_CUDA_ARCH_LIST, as ["sm_80.cubin", "compute_80.ptx", "sm_90.cubin"]."""
     found = []
-    for name in architectures.replace(" ", ";").split(";"):
+    for name in architectures(setting)[0]:
         number = name.removesuffix("+PTX").replace(".", "")
-        if number:
-            found += [f"sm_{number}.cubin"] + ([f"compute_{number}.ptx"] if name.endswith("+PTX") else [])
-    return found
+        found += [f"sm_{number}.cubin"] + ([f"compute_{number}.ptx"] if name.endswith("+PTX") else [])
+    return list(dict.fromkeys(found))
 
 
 def compile_device_code(

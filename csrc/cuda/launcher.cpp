@@ -25,8 +25,10 @@ using Context = void*;
 using Module = void*;
 using Function = void*;
 using Stream = void*;
-constexpr Result kSuccess = 0;
+constexpr Result kSuccess = 0, kUnknown = 999;
 constexpr int kMajor = 75, kMinor = 76;          // CUdevice_attribute: compute capability
+constexpr int kCooperative = 95;                 // CUdevice_attribute: cooperative launches
+constexpr unsigned kPortable = 1, kMapped = 2;   // CU_MEMHOSTALLOC: every context's, and the device's at that address
 constexpr int kDynamicShared = 8;                // CUfunction_attribute: most dynamic shared memory of a block
 constexpr int kErrorLog = 5, kErrorLogSize = 6;  // CUjit_option
 constexpr int kRelaxedCapture = 2;               // CUstreamCaptureMode
@@ -49,6 +51,7 @@ constexpr int kAlwaysAllowedShared = 48 * 1024;  // more has to be asked for
     (Function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Stream, void**, void**)) \
   X(cuLaunchCooperativeKernel,                                                                                \
     (Function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Stream, void**))         \
+  X(cuMemHostAlloc, (void**, size_t, unsigned))                                                               \
   X(cuThreadExchangeStreamCaptureMode, (int*))                                                                \
   X(cuGetErrorName, (Result, const char**))                                                                   \
   X(cuGetErrorString, (Result, const char**))
@@ -62,6 +65,7 @@ struct Driver {
 // What a call throws; the C functions turn it into fusedrnn_error().
 struct Failure {
   std::string words;
+  Result result = kUnknown;  // the driver's, where it was that
 };
 
 thread_local std::string last_error;
@@ -173,22 +177,48 @@ struct FusedrnnKernels {
   int version = 0;
   std::string folder;
 
-  // A kernel of the context that is current.
-  Function function(int file, int instance) {
+  // A kernel of the context that is current; a block may have so much dynamic shared memory.
+  Function function(int file, int instance, int shared) {
     const std::lock_guard<std::mutex> held(lock_);
     Context context = nullptr;
     check(driver.cuCtxGetCurrent(&context), "cuCtxGetCurrent");
     Loaded& loaded = contexts_[context][file];
     if (loaded.module == nullptr) {
       loaded.module = load(kFiles[file].name);
-      loaded.functions.resize(kFiles[file].instances.size());
+      loaded.kernels.resize(kFiles[file].instances.size());
     }
-    Function& function = loaded.functions[instance];
-    if (function == nullptr) {
-      const char* name = kFiles[file].instances[instance].name;
-      check(driver.cuModuleGetFunction(&function, loaded.module, name), name);
+    Kernel& kernel = loaded.kernels[instance];
+    const char* name = kFiles[file].instances[instance].name;
+    if (kernel.function == nullptr) check(driver.cuModuleGetFunction(&kernel.function, loaded.module, name), name);
+    if (shared > kernel.allowed_shared) {
+      // It belongs to the function, not to a launch: it only grows, or the larger of two launches might find it small.
+      check(driver.cuFuncSetAttribute(kernel.function, kDynamicShared, shared), name);
+      kernel.allowed_shared = shared;
     }
-    return function;
+    return kernel.function;
+  }
+
+  // Four words that a kernel may write and that are read even when its context is dead: host memory.
+  int32_t* fault() {
+    const std::lock_guard<std::mutex> held(lock_);
+    if (fault_ == nullptr) {
+      void* memory = nullptr;
+      const Relaxed relaxed(driver);
+      check(driver.cuMemHostAlloc(&memory, 4 * sizeof(int32_t), kPortable | kMapped), "cuMemHostAlloc");
+      memset(memory, 0, 4 * sizeof(int32_t));
+      fault_ = static_cast<int32_t*>(memory);
+    }
+    return fault_;
+  }
+
+  // Empty where no kernel gave up since it was asked last.
+  std::string fault_in_words() {
+    const std::lock_guard<std::mutex> held(lock_);
+    volatile int32_t* fault = fault_;
+    if (fault == nullptr || fault[3] == 0) return "";
+    fault[3] = 0;
+    return "packet " + std::to_string(fault[2]) + " of the step before step " + std::to_string(fault[1]) +
+           " never came to block " + std::to_string(fault[0]) + " of a persistent kernel, which gave up";
   }
 
   Context primary(int device) {
@@ -203,7 +233,7 @@ struct FusedrnnKernels {
   }
 
   void check(Result result, const char* what) const {
-    if (result != kSuccess) throw Failure{std::string(what) + ": " + words(result)};
+    if (result != kSuccess) throw Failure{std::string(what) + ": " + words(result), result};
   }
 
   std::string words(Result result) const {
@@ -215,13 +245,25 @@ struct FusedrnnKernels {
   }
 
  private:
+  struct Kernel {
+    Function function = nullptr;
+    int allowed_shared = kAlwaysAllowedShared;
+  };
   struct Loaded {
     Module module = nullptr;
-    std::vector<Function> functions;
+    std::vector<Kernel> kernels;
+  };
+  // A graph may be recorded just now, which forbids some calls: allowed as long as this lives.
+  struct Relaxed {
+    const Driver& driver;
+    int mode = kRelaxedCapture;
+    explicit Relaxed(const Driver& d) : driver(d) { driver.cuThreadExchangeStreamCaptureMode(&mode); }
+    ~Relaxed() { driver.cuThreadExchangeStreamCaptureMode(&mode); }
   };
   std::mutex lock_;
   std::map<Context, Loaded[kFileCount]> contexts_;
   std::map<int, Context> primaries_;
+  int32_t* fault_ = nullptr;
 
   // The first image that is there and that the driver takes.
   Module load(const char* file) {
@@ -237,12 +279,12 @@ struct FusedrnnKernels {
       char log[2048] = "";
       int options[] = {kErrorLog, kErrorLogSize};
       void* values[] = {log, reinterpret_cast<void*>(sizeof log)};
-      // A graph may be recorded just now, which forbids other calls.
-      int mode = kRelaxedCapture;
-      driver.cuThreadExchangeStreamCaptureMode(&mode);
       Module module = nullptr;
-      const Result result = driver.cuModuleLoadDataEx(&module, code.c_str(), 2, options, values);
-      driver.cuThreadExchangeStreamCaptureMode(&mode);
+      Result result = kSuccess;
+      {
+        const Relaxed relaxed(driver);
+        result = driver.cuModuleLoadDataEx(&module, code.c_str(), 2, options, values);
+      }
       if (result == kSuccess) return module;
       refused += (refused.empty() ? " does not take " : ", nor ") + path_of(folder, file, image) + ": " +
                  words(result) + (*log ? ": " : "") + log;
@@ -282,10 +324,8 @@ class Queue {
 
   void launch(int file, int instance, unsigned x, unsigned y, int shared, void* argument, bool cooperative = false) {
     const Driver& driver = kernels_.driver;
-    const Function function = kernels_.function(file, instance);
+    const Function function = kernels_.function(file, instance, shared);
     const char* name = kFiles[file].instances[instance].name;
-    if (shared > kAlwaysAllowedShared)
-      kernels_.check(driver.cuFuncSetAttribute(function, kDynamicShared, shared), name);
     void* arguments[] = {argument};
     kernels_.check(
         cooperative
@@ -293,6 +333,8 @@ class Queue {
             : driver.cuLaunchKernel(function, x, y, 1, kThreads, 1, 1, unsigned(shared), stream_, arguments, nullptr),
         name);
   }
+
+  int32_t* fault() { return kernels_.fault(); }
 
  private:
   FusedrnnKernels& kernels_;
@@ -452,6 +494,7 @@ int pick_persistent(int file, int cell, int dtype, int64_t hidden, int parts) {
 
 void persistent_forward(Queue& queue, const FusedrnnForward& p) {
   FusedrnnForward copy = p;
+  copy.fault = queue.fault();
   const int row = forward_bytes_per_row(facts_of(p.cell).accumulators, accumulator_size(p.dtype));
   queue.launch(kPersistentForward, pick_persistent(kPersistentForward, p.cell, p.dtype, p.hidden, 1),
                blocks(p.hidden, kForwardUnits), unsigned(p.groups), 2 * forward_buffer_bytes(p.slice_rows, row), &copy,
@@ -460,6 +503,7 @@ void persistent_forward(Queue& queue, const FusedrnnForward& p) {
 
 void persistent_backward(Queue& queue, const FusedrnnBackward& p) {
   FusedrnnBackward copy = p;
+  copy.fault = queue.fault();
   queue.launch(kPersistentBackward,
                pick_persistent(kPersistentBackward, p.cell, p.dtype, p.hidden, facts_of(p.cell).gates),
                blocks(p.hidden, kBackwardUnits), unsigned(p.groups), 0, &copy, true);
@@ -472,9 +516,10 @@ int run(void (*call)(Queue&, const Params&), FusedrnnKernels* kernels, const Par
     call(queue, *params);
     return 0;
   } catch (const Failure& failure) {
-    last_error = failure.words;
+    const std::string fault = kernels->fault_in_words();
+    last_error = failure.words + (fault.empty() ? "" : ": " + fault);
+    return failure.result;
   }
-  return 1;
 }
 
 }  // namespace
@@ -523,6 +568,20 @@ int fusedrnn_persistent_forward(FusedrnnKernels* kernels, const FusedrnnForward*
 }
 int fusedrnn_persistent_backward(FusedrnnKernels* kernels, const FusedrnnBackward* params, int device, void* stream) {
   return run(persistent_backward, kernels, params, device, stream);
+}
+
+int fusedrnn_cooperative(FusedrnnKernels* kernels, int device) {
+  Device handle = 0;
+  int value = 0;
+  const Driver& driver = kernels->driver;
+  return driver.cuDeviceGet(&handle, device) == kSuccess &&
+         driver.cuDeviceGetAttribute(&value, kCooperative, handle) == kSuccess && value != 0;
+}
+
+const char* fusedrnn_fault(FusedrnnKernels* kernels) {
+  static thread_local std::string words;
+  words = kernels->fault_in_words();
+  return words.c_str();
 }
 
 const char* fusedrnn_error() { return last_error.c_str(); }

@@ -16,12 +16,18 @@ extern "C" {
 typedef struct FusedrnnKernels FusedrnnKernels;
 FUSEDRNN_API FusedrnnKernels* fusedrnn_open(const char* driver, const char* folder);
 
-// 0, or 1 and fusedrnn_error() says why. Launches on a stream of a device's primary context, or of the context that is
-// current if that is of this device.
+// 0, or what the driver returned (999 where it was not asked) and fusedrnn_error() says why. Launches on a stream of a
+// device's primary context, or of the context that is current if that is of this device.
 FUSEDRNN_API int fusedrnn_step_forward(FusedrnnKernels*, const FusedrnnForward*, int device, void* stream);
 FUSEDRNN_API int fusedrnn_step_backward(FusedrnnKernels*, const FusedrnnBackward*, int device, void* stream);
 FUSEDRNN_API int fusedrnn_persistent_forward(FusedrnnKernels*, const FusedrnnForward*, int device, void* stream);
 FUSEDRNN_API int fusedrnn_persistent_backward(FusedrnnKernels*, const FusedrnnBackward*, int device, void* stream);
+// Whether a device of that number can launch blocks that wait for each other.
+FUSEDRNN_API int fusedrnn_cooperative(FusedrnnKernels*, int device);
+// Which packet never came, if a persistent kernel gave up; it traps, and its context is dead, so that the call that
+// notices may be anybody's. Empty where none did since it was asked, or a launch failed, last. Valid until the next
+// call of this thread.
+FUSEDRNN_API const char* fusedrnn_fault(FusedrnnKernels*);
 // What the last call of this thread that failed said.
 FUSEDRNN_API const char* fusedrnn_error(void);
 // The images in a folder that a card of a compute capability may take, the best first, with spaces between them. Asks

@@ -41,7 +41,7 @@ typedef struct {
   int32_t groups;       // persistent: slices at work at once; group i takes slices i, i + groups, ...
   uint32_t poll_limit;  // persistent: polls of one packet before the kernel traps
   int32_t reserved2;
-  int32_t* fault;  // [4]: block, step, packet, 1 of the poll that gave up; persistent
+  int32_t* fault;  // [4]: block, step, packet, 1 of the poll that gave up; persistent; the launcher's
 } FusedrnnForward;
 
 typedef struct {

@@ -8,14 +8,17 @@ tests/ptxsim).
 Saved gates have a layout of their own: [rows, H, S], the S values of a unit side by side; see ops.gates_in_torch_order.
 """
 
+import atexit
 import contextlib
 import ctypes
 import functools
 import importlib.util
 import itertools
 import sys
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -44,6 +47,8 @@ _DTYPE_IDS = {
 }
 # A poll takes about half a microsecond on a GPU: some seconds.
 _POLL_LIMIT = 1 << 23
+# CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE, CUDA_ERROR_NOT_SUPPORTED.
+_REFUSALS = (720, 801)
 _POLL_LIMIT_SIMULATED = 20_000
 
 
@@ -87,6 +92,10 @@ class _Backward(ctypes.Structure):
     ]
 
 
+class _RefusedError(RuntimeError):
+    """The device does not hold so many blocks at once, or launches none that wait for each other."""
+
+
 class _Kernels:
     """The launchers, with the device code of a folder and a driver, real or simulated. Raises RuntimeError."""
 
@@ -98,6 +107,8 @@ class _Kernels:
             raise RuntimeError(f"backend 'cuda' cannot run: {self.dll.fusedrnn_error().decode()}")
         names = itertools.takewhile(bool, map(self.dll.fusedrnn_cell_name, itertools.count()))
         self._cells = [name.decode() for name in names]
+        if simulator is None:
+            atexit.register(self.tell_fault)
 
     def number_of(self, cell: Cell) -> int:
         if cell.name not in self._cells:
@@ -113,15 +124,19 @@ class _Kernels:
             used = [t for t in tensors.values() if t is not None and t.numel() > 0]
             with self.simulator.registered(*used):
                 error = function(0, None)
-            if error:
-                fault = tensors["fault"].tolist() if "fault" in tensors else [0] * 4
-                stuck = f" (block {fault[0]}, step {fault[1]}, packet {fault[2]})" if fault[3] else ""
-                words = self.dll.fusedrnn_error().decode()
-                raise RuntimeError(f"fusedrnn: {name} failed in the simulator{stuck}: {words}")
-            return
-        device = tensors["y" if "y" in tensors and tensors["y"] is not None else "dgates"].device
-        if function(device.index, torch.cuda.current_stream(device).cuda_stream):
-            raise RuntimeError(f"fusedrnn: the launch of {name} failed: {self.dll.fusedrnn_error().decode()}")
+        else:
+            device = tensors["y" if "y" in tensors and tensors["y"] is not None else "dgates"].device
+            error = function(device.index, torch.cuda.current_stream(device).cuda_stream)
+        if error:
+            kind = _RefusedError if error in _REFUSALS else RuntimeError
+            raise kind(f"fusedrnn: the launch of {name} failed: {self.dll.fusedrnn_error().decode()}")
+
+    def tell_fault(self) -> None:
+        """At the end of the process: which packet never came, where a persistent kernel gave up. Its trap kills the
+        context, so that torch raises at whatever call comes next, and knows only that a kernel failed.
+        """
+        if words := self.dll.fusedrnn_fault(self._handle).decode():
+            print(f"fusedrnn: {words}", file=sys.stderr)
 
 
 @functools.cache
@@ -133,6 +148,8 @@ def _launchers(path: Path) -> ctypes.CDLL:
         ("error", text, []),
         ("images", text, [text, integer, integer]),
         ("cell_name", text, [integer]),
+        ("cooperative", integer, [pointer, integer]),
+        ("fault", text, [pointer]),
         *((f"{a}_{d}", integer, [pointer, pointer, integer, pointer])
           for a in ("step", "persistent") for d in ("forward", "backward")),
     ):  # fmt: skip
@@ -218,14 +235,52 @@ def _kernels(device: torch.device) -> _Kernels:
 
 
 @functools.cache
+def why_not(index: int | None) -> str:
+    """Why there are no kernels for a CUDA device; empty where there are. Opens the driver."""
+    if why := missing():
+        return why
+    try:
+        _compiled()
+    except RuntimeError as error:
+        return str(error).removeprefix("backend 'cuda' cannot run: ")
+    major, minor = torch.cuda.get_device_capability(index)
+    built = sorted({path.name.split(".", 1)[1] for path in DEVICE_CODE.glob("*.*")})
+    return "" if images((major, minor)) else f"compute capability {major}.{minor} takes none of {', '.join(built)}"
+
+
+@functools.cache
 def _chip(index: int | None) -> Chip:
     p = torch.cuda.get_device_properties(index)
-    return Chip(p.name, p.multi_processor_count, p.shared_memory_per_block_optin)
+    cooperative = True
+    if not why_not(index):
+        kernels, number = _compiled(), torch.cuda.current_device() if index is None else index
+        cooperative = bool(kernels.dll.fusedrnn_cooperative(kernels._handle, number))
+    return Chip(p.name, p.multi_processor_count, p.shared_memory_per_block_optin, cooperative)
+
+
+# (device type, index) -> as many blocks as it holds at once, where it holds fewer than it has multiprocessors.
+_resident: dict[tuple[str, int | None], int] = {}
 
 
 def chip(device: torch.device) -> Chip:
     """The limits of a device; the simulator stands for an H100."""
-    return _chip(device.index) if device.type == "cuda" else CHIP_LIMITS["h100-sxm"]
+    found = _chip(device.index) if device.type == "cuda" else CHIP_LIMITS["h100-sxm"]
+    most = _resident.get((device.type, device.index), found.multiprocessors)
+    if most >= found.multiprocessors:
+        return found
+    return replace(found, name=f"{found.name}, of which this process gets a part,", multiprocessors=most)
+
+
+def _refused(device: torch.device, chosen: Plan, error: _RefusedError) -> None:
+    """A launch of the plan was refused: the next one is made for a device that holds fewer blocks."""
+    blocks = chosen.grid[0] * chosen.grid[1]
+    _resident[device.type, device.index] = blocks - 1
+    warnings.warn(
+        f"{error}. fusedrnn plans for less than {blocks} blocks at once from now on, or one launch a step, which "
+        "is slower (a share of a GPU, of MPS or of a virtual one, has fewer multiprocessors than the GPU says)",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def _dtype_id(dtype: torch.dtype) -> int:
@@ -341,9 +396,14 @@ def forward(
             tensors = {
                 "x": hoisted, "h0": _padded(h0, pitch), **state0, "w_hh": _padded(w_hh, pitch), "b_hh": bias, "y": y,
                 **outputs, "offsets_device": None if offsets is None else offsets.to(x.device, non_blocking=True),
-                "fault": torch.zeros(4, dtype=torch.int32, device=x.device),
             }  # fmt: skip
-            kernels.launch("persistent_forward", params, tensors)
+            try:
+                kernels.launch("persistent_forward", params, tensors)
+            except _RefusedError as error:
+                if algorithm != "auto":
+                    raise
+                _refused(x.device, chosen, error)
+                return forward(cell, inputs, algorithm, keep_gates, keep_cells)
             if pitch != hidden:
                 y = y[:, :hidden].contiguous()
         else:
@@ -421,9 +481,14 @@ def backward(
             tensors |= {
                 "w_hh_t": _padded(w_hh.unflatten(0, (-1, hidden)).permute(2, 0, 1), pitch), "dgates": box,
                 "offsets_device": None if offsets is None else offsets.to(x.device, non_blocking=True),
-                "fault": torch.zeros(4, dtype=torch.int32, device=x.device),
             }  # fmt: skip
-            kernels.launch("persistent_backward", params, tensors)
+            try:
+                kernels.launch("persistent_backward", params, tensors)
+            except _RefusedError as error:
+                if algorithm != "auto":
+                    raise
+                _refused(x.device, chosen, error)
+                return backward(cell, grads, inputs, saved, algorithm, needs)
             dgates = box if pitch == hidden else box.view(rows, count, pitch)[:, :, :hidden].reshape(rows, -1)
         else:
             tensors |= {

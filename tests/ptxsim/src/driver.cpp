@@ -283,6 +283,12 @@ int cuMemAlloc_v2(uint64_t* address, size_t bytes) {
   ps_register(*address, bytes);
   return kSuccess;
 }
+int cuMemHostAlloc(void** memory, size_t bytes, unsigned) {
+  uint64_t address = 0;
+  const int status = cuMemAlloc_v2(&address, bytes);
+  *memory = reinterpret_cast<void*>(address);
+  return status;
+}
 int cuMemFree_v2(uint64_t address) {
   const std::lock_guard held(state().lock);
   if (!state().allocations.erase(address)) return kInvalidValue;
