@@ -67,14 +67,11 @@ def decide_cuda() -> tuple[device_code.Compiler | None, str, str]:
         return None, "", f"CUDA kernels are left out: TORCH_CUDA_ARCH_LIST is {setting!r}, and they need 8.0 or newer."
     compiler = device_code.find_compiler(torch.version.cuda)
     if compiler is None:
-        return (
-            None,
-            "",
-            (
-                f"CUDA kernels are left out: torch is built for CUDA {torch.version.cuda}, but neither nvcc (CUDA_HOME, "
-                "the PATH) nor NVRTC was found in this environment (the extra 'cuda-build' installs one)."
-            ),
+        why = (
+            f"torch is built for CUDA {torch.version.cuda}, but neither nvcc (CUDA_HOME, the PATH) nor NVRTC was found"
         )
+        where = "in this environment (the extra 'cuda-build' installs one)"
+        return None, "", f"CUDA kernels are left out: {why} {where}."
     cards = [torch.cuda.get_device_capability(k) for k in range(torch.cuda.device_count())]
     architectures = ";".join(kept) or device_code.default_architectures(compiler.version, cards)
     # What is written down travels in the wheel: it names no folder of the machine that builds.

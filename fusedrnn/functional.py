@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from fusedrnn import _build, ops, planning
 from fusedrnn.autograd import EagerRecurrenceFunction, RecurrenceFunction
 from fusedrnn.backends import reference
-from fusedrnn.backends.common import Inputs, neighbours
+from fusedrnn.backends.common import Inputs, neighbours, sizes_on
 from fusedrnn.cells import CELLS, Cell
 
 # (thread, callback) of every open ``recording`` block. A plain list, because Dynamo has to guard on it.
@@ -255,8 +255,7 @@ def _masks(
     if batch_sizes is None:
         return (mask, torch.cat([mask[1:], torch.zeros_like(mask[:1])]))[:directions]
     rows = x.shape[0]
-    after, inside, place = (t.to(x.device) for t in neighbours(batch_sizes, rows, 1))
-    step = torch.repeat_interleave(torch.arange(steps), batch_sizes, output_size=rows).to(x.device)
+    after, inside, step, place = neighbours(sizes_on(batch_sizes, x.device), rows, 1)
     packed = mask[step, place]
     return (packed, packed[after.clamp(max=rows - 1)] & inside)[:directions]
 

@@ -1,8 +1,10 @@
 """What the backends written in Python share: row bookkeeping and the GEMMs after the loop."""
 
+import contextlib
 import importlib
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -92,18 +94,51 @@ def rows_of(t: Tensor) -> Tensor:
     return t.flatten(0, -2)
 
 
-def neighbours(batch_sizes: Tensor, rows: int, offset: int) -> tuple[Tensor, Tensor, Tensor]:
-    """For every row of packed data the row of the same sequence ``offset`` (1 or -1) steps on, whether there is one,
-    and the row's place in its step's batch; on the CPU.
+def sizes_on(batch_sizes: Tensor, device: torch.device) -> Tensor:
+    """``batch_sizes`` on a device, int64 [T]; nobody waits for the device, and a CUDA graph may be recorded.
+
+    What a graph records must not read memory of the host again: there the numbers are arguments of kernels, one for
+    some fifty different sizes.
     """
-    steps = batch_sizes.shape[0]
-    first = batch_sizes.cumsum(0) - batch_sizes
-    step = torch.repeat_interleave(torch.arange(steps), batch_sizes, output_size=rows)
-    place = torch.arange(rows) - first[step]
+    if device.type != "cuda":
+        return batch_sizes.to(device)
+    if torch.compiler.is_compiling():
+        return batch_sizes.to(device, non_blocking=True)
+    with torch.cuda.device(device):
+        if not torch.cuda.is_current_stream_capturing():
+            return batch_sizes.pin_memory().to(device, non_blocking=True)
+    return _by_value(batch_sizes, device)
+
+
+def _by_value(batch_sizes: Tensor, device: torch.device) -> Tensor:
+    values, counts = torch.unique_consecutive(batch_sizes, return_counts=True)
+    sizes = torch.zeros(batch_sizes.shape, dtype=torch.int64, device=device)
+    torch._foreach_add_(sizes.split(counts.tolist()), values.tolist())
+    return sizes
+
+
+def neighbours(sizes: Tensor, rows: int, offset: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For every row of packed data the row of the same sequence ``offset`` (1 or -1) steps on, whether there is one,
+    the row's step, and its place in the step's batch; on the device of the sizes, see ``sizes_on``.
+    """
+    steps = sizes.shape[0]
+    first = sizes.cumsum(0) - sizes
+    step = torch.repeat_interleave(torch.arange(steps, device=sizes.device), sizes, output_size=rows)
+    place = torch.arange(rows, device=sizes.device) - first[step]
     other = step + offset
     inside = (other >= 0) & (other < steps)
     other = other.clamp(0, steps - 1)
-    return first[other] + place, inside & (place < batch_sizes[other]), place
+    return first[other] + place, inside & (place < sizes[other]), step, place
+
+
+def last_rows(rows: int, batch: int, batch_sizes: Tensor | None, device: torch.device) -> slice | Tensor:
+    """Which of the N rows are the last time step of each sequence: a slice, or an index [B]."""
+    if batch_sizes is None or batch_sizes[-1] == batch:
+        return slice(rows - batch, rows)
+    sizes = sizes_on(batch_sizes, device)
+    sequence = torch.arange(batch, device=device)
+    length = (sizes.unsqueeze(1) > sequence).sum(0)
+    return (sizes.cumsum(0) - sizes)[length - 1] + sequence
 
 
 def previous(
@@ -117,8 +152,8 @@ def previous(
         found = torch.cat(inner)
     else:
         rows = states.shape[0]
-        row, inside, place = neighbours(batch_sizes, rows, 1 if reverse else -1)
-        found = torch.cat([states, state0])[torch.where(inside, row, rows + place).to(states.device)]
+        row, inside, _, place = neighbours(sizes_on(batch_sizes, states.device), rows, 1 if reverse else -1)
+        found = torch.cat([states, state0])[torch.where(inside, row, rows + place)]
     return found if resets is None else found.masked_fill(resets.reshape(-1, 1), 0)
 
 
@@ -126,17 +161,75 @@ def product(a: Tensor, b: Tensor, add: Tensor | None = None, out: Tensor | None 
     """a b (+ add) of matrices, sums in float32 at least, rounded once; into ``out``, which may be ``add``.
 
     Every product of these backends outside of their kernels. On the CPU 16 bits are widened: what torch's own product
-    makes there of infinities, NaN and odd sizes depends on the processor.
+    makes there of infinities, NaN and odd sizes depends on the processor. On a GPU float32 is tf32 where torch's own
+    RNNs may take it, whatever other products may, and 16 bits are summed in float32 also where a sum is split.
     """
-    if a.device.type != "cpu" or a.element_size() > 2:
+    if a.device.type == "cpu" and a.element_size() <= 2:
+        wide = a.float() @ b.float() if add is None else torch.addmm(add.float(), a.float(), b.float())
+        return wide.to(a.dtype) if out is None else out.copy_(wide)
+    flag = _flag_of(a) if a.device.type == "cuda" else contextlib.nullcontext()
+    with flag:
         return torch.mm(a, b, out=out) if add is None else torch.addmm(add, a, b, out=out)
-    wide = a.float() @ b.float() if add is None else torch.addmm(add.float(), a.float(), b.float())
-    return wide.to(a.dtype) if out is None else out.copy_(wide)
+
+
+def allow_tf32() -> bool:
+    """Whether torch's own RNNs may compute float32 products in tf32 on a GPU."""
+    # Follows torch.backends.cudnn.allow_tf32 as well, which itself raises when RNNs and convolutions differ.
+    return torch.backends.cudnn.rnn.fp32_precision == "tf32"
+
+
+def _flag_of(a: Tensor):
+    """For the length of a with block, torch's flag of matrix products as those of ``a`` need it."""
+    if a.dtype == torch.float32:
+        return _as_flag("fp32_precision", "tf32" if allow_tf32() else "ieee")
+    if a.dtype in (torch.bfloat16, torch.float16):
+        kind = "bf16" if a.dtype == torch.bfloat16 else "fp16"
+        return _as_flag(f"allow_{kind}_reduced_precision_reduction", False)
+    return contextlib.nullcontext()
+
+
+# Flags that are not as the user set them -> (how many products need that just now, what the user set).
+_changed: dict[str, tuple[int, object]] = {}
+_changing = threading.Lock()
+
+
+@contextlib.contextmanager
+def _as_flag(name: str, value):
+    """They belong to the process: of several threads the first sets a flag, the last puts it back."""
+    flags, words = torch.backends.cuda.matmul, {"none": "ieee"}
+    with _changing:
+        count, before = _changed.get(name, (0, None))
+        if not count:
+            before = getattr(flags, name)
+            if name != "fp32_precision":  # a pair, in some versions of torch: may sums be split as well
+                before = getattr(torch._C, f"_get_cublas_{name}")()
+        changes = count > 0 or words.get(getattr(flags, name), getattr(flags, name)) != value
+        if changes:
+            _changed[name] = (count + 1, before)
+            setattr(flags, name, value)
+    try:
+        yield
+    finally:
+        if changes:
+            with _changing:
+                count, before = _changed.pop(name)
+                if count > 1:
+                    _changed[name] = (count - 1, before)
+                else:
+                    setattr(flags, name, before)
 
 
 def started_from(inputs: Inputs, y: Tensor) -> Tensor:
     """The h that every row's step started from, [N, P]."""
     return previous(inputs.h0, rows_of(y), inputs.batch_sizes, inputs.reverse, inputs.resets)
+
+
+def gate_columns(dgates: Tensor, acc: tuple[int, ...], hidden: int) -> Tensor:
+    """The columns of some accumulators; a view where they stand side by side."""
+    first, last = acc[0], acc[-1]
+    if acc == tuple(range(first, last + 1)):
+        return dgates[:, first * hidden : (last + 1) * hidden]
+    return torch.cat([dgates[:, a * hidden : (a + 1) * hidden] for a in acc], dim=1)
 
 
 def weight_gradients(
@@ -158,17 +251,11 @@ def weight_gradients(
     dgates = rows_of(dgates)
     x = inputs.x
 
-    def gate_columns(acc: tuple[int, ...]) -> Tensor:
-        first, last = acc[0], acc[-1]
-        if acc == tuple(range(first, last + 1)):
-            return dgates[:, first * hidden : (last + 1) * hidden]
-        return torch.cat([dgates[:, a * hidden : (a + 1) * hidden] for a in acc], dim=1)
-
     def wanted(k: int, make: Callable[[], Tensor]) -> Tensor:
         return make() if needs[k] else dgates.new_empty(0)
 
-    dgates_x = gate_columns(cell.x_acc)
-    dgates_h = dgates_x if cell.h_acc == cell.x_acc else gate_columns(cell.h_acc)
+    dgates_x = gate_columns(dgates, cell.x_acc, hidden)
+    dgates_h = dgates_x if cell.h_acc == cell.x_acc else gate_columns(dgates, cell.h_acc, hidden)
     return (
         wanted(0, lambda: product(dgates_x, inputs.w_ih).view(x.shape)),
         wanted(1, lambda: dh0),

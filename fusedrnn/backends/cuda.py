@@ -29,10 +29,14 @@ from fusedrnn.backends.common import (
     Gradients,
     Inputs,
     Saved,
+    allow_tf32,
+    gate_columns,
+    last_rows,
     product,
     rows_of,
     simulator,
     simulator_folder,
+    sizes_on,
     weight_gradients,
 )
 from fusedrnn.backends.cuda_plan import CHIP_LIMITS, Chip, Plan, Problem, plan
@@ -284,8 +288,7 @@ def _refused(device: torch.device, chosen: Plan, error: _RefusedError) -> None:
 
 
 def _dtype_id(dtype: torch.dtype) -> int:
-    # The flag of torch's own RNNs on CUDA; it follows torch.backends.cudnn.allow_tf32.
-    if dtype == torch.float32 and torch.backends.cudnn.rnn.fp32_precision == "tf32":
+    if dtype == torch.float32 and allow_tf32():
         return _TF32
     return _DTYPE_IDS[dtype]
 
@@ -313,11 +316,11 @@ def _mailbox(like: Tensor, *shape: int) -> Tensor:
     return box
 
 
-def _offsets(batch_sizes: Tensor | None) -> Tensor | None:
-    """[T + 1] first row of every step, on the CPU; None when every step has B rows."""
+def _offsets(batch_sizes: Tensor | None, device: torch.device) -> Tensor | None:
+    """[T + 1] first row of every step; None when every step has B rows."""
     if batch_sizes is None:
         return None
-    return torch.nn.functional.pad(batch_sizes.cumsum(0), (1, 0))
+    return torch.nn.functional.pad(sizes_on(batch_sizes, device).cumsum(0), (1, 0))
 
 
 def _check(algorithm: str) -> None:
@@ -377,7 +380,6 @@ def forward(
     else:
         chosen = _plan_of(cell, x, h0, hidden, w_hr, algorithm, False)
         kernels = _kernels(x.device)
-        offsets = _offsets(batch_sizes)
         params = _Forward(
             cell=kernels.number_of(cell), dtype=_dtype_id(x.dtype), reverse=reverse, steps=steps, batch=batch,
             input=x_rows.shape[1], hidden=hidden, out=out, slice_rows=chosen.slice_rows, groups=chosen.groups,
@@ -395,7 +397,7 @@ def forward(
             hoisted = product(x_rows, w_ih.t(), b_ih)
             tensors = {
                 "x": hoisted, "h0": _padded(h0, pitch), **state0, "w_hh": _padded(w_hh, pitch), "b_hh": bias, "y": y,
-                **outputs, "offsets_device": None if offsets is None else offsets.to(x.device, non_blocking=True),
+                **outputs, "offsets_device": _offsets(batch_sizes, x.device),
             }  # fmt: skip
             try:
                 kernels.launch("persistent_forward", params, tensors)
@@ -408,10 +410,11 @@ def forward(
                 y = y[:, :hidden].contiguous()
         else:
             y = x.new_empty(rows, out)
+            on_host = _offsets(batch_sizes, torch.device("cpu"))
             tensors = {
                 "x": x_rows.contiguous(), "h0": h0.contiguous(), **state0, "w_ih": w_ih.contiguous(),
                 "w_hh": w_hh.contiguous(), "b_ih": None if b_ih is None else b_ih.contiguous(), "b_hh": bias,
-                "w_hr": None if w_hr is None else w_hr.contiguous(), "y": y, **outputs, "offsets_host": offsets,
+                "w_hr": None if w_hr is None else w_hr.contiguous(), "y": y, **outputs, "offsets_host": on_host,
                 "zeros": None if resets is None else x.new_zeros(out),
                 "state": None if keep_cells else x.new_empty(batch, hidden, dtype=acc_dtype),
                 "unprojected": None if w_hr is None else x.new_empty(batch, hidden),
@@ -428,14 +431,7 @@ def forward(
 
 def _started(t: Tensor, batch: int, batch_sizes: Tensor | None, reverse: bool) -> Tensor:
     """The B rows of ``t`` [N, K] in which each sequence begins."""
-    if not reverse:
-        return t[:batch]
-    if batch_sizes is None:
-        return t[t.shape[0] - batch :]
-    sizes = batch_sizes.tolist()
-    first = _offsets(batch_sizes).tolist()
-    last_step = [max(s for s, size in enumerate(sizes) if size > b) for b in range(batch)]
-    return t[torch.tensor([first[s] + b for b, s in enumerate(last_step)], device=t.device)]
+    return t[last_rows(t.shape[0], batch, batch_sizes, t.device) if reverse else slice(0, batch)]
 
 
 def backward(
@@ -460,7 +456,6 @@ def backward(
     if batch > 0:
         chosen = _plan_of(cell, x, h0, hidden, w_hr, algorithm, True)
         kernels = _kernels(x.device)
-        offsets = _offsets(batch_sizes)
         params = _Backward(
             cell=kernels.number_of(cell), dtype=_dtype_id(x.dtype), reverse=reverse, steps=steps, batch=batch,
             hidden=hidden, out=out, slice_rows=chosen.slice_rows, groups=chosen.groups,
@@ -480,7 +475,7 @@ def backward(
             box = _mailbox(x, rows, count * pitch)
             tensors |= {
                 "w_hh_t": _padded(w_hh.unflatten(0, (-1, hidden)).permute(2, 0, 1), pitch), "dgates": box,
-                "offsets_device": None if offsets is None else offsets.to(x.device, non_blocking=True),
+                "offsets_device": _offsets(batch_sizes, x.device),
             }  # fmt: skip
             try:
                 kernels.launch("persistent_backward", params, tensors)
@@ -491,17 +486,18 @@ def backward(
                 return backward(cell, grads, inputs, saved, algorithm, needs)
             dgates = box if pitch == hidden else box.view(rows, count, pitch)[:, :, :hidden].reshape(rows, -1)
         else:
+            on_host = _offsets(batch_sizes, torch.device("cpu"))
             tensors |= {
                 "w_hh_t": w_hh.t().contiguous(), "dgates": dgates, "dy_total": dy_total,
-                "w_hr_t": None if w_hr is None else w_hr.t().contiguous(), "offsets_host": offsets,
+                "w_hr_t": None if w_hr is None else w_hr.t().contiguous(), "offsets_host": on_host,
                 "state": x.new_empty(batch, hidden, dtype=acc_dtype),
             }  # fmt: skip
             kernels.launch("step_backward", params, tensors)
     need_h0 = needs[1]
     dh0 = x.new_empty(0)
     if need_h0:
-        start = _started(dgates, batch, batch_sizes, reverse).unflatten(1, (count, hidden))
-        dh0 = product(start[:, list(cell.h_acc)].flatten(1), w_hh)
+        start = _started(dgates, batch, batch_sizes, reverse)
+        dh0 = product(gate_columns(start, cell.h_acc, hidden), w_hh)
         if resets is not None:
             dh0 = dh0.masked_fill(_started(resets.reshape(-1, 1), batch, batch_sizes, reverse), 0)
         if dh_direct is not None:

@@ -18,9 +18,13 @@ from fusedrnn.backends.common import (
     Gradients,
     Inputs,
     Saved,
+    allow_tf32,
+    gate_columns,
+    last_rows,
     product,
     rows_of,
     simulator,
+    sizes_on,
     step_rows,
     weight_gradients,
 )
@@ -160,12 +164,6 @@ def _plan_step(cell, batch, input_size, hidden_size, proj_size, dtype, math, chi
 
 def _precision(math: str) -> str:
     return "tf32" if math == "tf32" else "ieee"
-
-
-def allow_tf32() -> bool:
-    """Whether torch's own LSTM may compute float32 products in tf32."""
-    # Follows torch.backends.cudnn.allow_tf32 as well, which itself raises when RNNs and convolutions differ.
-    return torch.backends.cudnn.rnn.fp32_precision == "tf32"
 
 
 def chip_of(capability: tuple[int, int], multiprocessors: int, shared_bytes: int) -> Chip:
@@ -310,24 +308,12 @@ def _neighbours(rows: list[tuple[int, int]], reverse: bool):
         yield row, n, before[0], min(n, before[1]), after[0], min(n, after[1])
 
 
-def _last_rows(rows: list[tuple[int, int]], device: torch.device):
-    """Where each sequence's last time step lies: a slice of [N, ...], or an index [B]."""
-    offset, n = rows[-1]
-    batch = rows[0][1]
-    if n == batch:
-        return slice(offset, offset + n)
-    index = [0] * batch
-    for offset, n in rows:
-        index[:n] = range(offset, offset + n)
-    return torch.tensor(index, device=device)
-
-
-def _device_steps(rows: list[tuple[int, int]], batch_sizes: Tensor | None, device: torch.device):
+def _device_steps(batch_sizes: Tensor | None, device: torch.device):
     """Sizes [T] and offsets [T] for a kernel; None, None when dense."""
     if batch_sizes is None:
         return None, None
-    table = torch.tensor(rows, dtype=torch.int64).t().contiguous().to(device, non_blocking=True)
-    return table[1], table[0]
+    sizes = sizes_on(batch_sizes, device)
+    return sizes, sizes.cumsum(0) - sizes
 
 
 def _both_biases(b_ih: Tensor | None, b_hh: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -421,7 +407,7 @@ def _step_forward(cell: Cell, how: Plan, inputs: Inputs, y, h_n, c_n, gates, cel
         if projected:
             product(h[:n], w_hr.t(), out=y_rows[row : row + n])
     if projected:
-        h_n.copy_(y_rows[:batch] if reverse else y_rows[_last_rows(rows, x.device)])
+        h_n.copy_(y_rows[:batch] if reverse else y_rows[last_rows(y_rows.shape[0], batch, batch_sizes, x.device)])
 
 
 def _sequence_forward(cell: Cell, how: Plan, inputs: Inputs, y, h_n, c_n, gates, cells) -> None:
@@ -431,7 +417,7 @@ def _sequence_forward(cell: Cell, how: Plan, inputs: Inputs, y, h_n, c_n, gates,
     x, h0, c0, w_ih, w_hh, b_ih, b_hh, _, batch_sizes, resets, reverse = inputs
     accumulators = len(cell.accumulators)
     rows = step_rows(x, batch_sizes)
-    sizes, offsets = _device_steps(rows, batch_sizes, x.device)
+    sizes, offsets = _device_steps(batch_sizes, x.device)
     b_x = b_ih
     if b_ih is not None and cell.x_acc == cell.h_acc:
         b_x, b_hh = b_ih + b_hh, None
@@ -490,7 +476,7 @@ def backward(
         shape = (n_rows, h0.shape[1])
         dy_total = x.new_zeros(shape) if grads.dy is None else grads.dy.reshape(shape).clone()
         if grads.dh_n is not None and batch:
-            dy_total[slice(0, batch) if reverse else _last_rows(rows, x.device)] += grads.dh_n
+            dy_total[slice(0, batch) if reverse else last_rows(n_rows, batch, batch_sizes, x.device)] += grads.dh_n
         h = (rows_of(kept.gates)[:, -hidden:] * rows_of(kept.cells).tanh()).to(x.dtype) if needs[7] else None
     if batch:
         run = _step_backward if how.algorithm == "step" else _sequence_backward
@@ -506,7 +492,7 @@ def _step_backward(
     from fusedrnn.kernels.step import step_backward_kernel
 
     dy, dh_n, dc_n, dcells = grads
-    _, h0, c0, _, w_hh, _, _, w_hr, _, resets, reverse = inputs
+    _, h0, c0, _, w_hh, _, _, w_hr, batch_sizes, resets, reverse = inputs
     y, gates, cells = saved
     kernels = KERNELS[cell.name]
     (batch, P), H = h0.shape, w_hh.shape[0] // len(cell.gates)
@@ -569,9 +555,10 @@ def _step_backward(
         grid = (how.grid[0], -(-n // how.BB))
         launch(step_backward_kernel, grid, args, constants, how.num_warps, how.num_stages)
     if needs[1]:
-        first = _last_rows(rows, dgates.device) if reverse else slice(0, batch)
-        columns = [dgates[first, acc * H : (acc + count) * H] for acc, _, count in _runs(cell.h_acc)]
-        through = product(torch.cat(columns, 1), w_hh)
+        first = slice(0, batch)
+        if reverse:
+            first = last_rows(dgates.shape[0], batch, batch_sizes, dgates.device)
+        through = product(gate_columns(dgates[first], cell.h_acc, H), w_hh)
         if cut is not None:
             through.masked_fill_(cut[first], 0)
         dh0.copy_(through + dh0 if kernels.has_direct else through)
@@ -587,7 +574,7 @@ def _sequence_backward(
     _, h0, c0, _, w_hh, _, _, _, batch_sizes, resets, reverse = inputs
     y, gates, cells = saved
     kernels = KERNELS[cell.name]
-    sizes, offsets = _device_steps(rows, batch_sizes, y.device)
+    sizes, offsets = _device_steps(batch_sizes, y.device)
     args = {
         "w_hh": w_hh,
         "dy": dy,
