@@ -6,6 +6,7 @@ graph, so that it holds what the device does and not what Python does.
 
 import contextlib
 import ctypes
+import gc
 import json
 import math
 import os
@@ -122,8 +123,10 @@ def _on_events(run: Callable) -> float:
     return start.elapsed_time(end) * 1e-3
 
 
-def captured(run: Callable) -> tuple[Callable, str]:
-    """(the replay of a CUDA graph of a call, how it is timed); the call itself where it cannot be captured."""
+def captured(run: Callable, pool=None) -> tuple[Callable, str]:
+    """(the replay of a CUDA graph of a call, how it is timed); the call itself where it cannot be captured. Graphs of
+    one pool share what they need while they run: they take turns.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -133,8 +136,10 @@ def captured(run: Callable) -> tuple[Callable, str]:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool):
             kept = run()
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         torch.cuda.synchronize()
         return run, f"CUDA events, not captured: {str(error).splitlines()[0]}"
@@ -146,37 +151,65 @@ def captured(run: Callable) -> tuple[Callable, str]:
     return replay, "CUDA graph"
 
 
-def interleaved(runs: dict[str, Callable], rounds: int, budget: float, device: torch.device) -> dict[str, Samples]:
-    """Times every call once a round, in an order that turns from round to round.
+def in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error)[:300]}"
+
+
+def give_memory_back(device: torch.device) -> None:
+    """What a call that failed held is free for the next one."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def interleaved(
+    runs: dict[str, Callable], rounds: int, budget: float, device: torch.device
+) -> dict[str, Samples | str]:
+    """Times every call once a round, in an order that turns from round to round; what a call failed with, in words.
 
     Calls shorter than 0.3 ms are repeated within a sample. At least 3 rounds, at most ``rounds``, and no more than
     fit in ``budget`` seconds. Before a sample on a CPU there is a pause, in which the threads of the one before (every
     library has its own, and they spin for a while when they have nothing to do) fall asleep, and a call to warm up.
+    Caches, a GPU's L2 among them, are as the call before and the warm-up left them.
     """
     cuda = device.type == "cuda"
-    timer, pause, how = (_on_events, 0.0, {}) if cuda else (_wall_clock, PAUSE, dict.fromkeys(runs, "wall clock"))
-    if cuda:
-        calls = {}
-        for name, run in runs.items():
-            calls[name], how[name] = captured(run)
-        runs = calls
+    timer, pause = (_on_events, 0.0) if cuda else (_wall_clock, PAUSE)
+    calls, how, seconds, failed = {}, {}, {}, {}
+    pool = torch.cuda.graph_pool_handle() if cuda else None
 
     def sample(name: str, count: int) -> float:
-        run = runs[name]
+        run = calls[name]
         time.sleep(pause)
         run()
         return timer(run if count == 1 else lambda: [run() for _ in range(count)]) / count
 
-    first = {name: min(sample(name, 1) for _ in range(2)) for name in runs}
+    def attempt(name: str, action: Callable):
+        """What it returns; None, and the call takes no part any more, where it fails."""
+        try:
+            return action()
+        except Exception as error:  # a row like any other, above all where memory runs out
+            failed[name] = in_words(error)
+        calls.pop(name, None)
+        give_memory_back(device)
+        return None
+
+    first = {}
+    for name, run in runs.items():
+        made = attempt(name, lambda run=run: captured(run, pool) if cuda else (run, "wall clock"))
+        if made is not None:
+            calls[name], how[name] = made
+            first[name] = attempt(name, lambda name=name: min(sample(name, 1) for _ in range(2)))
+    first = {name: took for name, took in first.items() if took is not None}
     repeats = {name: max(1, math.ceil(SHORTEST_SAMPLE / max(t, 1e-7))) for name, t in first.items()}
     cost = sum(pause + t * (1 + repeats[name]) for name, t in first.items())
     rounds = max(3, min(rounds, int(budget / max(cost, 1e-6))))
-    names, seconds = list(runs), {name: [] for name in runs}
+    seconds = {name: [] for name in first}
     for k in range(rounds):
-        turn = k % len(names)
+        names = list(calls)
+        turn = k % max(len(names), 1)
         for name in names[turn:] + names[:turn]:
-            seconds[name].append(sample(name, repeats[name]))
-    return {name: Samples(seconds[name], how[name]) for name in names}
+            seconds[name].append(attempt(name, lambda name=name: sample(name, repeats[name])))
+    return {name: failed.get(name) or Samples(seconds[name], how[name]) for name in runs}
 
 
 def speedup(baseline: Samples, other: Samples) -> float:

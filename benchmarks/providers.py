@@ -207,6 +207,47 @@ def make_torch(given: Given, mode: str) -> Runnable:
     return Runnable(_module_call(nn, given, mode)[1], torch_branch(given.problem, mode, given.device))
 
 
+def _needs_cudnn(on: torch.device) -> str | None:
+    if on.type != "cuda" or torch.version.hip or not torch.backends.cudnn.is_available():
+        return f"it is another way to cuDNN, measured is {on.type}"
+    return None
+
+
+def _only_bfloat16(given: Given, mode: str) -> None:
+    if given.problem.dtype != "bfloat16":
+        raise UnavailableError(f"it is what bfloat16 is compared with, the problem is {given.problem.dtype}")
+    if mode == "latency" and given.problem.L == given.problem.D == 1:
+        raise UnavailableError("a Cell of torch.nn does not go to cuDNN")
+
+
+def flatten_weights(layer: nn.RNNBase) -> None:
+    """What flatten_parameters does, also in bfloat16: torch leaves that out of CUDNN_TENSOR_DTYPES, so that its layers
+    copy their weights into one buffer at every call.
+    """
+    from torch.backends.cudnn import rnn
+
+    with torch.no_grad(), torch.cuda.device_of(layer._flat_weights[0]):
+        torch._cudnn_rnn_flatten_weight(
+            layer._flat_weights, 4, layer.input_size, rnn.get_cudnn_mode(layer.mode), layer.hidden_size, 0,
+            layer.num_layers, layer.batch_first, bool(layer.bidirectional),
+        )  # fmt: skip
+
+
+def _make_flattened(given: Given, mode: str) -> Runnable:
+    """cuDNN without the copy of its weights at every call."""
+    _only_bfloat16(given, mode)
+    layer, run = _module_call(nn, given, mode)
+    flatten_weights(layer)
+    return Runnable(run, f"{torch_branch(given.problem, mode, given.device)}, weights in one buffer")
+
+
+def _make_in_float16(given: Given, mode: str) -> Runnable:
+    """The same layer in float16, for which cuDNN has kernels that it has not for bfloat16."""
+    _only_bfloat16(given, mode)
+    state = {name: w.half() for name, w in given.state.items()}
+    return make_torch(Given(replace(given.problem, dtype="float16"), state, given.x.half(), given.dy.half()), mode)
+
+
 def _make_ours(backend: str | None, algorithm: str | None, **options) -> Callable[[Given, str], Runnable]:
     def make(given: Given, mode: str) -> Runnable:
         if options and mode == "latency":
@@ -515,6 +556,8 @@ PROVIDERS = {
     provider.name: provider
     for provider in (
         Provider(BASELINE, "torch", lambda on: None, make_torch),
+        Provider(f"{BASELINE}:flattened", "torch", _needs_cudnn, _make_flattened),
+        Provider(f"{BASELINE}:float16", "torch", _needs_cudnn, _make_in_float16),
         *_ours(),
         Provider("torch.loop", "torch", lambda on: None, _make_loop),
         Provider("torch.compile", "torch", _needs_compiler, _make_compiled),

@@ -151,6 +151,8 @@ def table(mode: str, rows: list[Row]) -> str:
         lines.append(_line(problem.name, *cells))
     how = ", ".join(sorted({row.how for row in rows}))
     unit = f"MiB; {how}" if mode == "memory" else f"ms; middle half of the rounds and branch below; {how}"
+    if any("CUDA" in row.how for row in rows) and mode != "memory":
+        unit += "; L2 is warm: a call finds in it what the call before left there, weights and inputs that fit in it"
     return _table(f"{MODE_NAMES[mode]}, {unit}", ("problem", *providers), lines)
 
 

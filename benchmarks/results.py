@@ -7,6 +7,9 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -171,12 +174,17 @@ def _one_line(value):
     return " ".join(value.split()) if isinstance(value, str) else value
 
 
-def _output(*command: str, folder: Path | None = None) -> str:
-    """What a command prints; nothing where it is missing or fails."""
+def _output(*command: str, folder: Path | None = None, meanwhile: Callable = lambda: None) -> str:
+    """What a command prints; nothing where it is missing or fails. ``meanwhile`` is called until it ends."""
     if shutil.which(command[0]) is None:
         return ""
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
-    return done.stdout.strip() if done.returncode == 0 else ""
+    with tempfile.TemporaryFile("w+") as printed:
+        running = subprocess.Popen(command, stdout=printed, stderr=subprocess.DEVNULL, cwd=folder)
+        while running.poll() is None:
+            meanwhile()
+            time.sleep(0.001)
+        printed.seek(0)
+        return printed.read().strip() if running.returncode == 0 else ""
 
 
 def cpu_model() -> str:
@@ -197,13 +205,13 @@ def environment(device: torch.device, threads: int, tf32: bool) -> Environment:
     on_gpu = device.type == "cuda"
     capability = fusedrnn.build_info()["cpu_capability"] or "no extension"
     cpu = f"{cpu_model()}, {os.cpu_count()} CPUs, {capability}"
-    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines() if on_gpu else []
+    driver = _of_card(device, "driver_version") if on_gpu else ""
     return Environment(
         torch.cuda.get_device_name(device) if on_gpu else cpu,
         torch.__version__,
         str((torch.version.cuda or torch.version.hip or "") if on_gpu else ""),
         str(torch.backends.cudnn.version() or "") if on_gpu else "",
-        driver[0] if driver else "",
+        driver,
         fusedrnn.__version__,
         commit(),
         threads,
@@ -211,12 +219,26 @@ def environment(device: torch.device, threads: int, tf32: bool) -> Environment:
     )
 
 
-def clocks(device: torch.device) -> str:
-    """The clocks right now, in MHz: of the GPU's processors and memory, or of the first CPU."""
+def _of_card(device: torch.device, fields: str, meanwhile: Callable = lambda: None) -> str:
+    """What nvidia-smi says of a card. It numbers all cards of the machine, and torch those that it may see: the UUID is
+    the same.
+    """
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    which = [] if uuid is None else [f"--id=GPU-{uuid}"]
+    lines = _output("nvidia-smi", *which, f"--query-gpu={fields}", "--format=csv,noheader,nounits", meanwhile=meanwhile)
+    return lines.splitlines()[0] if lines else ""
+
+
+def clocks(device: torch.device, meanwhile: Callable = lambda: None) -> str:
+    """The clocks right now, in MHz: of the GPU's processors and memory, while it does something; of the first CPU."""
     if device.type == "cuda":
-        fields = "clocks.sm,clocks.mem,clocks.max.sm"
-        lines = _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits").splitlines()
-        return f"sm, memory, largest sm: {lines[device.index or 0]}" if lines else ""
+
+        def busy():
+            meanwhile()
+            torch.cuda.synchronize(device)
+
+        found = _of_card(device, "clocks.sm,clocks.mem,clocks.max.sm", busy)
+        return f"sm, memory, largest sm: {found}" if found else ""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("cpu MHz")), "")

@@ -94,7 +94,7 @@ class Suite:
         load = f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else ""
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         flops, bandwidth, source = self.peaks
-        return {"time": now, "clocks": clocks(self.device), "load": load, "peak_flops": flops,
+        return {"time": now, "load": load, "peak_flops": flops,
                 "peak_bandwidth": bandwidth, "peaks_from": source}  # fmt: skip
 
     def checked(self, gate, given, problem, mode, provider) -> tuple[Row, object]:
@@ -113,10 +113,16 @@ class Suite:
         except providers.UnavailableError as error:
             return row("unavailable", why=str(error)), None
         except Exception as error:  # whatever a peer raises is its row
-            return row("failed", why=f"{type(error).__name__}: {str(error)[:300]}"), None
+            measure.give_memory_back(self.device)
+            return row("failed", why=measure.in_words(error)), None
 
     def timed(self, problem: Problem, mode: str, missing: list) -> list[Row]:
-        gate, given = measure.Gate(problem, mode, self.device), providers.draw(problem, self.device)
+        try:
+            gate, given = measure.Gate(problem, mode, self.device), providers.draw(problem, self.device)
+        except torch.OutOfMemoryError as error:
+            measure.give_memory_back(self.device)
+            why = f"of the float64 answer: {measure.in_words(error)}"
+            return [self.row(problem, mode, p, status="failed", why=why, **self.stamp()) for p in missing]
         baseline = self.providers[0]
         rows, calls = {}, {}
         # On a resumed run the baseline is timed again, so that everybody has a ratio within the same rounds.
@@ -125,12 +131,21 @@ class Suite:
             if call is not None:
                 calls[provider.name] = call
         samples = measure.interleaved(calls, self.arguments.rounds, self.seconds, self.device)
+        right = {name: s for name, s in samples.items() if isinstance(s, measure.Samples)}
+        # Under load: an idle GPU lowers its clocks.
+        clock = clocks(self.device, calls[next(iter(right))]) if right else ""
         for name, s in samples.items():
-            ratio = measure.speedup(samples[baseline.name], s) if baseline.name in samples else None
+            row = asdict(rows[name])
+            if isinstance(s, str):
+                rows[name] = Row(**row | {"status": "failed", "why": s})
+                continue
+            base = right.get(baseline.name)
+            # The time of what could not be captured holds its Python: no ratio to one that does not.
+            ratio = measure.speedup(base, s) if base is not None and base.how == s.how else None
             times = {"median": s.quantile(0.5), "least": min(s.seconds), "quartile1": s.quantile(0.25),
                      "quartile3": s.quantile(0.75), "rounds": len(s.seconds), "how": s.how,
-                     "speedup": ratio}  # fmt: skip
-            rows[name] = Row(**asdict(rows[name]) | times)
+                     "speedup": ratio, "clocks": clock}  # fmt: skip
+            rows[name] = Row(**row | times)
         return [rows[p.name] for p in missing]
 
     def peak(self, problem: Problem, provider) -> Row:
@@ -146,7 +161,8 @@ class Suite:
         except providers.UnavailableError as error:
             return row("unavailable", why=str(error))
         except Exception as error:  # whatever a peer raises is its row
-            return row("failed", why=f"{type(error).__name__}: {str(error)[:300]}")
+            measure.give_memory_back(self.device)
+            return row("failed", why=measure.in_words(error))
 
 
 def line(row: Row) -> str:
@@ -181,10 +197,27 @@ def overview(arguments, chosen: list[Problem], found: list, left_out: dict[str, 
         print(f"{name:<28}left out: {why}")
 
 
+def chosen_device(name: str | None) -> torch.device:
+    """The device that is measured: a card is made the current one, to which streams, graphs and events belong.
+
+    Raises:
+        ValueError: it is not here.
+    """
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cpu":
+        return device
+    count = torch.cuda.device_count() if device.type == "cuda" else 0
+    index = device.index if device.index is not None else torch.cuda.current_device() if count else 0
+    if index >= count:
+        raise ValueError(f"--device must be cpu or one of the {count} GPUs that are here (cuda:0, ...), got {name}")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
 def bench(arguments: argparse.Namespace) -> int:
     """Measures fusedrnn against torch.nn and others; writes results.csv, plots and report.html, and resumes them."""
     try:
-        device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = chosen_device(arguments.device)
         wrong = [mode for mode in arguments.modes or [] if mode not in problems.MODES]
         if wrong:
             raise ValueError(f"modes must be of {', '.join(problems.MODES)}, got {', '.join(wrong)}")

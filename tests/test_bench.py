@@ -238,6 +238,123 @@ def test_rounds_take_turns(monkeypatch):
     assert [slow.quantile(q) for q in (0, 0.25, 0.5, 1)] == [2.0, 3.0, 4.0, 9.0]
 
 
+def test_a_call_that_fails_costs_its_row(tiny, tmp_path, monkeypatch):
+    """Memory that runs out while others are measured, in the rounds too."""
+    honest = providers.PROVIDERS["fusedrnn"].make
+
+    def hungry(calls):
+        def make(given, mode):
+            run, left = honest(given, mode).run, [calls]
+
+            def call():
+                left[0] -= 1
+                if left[0] < 0:
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB")
+                return run()
+
+            return providers.Runnable(call, "planted")
+
+        return make
+
+    for name, calls in (("at first", 1), ("in the rounds", 7)):
+        provider = providers.Provider(name, "torch", lambda on: None, hungry(calls))
+        monkeypatch.setitem(providers.PROVIDERS, name, provider)
+    assert bench(tmp_path, "--peers", "at first,fusedrnn,in the rounds") == 0
+    rows = rows_of(tmp_path)
+    assert Counter((r["provider"], r["status"]) for r in rows) == {
+        ("torch.nn", "ok"): 4, ("fusedrnn", "ok"): 4, ("at first", "failed"): 4, ("in the rounds", "failed"): 4,
+    }  # fmt: skip
+    for row in rows:
+        if row["status"] == "failed":
+            assert row["why"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate 80 GiB"
+            assert row["median"] == row["speedup"] == ""
+    monkeypatch.setattr(measure, "Gate", lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError("of float64")))
+    assert bench(tmp_path / "gate") == 1
+    assert {r["why"] for r in rows_of(tmp_path / "gate")} == {"of the float64 answer: OutOfMemoryError: of float64"}
+
+
+def test_no_ratio_between_a_graph_and_a_call(tiny, tmp_path, monkeypatch):
+    how = {"torch.nn": "CUDA graph", "fusedrnn": "CUDA events, not captured: planted"}
+    monkeypatch.setattr(
+        measure, "interleaved", lambda calls, *rest: {name: measure.Samples([0.1] * 3, how[name]) for name in calls}
+    )
+    assert bench(tmp_path) == 0
+    assert {(r["provider"], r["speedup"]) for r in rows_of(tmp_path)} == {("torch.nn", "1.0"), ("fusedrnn", "")}
+    page = (tmp_path / "report.html").read_text()
+    assert "L2 is warm" in page
+
+
+class Cards:
+    """Two GPUs, the second of which this process sees as its first."""
+
+    def __init__(self, monkeypatch, tmp_path):
+        self.current, self.synchronized = [], []
+        uuid = "0a1b-22"
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "set_device", self.current.append)
+        monkeypatch.setattr(torch.cuda, "synchronize", self.synchronized.append)
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda device: type("Properties", (), {"uuid": uuid})()
+        )
+        smi = tmp_path / "nvidia-smi"
+        smi.write_text(
+            "#!/bin/sh\n[ $1 = --id=GPU-0a1b-22 ] || exit 1\nsleep 0.1\n"
+            "case $2 in *driver*) echo 580.1 ;; *) echo 1980, 2619, 1980 ;; esac\n"
+        )
+        smi.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+
+
+def test_the_card_asked_for_is_the_one_measured(monkeypatch, tmp_path):
+    cards = Cards(monkeypatch, tmp_path)
+    for name, index in (("cuda:1", 1), ("cuda", 0), (None, 0)):
+        assert runner.chosen_device(name) == torch.device("cuda", index)
+    assert cards.current == [1, 0, 0]
+    assert runner.chosen_device("cpu") == CPU
+    for wrong in ("cuda:2", "mps"):
+        with pytest.raises(ValueError, match=f"one of the . GPUs that are here.*got {wrong}"):
+            runner.chosen_device(wrong)
+
+
+def test_clocks_are_those_of_the_card_under_load(monkeypatch, tmp_path):
+    cards, calls = Cards(monkeypatch, tmp_path), []
+    device = torch.device("cuda", 1)
+    assert results.clocks(device, lambda: calls.append(1)) == "sm, memory, largest sm: 1980, 2619, 1980"
+    assert len(calls) == len(cards.synchronized) > 10
+    assert results._of_card(device, "driver_version") == "580.1"
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: type("Properties", (), {"uuid": "no"})())
+    assert results.clocks(device) == ""
+
+
+def test_a_fair_baseline_in_bfloat16(monkeypatch):
+    """cuDNN as torch.nn calls it, with its weights in one buffer, and in float16."""
+    monkeypatch.setattr(torch.version, "hip", None)
+    for name in ("torch.nn:flattened", "torch.nn:float16"):
+        assert "measured is cpu" in providers.PROVIDERS[name].why_not(CPU)
+        with pytest.raises(providers.UnavailableError, match="what bfloat16 is compared with"):
+            providers.PROVIDERS[name].make(providers.draw(TINY[1], CPU), "forward")
+    problem = Problem("sweep", "gru", 5, 3, 8, 8, L=2, D=2, dtype="bfloat16")
+    given, flattened = providers.draw(problem, CPU), []
+    one_step = providers.draw(dataclasses.replace(problem, T=1, L=1, D=1), CPU)
+    with pytest.raises(providers.UnavailableError, match=r"a Cell of torch\.nn does not go to cuDNN"):
+        providers.PROVIDERS["torch.nn:float16"].make(one_step, "latency")
+    gate = measure.Gate(problem, "train", CPU)
+    run = providers.PROVIDERS["torch.nn:float16"].make(gate.given, "train")
+    assert {t.dtype for t in run.run()} == {torch.float16}
+    assert gate.check(run).right
+
+    monkeypatch.setattr(torch, "_cudnn_rnn_flatten_weight", lambda *arguments: flattened.append(arguments))
+    monkeypatch.setattr(torch.cuda, "device_of", lambda t: torch.no_grad())
+    run = providers.PROVIDERS["torch.nn:flattened"].make(given, "forward")
+    assert run.branch.endswith("weights in one buffer")
+    ((weights, per, inputs, mode, hidden, projected, layers, batch_first, bidirectional),) = flattened
+    assert [tuple(w.shape) for w in weights[:2]] == [(24, 8), (24, 8)]
+    assert (per, inputs, hidden, projected, layers, batch_first, bidirectional) == (4, 8, 8, 0, 2, False, True)
+    assert mode == torch.backends.cudnn.rnn.get_cudnn_mode("GRU")
+
+
 def test_a_run_writes_rows_once(tiny, tmp_path, capsys, monkeypatch):
     assert bench(tmp_path) == 0
     rows = rows_of(tmp_path)
@@ -391,7 +508,7 @@ def test_list_and_bad_arguments(capsys, monkeypatch):
     assert found["left_out"]["haste"] in ("not installed: haste_pytorch", "it runs on cuda only, measured is cpu")
     assert "simulator" in found["left_out"]["fusedrnn:triton:step"]
     for arguments, message in (
-        (["--peers", "nobody"], "peers must be of torch.nn, fusedrnn.*got nobody"),
+        (["--peers", "nobody"], "peers must be of torch.nn, .*fusedrnn.*got nobody"),
         (["--peers", "fusedrnn:triton:step"], "was asked for but cannot run: on the CPU it runs in a simulator"),
         (["--modes", "sideways"], "modes must be of forward, train, latency, memory, got sideways"),
         (["--rounds", "0"], "must be at least 1, got 0"),
