@@ -28,13 +28,14 @@ CLANG_FORMATTED = $(shell git ls-files 'csrc/*' 'tests/*' | grep -E '\.(h|cuh|cp
 # Threads of one that wait for a core that another has must not spin: passive takes 0.3 s where spinning takes 2.
 WORKERS = $(if $(shell $(PY) -c 'import xdist; print(1)' 2>/dev/null),-n $(MAX_JOBS) --dist worksteal --benchmark-disable)
 
-.PHONY: help install demo test test-all lint bench gpu-cost docs dist clean
+.PHONY: help install demo test test-all lint bench gpu-cost gpu-check docs dist clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo      train a character-level language model with torch.nn.LSTM and fusedrnn.LSTM side by side"
 	@echo "make test      the tests that take seconds each      make test-all  all tests"
 	@echo "make bench     fusedrnn against torch.nn on the CPU  make gpu-cost  what the GPU kernels cost, counted"
+	@echo "make gpu-check first contact with a GPU: are the kernels right, how long is a step; one file to send back"
 	@echo "make lint      ruff and clang-format                 make install   set up and build only"
 	@echo "make docs      the documentation (docs/_build/html)  make dist      an sdist and a wheel for the torch of VENV (dist/)"
 	@echo "make clean     remove what was built (not the environment)"
@@ -54,6 +55,10 @@ bench: $(INSTALLED)
 
 gpu-cost: $(INSTALLED)
 	$(PY) benchmarks/gpu_cost.py $(ARGS)
+
+# On a machine with a GPU, where it needs no network; one file to send back. Elsewhere as far as the simulator goes.
+gpu-check: $(INSTALLED)
+	$(if $(wildcard $(GPUS)),,FUSEDRNN_SIMULATE=1) $(PY) -m fusedrnn.benchmarks.gpu_check $(ARGS)
 
 lint: $(VENV)/.fusedrnn-extra-lint
 	$(PY) -m ruff check .
