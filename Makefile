@@ -34,7 +34,7 @@ WORKERS = $(if $(shell $(PY) -c 'import xdist; print(1)' 2>/dev/null),-n $(MAX_J
 help:
 	@echo "make demo      train a character-level language model with torch.nn.LSTM and fusedrnn.LSTM side by side"
 	@echo "make test      the tests that take seconds each      make test-all  all tests"
-	@echo "make bench     fusedrnn against torch.nn on the CPU  make gpu-cost  what the GPU kernels cost, counted"
+	@echo "make bench     fusedrnn against torch.nn on the CPU  make gpu-cost  what the GPU kernels cost: counts, a model of time"
 	@echo "make gpu-check first contact with a GPU: are the kernels right, how long is a step; one file to send back"
 	@echo "make lint      ruff and clang-format                 make install   set up and build only"
 	@echo "make docs      the documentation (docs/_build/html)  make dist      an sdist and a wheel for the torch of VENV (dist/)"

@@ -1,10 +1,16 @@
-"""What the CUDA kernels cost, counted in the simulator (tests/ptxsim) from their sm_80 PTX: no GPU, no time, no drift.
+"""What the CUDA kernels cost, counted in the simulator (tests/ptxsim) from their sm_80 PTX: no GPU, no drift.
 
-    python benchmarks/gpu_cost.py            the table of docs/kernels.md
+    python benchmarks/gpu_cost.py            the tables of docs/kernels.md
     python benchmarks/gpu_cost.py --quick    without the large batch
+    python benchmarks/gpu_cost.py --waits    and, for each warp of a block, what it waited for in which PTX line
 
-Per step and whole grid: (launch with T = 4 - launch with T = 2) / 2, while training (gates and c are saved), net of
-polling: the persistent kernels are launched again on a mailbox that is already filled, so every wait succeeds at once.
+First table, per step and whole grid: (launch with T = 4 - launch with T = 2) / 2, while training (gates and c are
+saved), net of polling: the persistent kernels are launched again on a mailbox that is already filled, so every wait
+succeeds at once.
+
+Second table, of an ordinary launch (the blocks fill the mailbox themselves): the time of a step by the simulator's
+virtual clock. That is a model of an H100 (tests/ptxsim/src/clock.cpp has its latencies and their sources), not a
+measurement; R is the latency of a strong load from L2, S the time until a strong store is seen there.
 """
 
 import argparse
@@ -135,17 +141,78 @@ def per_step(kernel: Kernel) -> dict[str, float]:
     return result
 
 
+# R and S in ns: low, expected, high.
+SETTINGS = [(150, 200), (200, 250), (275, 275)]
+
+
+@contextlib.contextmanager
+def _clocked(load_ns: int, store_ns: int):
+    """Counters and clock of the persistent launches inside: of the last one, on its own fresh mailbox."""
+    from fusedrnn.backends import cuda
+
+    kernels, found = cuda._simulated(), {}
+    library, launch = kernels.simulator, kernels.launch
+
+    def clocked(name, params, tensors):
+        with cuda.simulator_options(clock=1, load_ns=load_ns, store_ns=store_ns):
+            library.reset_counters()
+            launch(name, params, tensors)
+        found.clear()
+        found.update(library.counters() | library.clock())
+
+    with unittest.mock.patch.object(kernels, "launch", clocked):
+        yield found
+
+
+def by_the_clock(kernel: Kernel, load_ns: int, store_ns: int) -> dict[str, float]:
+    """Counters of a step of an ordinary launch, and what the virtual clock says: "ns", "rounds" of strong loads of a
+    warp, "most_rounds", "mma_chain", "mma_ideal", and "waits" of a block in ns by (warp, PTX line, for what)."""
+    few, more = (2, 4) if kernel.batch > 16 else (3, 6)
+    with unittest.mock.patch.dict(globals(), _counting=lambda name: _clocked(load_ns, store_ns)):
+        first, second = _launches(kernel, few), _launches(kernel, more)
+    steps = more - few
+    result = {key: (second[key] - first[key]) / steps for key in second if key != "waits"}
+    result["mma_chain"] = second["mma_chain"]
+    result["mma_ideal"] = -(-kernel.batch // 8) * 4 * kernel.hidden**2 / 256
+    share = steps * second["blocks"]
+    result["waits"] = {key: (ns - first["waits"].get(key, 0)) / share for key, ns in second["waits"].items()}
+    return result
+
+
+def print_model(kernels: list[Kernel], with_waits: bool) -> None:
+    settings = " | ".join(f"R {load / 1e3:.3f}, S {store / 1e3:.3f} us" for load, store in SETTINGS)
+    print("\nTime of a step on an H100 by a MODEL (nothing was measured); ordinary launches\n")
+    print(
+        f"| kernel | {settings} | mma/step | ideal | chain of mma | strong loads/step | rounds of them a warp, most |"
+    )
+    print("|---|" + "---|" * (len(SETTINGS) + 5))
+    for kernel in kernels:
+        costs = [by_the_clock(kernel, *setting) for setting in SETTINGS]
+        cost = costs[1]
+        times = " | ".join(f"{c['ns'] / 1e3:.2f} us" for c in costs)
+        print(
+            f"| {kernel} | {times} | {cost['mma'] / 1e3:.1f}k | "
+            f"{cost['mma_ideal'] / 1e3:.1f}k | {cost['mma_chain']} | {cost['strong_ld'] / 1e3:.1f}k | "
+            f"{cost['rounds']:.1f}, {cost['most_rounds']:.1f} |",
+            flush=True,
+        )
+        if with_waits:
+            for (warp, line, reason), ns in sorted(cost["waits"].items()):
+                if ns >= 5:
+                    print(f"  warp {warp}, PTX line {line}: {ns:.0f} ns for {reason}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="leave out the large batch")
+    parser.add_argument("--waits", action="store_true", help="what each warp of a block waits for, by the model")
     arguments = parser.parse_args()
     os.environ.setdefault("FUSEDRNN_SIMULATE", "1")
     print("| kernel | launches | blocks | warp instr/step | goal | read/step | goal | written/step | sectors/bytes |")
     print("|---|---|---|---|---|---|---|---|---|")
     failed = 0
-    for kernel in GOALS:
-        if arguments.quick and kernel.batch > 16:
-            continue
+    kernels = [kernel for kernel in GOALS if kernel.batch <= 16 or not arguments.quick]
+    for kernel in kernels:
         cost = per_step(kernel)
         ok = cost["warp_instr"] <= kernel.instructions and cost["global_ld_bytes"] <= kernel.read
         failed += not ok
@@ -155,6 +222,7 @@ def main() -> int:
             f"{cost['global_st_bytes'] / 1e3:.1f}k | {cost['sector_ratio']:.2f} |{'' if ok else ' TOO DEAR'}",
             flush=True,
         )
+    print_model([kernel for kernel in kernels if kernel.algorithm == "persistent"], arguments.waits)
     return failed
 
 

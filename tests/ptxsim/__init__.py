@@ -20,6 +20,7 @@ __all__ = [
     "compile_ptx",
     "counters",
     "default_library",
+    "latencies",
     "options",
     "reset_counters",
     "set_options",
@@ -34,6 +35,9 @@ DEFAULTS = {
     "defer": 1,
     "limit": 0,
     "resident": 264,
+    "clock": 0,
+    "load_ns": 200,
+    "store_ns": 250,
     "chip": "h100-sxm",
 }
 _current = dict(DEFAULTS)
@@ -67,6 +71,7 @@ class Library:
             ("ps_counts", None, [ptr]),
             ("ps_count_reset", None, []),
             ("ps_count_alloc", None, [u64, ptr]),
+            ("ps_clock_report", text, []),
             ("ps_launch", i32, [ptr, i32] + [u32] * 7 + [ctypes.POINTER(ptr), i32]),
         ):
             function = getattr(dll, name)
@@ -96,6 +101,23 @@ class Library:
         buffer = (ctypes.c_uint64 * len(self._names))()
         self.dll.ps_counts(buffer)
         return dict(zip(self._names, buffer))
+
+    def clock(self):
+        """What the last launch with the option clock took, by the model of src/clock.cpp: "ns"; "rounds" of strong
+        loads of a warp on average, and "most_rounds"; "mma_chain", the longest chain of dependent mma; and "waits":
+        {(warp of its block, PTX line, for what): ns, of all blocks together}."""
+        lines = self.dll.ps_clock_report().decode().splitlines()
+        if not lines:
+            raise RuntimeError("nothing was launched with the option clock")
+        _, cycles, rounds, most, chain = lines[0].split()
+        ghz = latencies()["clock"]["issue"]
+        waits = {}
+        for line in lines[1:]:
+            _, warp, number, rest = line.split(" ", 3)
+            reason, spent = rest.rsplit(":", 1)
+            waits[int(warp), int(number), reason] = float(spent) / ghz
+        return {"ns": float(cycles) / ghz, "rounds": float(rounds), "most_rounds": int(most), "mma_chain": int(chain),
+                "waits": waits}  # fmt: skip
 
     def reset_counters(self):
         self.dll.ps_count_reset()
@@ -174,6 +196,20 @@ def chips():
     name, source, values = ctypes.c_char_p(), ctypes.c_char_p(), (ctypes.c_int * 8)()
     while dll.ps_chip_info(len(out), ctypes.byref(name), values, ctypes.byref(source)):
         out[name.value.decode()] = {**dict(zip(names.split(), values)), "source": source.value.decode()}
+    return out
+
+
+def latencies():
+    """{name: cycles until a result, cycles until the next, source} of what the option clock assumes; of what is shared
+    "issue" holds bytes a cycle."""
+    dll, out = default_library().dll, {}
+    name, source, latency, issue = ctypes.c_char_p(), ctypes.c_char_p(), ctypes.c_double(), ctypes.c_double()
+    while dll.ps_clock_cost(
+        len(out), ctypes.byref(name), ctypes.byref(latency), ctypes.byref(issue), ctypes.byref(source)
+    ):
+        out[name.value.decode()] = {
+            "latency": latency.value, "issue": issue.value, "source": source.value.decode()
+        }  # fmt: skip
     return out
 
 

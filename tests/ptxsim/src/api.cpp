@@ -4,7 +4,7 @@
 
 #include <mutex>
 
-#include "machine.h"
+#include "clock.h"
 
 using namespace ptxsim;
 
@@ -91,6 +91,12 @@ int ps_option(const char* key, uint64_t value) {
     o.limit = value;
   else if (k == "resident")
     o.resident = value;
+  else if (k == "clock")
+    o.clock = value;
+  else if (k == "load_ns")
+    o.load_ns = value;
+  else if (k == "store_ns")
+    o.store_ns = value;
   else
     return 1;
   return 0;
@@ -151,6 +157,19 @@ void ps_count_reset() {
 void ps_count_alloc(uint64_t base, uint64_t* out) {
   Traffic& t = simulator().memory.traffic(base);
   memcpy(out, &t, sizeof t);
+}
+
+const char* ps_clock_report() { return simulator().clock_report.c_str(); }
+int ps_clock_cost(int i, const char** name, double* latency, double* issue, const char** source) {
+  if (i < kUnits) {
+    const UnitCost& u = kUnitCosts[i];
+    *name = u.name, *latency = u.latency, *issue = u.issue, *source = u.source;
+    return 1;
+  }
+  if (i - kUnits >= kThroughputCount) return 0;
+  const Throughput& t = kThroughputs[i - kUnits];
+  *name = t.name, *latency = 0, *issue = t.value, *source = t.source;
+  return 1;
 }
 
 int ps_launch(void* handle, int kernel, uint32_t gx, uint32_t gy, uint32_t gz, uint32_t bx, uint32_t by, uint32_t bz,

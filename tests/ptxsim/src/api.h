@@ -29,6 +29,8 @@ int ps_registers_of(const char* kernel);
 const char* ps_count_names();
 void ps_counts(uint64_t* out);
 void ps_count_reset();
+const char* ps_clock_report();  // of the last launch with the option clock: clock.cpp, report()
+int ps_clock_cost(int i, const char** name, double* latency, double* issue, const char** source);  // 0: no more
 void ps_count_alloc(uint64_t base, uint64_t* out);  // six numbers: machine.h, Traffic
 
 int ps_launch(void* module, int kernel, uint32_t gx, uint32_t gy, uint32_t gz, uint32_t bx, uint32_t by, uint32_t bz,

@@ -10,7 +10,9 @@
 #include <algorithm>
 #include <climits>
 #include <cstdlib>
+#include <queue>
 
+#include "clock.h"
 #include "values.h"
 
 namespace ptxsim {
@@ -98,6 +100,7 @@ struct Executor {
   Launch& launch;
   std::vector<std::unique_ptr<Block>> resident;
   std::vector<u8*> register_files;  // to use again
+  Timing* timing = nullptr;
 
   ~Executor() {
     for (u8* p : register_files) free(p);
@@ -217,6 +220,7 @@ struct Executor {
         }
         f.wait = Fragment::Running;
         f.pc++;
+        if (timing) timing->wake(w, I, bar.latest);
       }
     bar = NamedBarrier();
     for (Warp& w : block.warps) merge(w);
@@ -239,6 +243,7 @@ struct Executor {
       bar.expected = expected;
     }
     bar.arrived += __builtin_popcount(mask);
+    if (timing) bar.latest = std::max(bar.latest, w.clock->time);
     if (I.a == 2) {
       const u32 p = read_mask(w, I.op[3]) & mask;
       bar.population += __builtin_popcount(p);
@@ -454,13 +459,19 @@ struct Executor {
           break;
         }
         const Instruction& I = program.code[pc];
+        if (timing) {
+          if (timing->start(w, I) > timing->horizon) return any;  // another warp comes first
+          timing->before(w, I);
+        }
         const u32 mask = guard(w, I, f.mask);
         w.pc = pc;
         w.mask = mask;
         n++;
+        if (timing && I.flow != Flow::Next && I.flow != Flow::WarpSync) timing->after(w, I, mask);
         if (I.flow == Flow::Next) {
           if (mask) {
             I.run(w, I, mask);
+            if (timing) timing->after(w, I, mask);
             polled |= I.polls;
             if (w.suspend) {
               w.suspend = false;
@@ -540,6 +551,7 @@ struct Executor {
           case Flow::WarpSync:
             if (gathered(w, f, I, mask, alone)) {
               I.run(w, I, mask);
+              if (timing) timing->after(w, I, mask);
               f.pc++;
             } else {
               n--;
@@ -595,6 +607,63 @@ struct Executor {
     return text;
   }
 
+  void release(size_t i) {
+    for (Warp& w : resident[i]->warps) {
+      register_files.push_back(w.registers);
+      w.registers = nullptr;
+    }
+    resident.erase(resident.begin() + i);
+  }
+
+  // By the clock: the warp with the least time runs, until it would be later than the next one.
+  void go_by_time(u64 most_resident) {
+    const Options& o = simulator.options;
+    const u64 total = launch.total_blocks, begin = simulator.clock;
+    u64 next = 0, count = 0, progress = simulator.progress;
+    double idle_since = 0;
+    using Turn = std::tuple<double, u64, Warp*>;
+    std::priority_queue<Turn, std::vector<Turn>, std::greater<Turn>> turns;
+    const auto push = [&](Warp& w) { turns.push({w.clock->time, count++, &w}); };
+    const auto fill = [&](double time) {
+      while (resident.size() < most_resident && next < total) {
+        resident.push_back(start_block(next++));
+        timing->start_block(*resident.back(), time);
+        for (Warp& w : resident.back()->warps) push(w);
+      }
+    };
+    fill(0);
+    while (!turns.empty()) {
+      Warp& w = *std::get<2>(turns.top());
+      turns.pop();
+      timing->horizon = turns.empty() ? HUGE_VAL : std::get<0>(turns.top());
+      timing->running = &w;
+      try {
+        run(w, 50000);
+      } catch (const Error& e) {
+        throw Error(std::string(e.what()) + "\n  at " + where(w));
+      }
+      const double time = w.clock->time;
+      if (furthest_behind(w, -1) >= 0) push(w);
+      for (Warp* other : timing->woken) push(*other);
+      timing->woken.clear();
+      if (!w.block->live) {
+        timing->stop_block(*w.block);
+        for (size_t i = 0; i < resident.size(); i++)
+          if (resident[i].get() == w.block) {
+            release(i);
+            break;
+          }
+        fill(time);
+      }
+      if (simulator.progress != progress) progress = simulator.progress, idle_since = time;
+      if (time > idle_since + 1e6 * kCyclesPerNs) throw Error(describe("LIVELOCK: nothing changes for a millisecond"));
+      if (o.limit && simulator.clock - begin > o.limit) throw Error(describe("instruction limit reached"));
+    }
+    timing->finish();
+    if (!resident.empty()) throw Error(describe("DEADLOCK: no warp can run"));
+    simulator.clock_report = timing->report();
+  }
+
   void go(u64 most_resident) {
     const Options& o = simulator.options;
     const u64 total = launch.total_blocks, begin = simulator.clock;
@@ -635,11 +704,7 @@ struct Executor {
           i++;
           continue;
         }
-        for (Warp& w : resident[i]->warps) {
-          register_files.push_back(w.registers);
-          w.registers = nullptr;
-        }
-        resident.erase(resident.begin() + i);
+        release(i);
       }
       if (!any && !resident.empty()) throw Error(describe("DEADLOCK: no warp can run"));
       idle = all_yielded && simulator.progress == progress ? idle + 1 : 0;
@@ -708,7 +773,11 @@ void Simulator::launch(Program& program, int kernel, const u32 grid[3], const u3
   } grid_sync(memory, cooperative);
   if (cooperative) l.grid_sync = reinterpret_cast<u64>(grid_sync.word);
   Executor executor{*this, program, l, {}, {}};
-  executor.go(cooperative ? l.total_blocks : std::min(fits, options.resident));
+  if (!options.clock) return executor.go(cooperative ? l.total_blocks : std::min(fits, options.resident));
+  if (options.torn || options.seed) fail("the option clock decides on the order of warps: no seed, nothing torn");
+  Timing timing(options.load_ns, options.store_ns);
+  l.timing = executor.timing = &timing;
+  executor.go_by_time(cooperative ? l.total_blocks : std::min<u64>(fits, chip.sms));
 }
 
 }  // namespace ptxsim

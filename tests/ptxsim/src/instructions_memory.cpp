@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "clock.h"
 #include "values.h"
 
 namespace ptxsim {
@@ -119,6 +120,16 @@ void store(Warp& w, const Instruction& I, u32 mask) {
     return;
   }
   access(w, I, Access::Store, I.space, mask, n * sizeof(T), I.element, lanes, "store");
+  if (w.launch->timing && I.order != Order::Weak &&
+      space_of(I.space, lanes.address[__builtin_ctz(mask)]) == Space::Global) {
+    for (u32 m = mask; m; m &= m - 1) {
+      int lane = __builtin_ctz(m);
+      T values[kMost];
+      for (int k = 0; k < n; k++) values[k] = value[k][lane];
+      w.launch->timing->strong_store(w, lanes.pointer[lane], values, n * sizeof(T));
+    }
+    return;
+  }
   if (tears(w, I, n * sizeof(T), lanes, mask) && (w.launch->simulator->random() >> 17 & 3)) {
     const int late = w.launch->simulator->random() >> 13 & 1;
     for (u32 m = mask; m; m &= m - 1) {

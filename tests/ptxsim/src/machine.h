@@ -85,14 +85,16 @@ struct Resources {    // of a compiled kernel
 int blocks_per_sm(const Chip&, int threads, int registers, u64 shared_bytes, std::string* why);
 
 struct Options {
-  u64 seed = 0;              // 0: warps and blocks in order; else random
-  bool torn = false;         // 16-byte global accesses arrive in two halves
-  bool check = true;         // bounds of global memory
-  bool races = true;         // cross-block check
-  bool shared_races = true;  // the same among the warps of a block, in shared memory
-  bool defer = true;         // cp.async lands at its wait
-  u64 limit = 0;             // warp instructions before a launch is given up
-  u64 resident = 264;        // blocks simulated at a time in an ordinary launch
+  u64 seed = 0;                       // 0: warps and blocks in order; else random
+  bool torn = false;                  // 16-byte global accesses arrive in two halves
+  bool check = true;                  // bounds of global memory
+  bool races = true;                  // cross-block check
+  bool shared_races = true;           // the same among the warps of a block, in shared memory
+  bool defer = true;                  // cp.async lands at its wait
+  u64 limit = 0;                      // warp instructions before a launch is given up
+  u64 resident = 264;                 // blocks simulated at a time in an ordinary launch
+  bool clock = false;                 // the warp with the least time runs (clock.h)
+  u64 load_ns = 200, store_ns = 250;  // R and S
   const Chip* chip = nullptr;
 };
 
@@ -132,6 +134,7 @@ struct Warp {
   int pc = -1;                                  // of the instruction in progress, for messages
   u32 mask = 0;
   u32 carry = 0;
+  struct WarpClock* clock = nullptr;
   bool yielded = false, alternate = false;
 
   // Torn accesses. A store leaves its second halves here; a load is run twice, the second time for the other
@@ -146,6 +149,7 @@ struct Warp {
 struct NamedBarrier {
   u32 arrived = 0, expected = 0;
   u32 any = 0, all = 1, population = 0;
+  double latest = 0;  // arrival, by the clock
 };
 
 struct Block {
@@ -157,6 +161,7 @@ struct Block {
   u32 barriers_opened = 1;
   NamedBarrier barriers[16];
   u32 live = 0;
+  std::shared_ptr<struct BlockClock> clock;
   // cross-block order
   u32 time = 1;                         // own component of the vector clock
   Clock known;                          // empty: only itself
@@ -174,6 +179,7 @@ struct Launch {
   u64 grid_sync = 0;  // cooperative launches: the word that cooperative groups count on
   u64 total_blocks = 0;
   bool check_races = false;
+  struct Timing* timing = nullptr;                                 // with the option clock
   std::unordered_map<u64, std::shared_ptr<const Clock>> releases;  // location -> what reading it makes known
 };
 
@@ -183,8 +189,9 @@ struct Simulator {
   Memory memory;
   std::unordered_map<std::string, Resources> resources;
   std::string error;
-  u64 clock = 0;     // warp instructions ever run
-  u64 progress = 0;  // changes of memory, barriers passed, lanes gone
+  std::string clock_report;  // of the last launch with the option clock
+  u64 clock = 0;             // warp instructions ever run
+  u64 progress = 0;          // changes of memory, barriers passed, lanes gone
   u64 rng = 88172645463325252ull;
 
   u64 random() {

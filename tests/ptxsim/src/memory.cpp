@@ -18,7 +18,7 @@
 #include <cstdarg>
 #include <cstdio>
 
-#include "machine.h"
+#include "clock.h"
 
 namespace ptxsim {
 
@@ -264,6 +264,25 @@ u32 count_distinct(const Lanes& lanes, u32 mask, u32 bytes) {
   return distinct;
 }
 
+// The lanes of a strong load that read again what they read last.
+u32 count_polls(Warp& w, const Instruction& I, u32 mask, u32 bytes, const Lanes& lanes, Allocation* common) {
+  Simulator& s = *w.launch->simulator;
+  s.counters.strong_ld++;
+  auto& before = w.polled[I.poll_slot];
+  u32 again = 0;
+  for (u32 m = mask; m; m &= m - 1) {
+    int lane = __builtin_ctz(m);
+    again |= u32(before[lane] == lanes.address[lane]) << lane;
+    before[lane] = lanes.address[lane];
+  }
+  if (!again) return 0;
+  s.counters.polls++;
+  s.counters.poll_bytes += u64(bytes) * __builtin_popcount(again);
+  s.counters.poll_sectors += count_distinct(lanes, again, bytes);
+  if (common) common->traffic->poll_bytes += u64(bytes) * __builtin_popcount(again);
+  return again;
+}
+
 void count_global(Warp& w, const Instruction& I, bool store, u32 mask, u32 bytes, const Lanes& lanes,
                   Allocation* common) {
   Simulator& s = *w.launch->simulator;
@@ -285,25 +304,15 @@ void count_global(Warp& w, const Instruction& I, bool store, u32 mask, u32 bytes
     s.counters.global_st++;
     s.counters.global_st_bytes += total;
     s.counters.global_st_sectors += sectors;
+    if (w.launch->timing) w.launch->timing->global_access(w, mask, bytes, lanes.address, sectors, true, false);
     return;
   }
   s.counters.global_ld++;
   s.counters.global_ld_bytes += total;
   s.counters.global_ld_sectors += sectors;
-  if (I.poll_slot < 0) return;
-  s.counters.strong_ld++;
-  auto& before = w.polled[I.poll_slot];
   u32 again = 0;
-  for (u32 m = mask; m; m &= m - 1) {
-    int lane = __builtin_ctz(m);
-    again |= u32(before[lane] == lanes.address[lane]) << lane;
-    before[lane] = lanes.address[lane];
-  }
-  if (!again) return;
-  s.counters.polls++;
-  s.counters.poll_bytes += u64(bytes) * __builtin_popcount(again);
-  s.counters.poll_sectors += count_distinct(lanes, again, bytes);
-  if (common) common->traffic->poll_bytes += u64(bytes) * __builtin_popcount(again);
+  if (I.poll_slot >= 0) again = count_polls(w, I, mask, bytes, lanes, common);
+  if (w.launch->timing) w.launch->timing->global_access(w, mask, bytes, lanes.address, sectors, false, again != 0);
 }
 
 void global_access(Warp& w, const Instruction& I, Access kind, u32 mask, u32 bytes, u32 element, Lanes& lanes,
@@ -458,6 +467,7 @@ void access(Warp& w, const Instruction& I, Access kind, Space declared, u32 mask
       if (!w.block->shared_cells.empty() && kind != Access::Atomic && I.order == Order::Weak && bytes >= 4)
         for (u32 m = mask; m; m &= m - 1)
           shared_meet(w, lanes.address[__builtin_ctz(m)] & 0xffffffffull, bytes, kind == Access::Store);
+      if (w.launch->timing) w.launch->timing->shared_access(w, mask, bytes, lanes.address);
       if (kind == Access::Load) c.shared_ld_bytes += total;
       if (kind == Access::Store) {
         c.shared_st_bytes += total;

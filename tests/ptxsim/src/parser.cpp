@@ -1,4 +1,5 @@
 #include "parser.h"
+#include "clock.h"
 
 #include <algorithm>
 #include <cstdlib>
@@ -701,6 +702,7 @@ void Parser::body(int index) {
   f.local_bytes = align_up(local_bytes_, 16);
   f.call_bytes = align_up(call_bytes_, 16);
   f.poll_slots = poll_slots_;
+  for (size_t i = f.start; i < program.code.size(); i++) program.code[i].unit = unit_number(program.code[i]);
   f.parsed = true;
 }
 

@@ -94,6 +94,7 @@ struct Instruction {
   int predicate = -1;  // byte offset of the guard predicate in the register file
   int target = -1;     // Branch: instruction index
   int line = 0;
+  u8 unit = 0;         // of the clock: Unit
   int poll_slot = -1;  // strong loads: where the warp remembers which addresses it read here last
   const Entry* entry = nullptr;
   Operand op[6];
