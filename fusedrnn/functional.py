@@ -114,6 +114,25 @@ def _in_plain_torch(cell: Cell, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor,
     return y, h_n, none if c_n is None else c_n, gates, cells
 
 
+@planning._constant_when_compiled
+def exporting_to_onnx() -> bool:
+    """torch.onnx.is_in_onnx_export, which Dynamo takes to be False, for the exporter's second way through Dynamo too.
+
+    It imports the exporters, 0.15 s, so that it is asked only in what can be an export.
+    """
+    return (torch.compiler.is_compiling() or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export()
+
+
+def check_packed_export(batch_sizes: Tensor) -> None:
+    """Raises in an export that packs: torch has no size for what comes out of that."""
+    unbacked = torch.fx.experimental.symbolic_shapes.free_unbacked_symbols
+    if exporting_to_onnx() or unbacked(batch_sizes):
+        raise RuntimeError(
+            "torch.export and torch.onnx.export(dynamo=True) cannot export packed sequences: call the layer on the "
+            "padded batch with lengths=, or export to ONNX with dynamo=False"
+        )
+
+
 def layers(
     cell: Cell,
     input: Tensor,
@@ -133,7 +152,27 @@ def layers(
     backend: str | None,
     algorithm: str | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, ...] | None]:
-    """A stack of layers: y, h_n, c_n and every state. ``weights`` is flat, in the order of ``_flat_weights``."""
+    """A stack of layers: y, h_n, c_n and every state. ``weights`` is flat, in the order of ``_flat_weights``.
+
+    In an export to ONNX the states may be None.
+    """
+    if exporting_to_onnx():
+        from fusedrnn import onnx
+
+        return onnx.layers(
+            cell, input, h0, c0, weights, bias, num_layers, dropout, training, bidirectional, batch_first,
+            batch_sizes, resets, return_all_states,
+        )  # fmt: skip
+    return _stack(
+        cell, input, h0, c0, weights, bias, num_layers, dropout, training, bidirectional, batch_first, batch_sizes,
+        resets, return_all_states, recompute, backend, algorithm,
+    )  # fmt: skip
+
+
+def _stack(
+    cell, input, h0, c0, weights, bias, num_layers, dropout, training, bidirectional, batch_first, batch_sizes,
+    resets, return_all_states, recompute, backend, algorithm,
+):  # fmt: skip
     directions = 2 if bidirectional else 1
     given = {"input": input, "h0": h0, **({"c0": c0} if cell.has_cell_state else {})}
     given |= {f"weights[{k}]": w for k, w in enumerate(weights)}
@@ -273,6 +312,10 @@ def one_step(
     algorithm: str | None,
 ) -> tuple[Tensor, Tensor | None]:
     """A sequence of one step: input [B, I], h0 and c0 [B, H]; returns h and c. On a GPU it is one launch."""
+    if exporting_to_onnx():
+        from fusedrnn import onnx
+
+        return onnx.one_step(cell, input, h0, c0, w_ih, w_hh, b_ih, b_hh)
     carried = _carried_dtype(h0 if c0 is None else c0)
     input, h0, c0, *weights = _distinct(ops.autocast(input.device.type, input, h0, c0, w_ih, w_hh, b_ih, b_hh))
     for what, t in (("hidden", h0), ("cell state", c0), *(("parameter", w) for w in weights)):

@@ -80,6 +80,8 @@ class _Recurrent(nn.RNNBase):
         batched = True
         if packed:
             input, batch_sizes, sorted_indices, unsorted_indices = input
+            if torch.compiler.is_exporting():
+                functional.check_packed_export(batch_sizes)
             self.check_input(input, batch_sizes)
             batch = int(batch_sizes[0]) if batch_sizes.numel() else 0
         else:
@@ -99,7 +101,9 @@ class _Recurrent(nn.RNNBase):
         if hx is None:
             self.check_input(input, batch_sizes)
             lead = self.num_layers * (2 if self.bidirectional else 1)
-            states = tuple(input.new_zeros(lead, batch, size) for size in self._state_sizes())
+            # A node of ONNX starts from zeros where it gets no states.
+            exported = functional.exporting_to_onnx()
+            states = tuple(None if exported else input.new_zeros(lead, batch, size) for size in self._state_sizes())
         else:
             states = self._states(hx)
             if not packed:
@@ -364,11 +368,15 @@ class _Cell(nn.RNNCellBase):
         if input.size(1) != input_size:
             raise RuntimeError(f"input has inconsistent input_size: got {input.size(1)} expected {input_size}")
         if states is None:
-            # Not one tensor twice: Dynamo refuses that.
-            states = tuple(input.new_zeros(input.size(0), self.hidden_size) for _ in range(1 + cell.has_cell_state))
+            # Not one tensor twice: Dynamo refuses that. A node of ONNX starts from zeros by itself.
+            exported = functional.exporting_to_onnx()
+            states = tuple(
+                None if exported else input.new_zeros(input.size(0), self.hidden_size)
+                for _ in range(1 + cell.has_cell_state)
+            )
         elif not batched:
             states = tuple(s.unsqueeze(0) for s in states)
-        for k, state in enumerate(states):
+        for k, state in enumerate(states if states[0] is not None else ()):
             if state.size(0) != input.size(0):
                 raise RuntimeError(
                     f"Input batch size {input.size(0)} doesn't match hidden{k} batch size {state.size(0)}"
@@ -376,7 +384,7 @@ class _Cell(nn.RNNCellBase):
             if state.dim() != 2 or state.size(1) != hidden_size:
                 got = state.size(1) if state.dim() > 1 else f"{state.dim()}D"
                 raise RuntimeError(f"hidden{k} has inconsistent hidden_size: got {got}, expected {hidden_size}")
-        if hidden_size == 0:
+        if hidden_size == 0 and states[0] is not None:
             # torch.nn's cells take it. Empty sums keep everything in the graph.
             nothing = sum(t.sum() for t in (input, *self._weights()) if t is not None)
             return [(s if batched else s.squeeze(0)) + nothing for s in states]
