@@ -10,13 +10,13 @@ import gc
 import json
 import math
 import os
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -212,9 +212,75 @@ def interleaved(
     return {name: failed.get(name) or Samples(seconds[name], how[name]) for name in runs}
 
 
-def speedup(baseline: Samples, other: Samples) -> float:
-    """The median over rounds of the baseline's time by the other's in the same round."""
-    return statistics.median(a / b for a, b in zip(baseline.seconds, other.seconds))
+class Ratio(NamedTuple):
+    """How many times as fast as the baseline: the baseline's median by the other's, so it never contradicts the times.
+
+    ``low`` and ``high`` are the quartiles over rounds of the quotient of the two times of a round.
+    """
+
+    value: float
+    low: float
+    high: float
+
+
+def speedup(baseline: Samples, other: Samples) -> Ratio:
+    rounds = Samples([a / b for a, b in zip(baseline.seconds, other.seconds)], "")
+    return Ratio(baseline.quantile(0.5) / other.quantile(0.5), rounds.quantile(0.25), rounds.quantile(0.75))
+
+
+# The middle half of the rounds of a quiet machine lies within some percent of the median.
+MOST_SPREAD, MOST_OTHERS = 0.3, 0.15
+
+
+def spoiled(own: Samples, baseline: Samples | None, ratio: Ratio | None, others: float | None, free: int) -> str:
+    """Why a time, or its ratio to the baseline, is not to be trusted; empty where nothing speaks against it.
+
+    ``others``: CPUs that other programs took meanwhile; ``free``: CPUs that the measured calls leave to them.
+    """
+    reasons = []
+    if others is not None and others > free + MOST_OTHERS:
+        reasons.append(f"other programs took {others:.1f} CPUs, {free} were free")
+    for name, samples in {"": own, "of torch.nn ": baseline or own}.items():
+        spread = (samples.quantile(0.75) - samples.quantile(0.25)) / samples.quantile(0.5)
+        if spread > MOST_SPREAD and (not name or samples is not own):
+            reasons.append(f"the middle half of the rounds {name}spreads over {spread:.0%} of the median")
+    if ratio is not None and not ratio.low * 0.98 <= ratio.value <= ratio.high * 1.02:
+        reasons.append(f"the ratio within the rounds is {ratio.low:.2f} to {ratio.high:.2f}")
+    return "; ".join(reasons)
+
+
+def cpus() -> int:
+    """CPUs that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Others:
+    """CPUs that other programs took since this was made, of those that this process may run on (Linux's /proc/stat)."""
+
+    def __init__(self):
+        self.start = time.perf_counter(), self._busy(), time.process_time()
+
+    @staticmethod
+    def _busy() -> float | None:
+        path = Path("/proc/stat")
+        if not path.exists():
+            return None
+        mine, total = {f"cpu{k}" for k in os.sched_getaffinity(0)}, 0
+        for line in path.read_text().splitlines():
+            name, *fields = line.split()
+            if name in mine:
+                user, nice, system, _, _, irq, softirq, steal = map(int, fields[:8])
+                total += user + nice + system + irq + softirq + steal
+        return total / os.sysconf("SC_CLK_TCK")
+
+    def took(self) -> float | None:
+        """None where it is not known."""
+        wall, busy, own = self.start
+        now = self._busy()
+        if busy is None or now is None:
+            return None
+        # The kernel counts in hundredths of a second.
+        return max(0.0, (now - busy - (time.process_time() - own) - 0.02) / max(time.perf_counter() - wall, 0.05))
 
 
 def peak_on_gpu(run: Callable, device: torch.device) -> int:

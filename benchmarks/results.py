@@ -37,8 +37,11 @@ class Environment:
 
 @dataclass(frozen=True)
 class Row(Environment):
-    """One measurement. Times in seconds of one call, ``speedup`` over torch.nn within the same rounds, memory in bytes.
+    """One measurement; UNITS says in what.
 
+    ``speedup`` is torch.nn's median of the same rounds (``baseline``) by ``median``; ``ratio1`` and ``ratio3`` are the
+    quartiles of the quotient within a round. ``others`` are the CPUs that other programs took meanwhile, ``spoiled``
+    says why the row is left out of means, if it is.
     ``status`` is ok, wrong (the correctness gate refused it, nothing was timed), failed or unavailable (the provider
     does not take this problem); ``why`` says more.
     ``peak_*`` are the machine's, for the roofline: operations and bytes a second, and where they come from.
@@ -65,6 +68,11 @@ class Row(Environment):
     rounds: int | None = None
     how: str = ""
     speedup: float | None = None
+    ratio1: float | None = None
+    ratio3: float | None = None
+    baseline: float | None = None
+    others: float | None = None
+    spoiled: str = ""
     peak_bytes: int | None = None
     error: float | None = None
     allowed: float | None = None
@@ -92,6 +100,19 @@ class Row(Environment):
 
 
 COLUMNS = [f.name for f in fields(Row)]
+# What a number of a row is in; others are counts, sizes or words.
+UNITS = {
+    **dict.fromkeys(("median", "least", "quartile1", "quartile3", "baseline"), "seconds a call"),
+    **dict.fromkeys(("speedup", "ratio1", "ratio3"), "torch.nn's time by this time"),
+    "peak_bytes": "bytes",
+    "others": "CPUs",
+    "load": "processes that run or wait, mean of a minute (os.getloadavg)",
+    **dict.fromkeys(("error", "allowed"), "of the largest entry of the tensor"),
+    "peak_flops": "operations a second",
+    "peak_bandwidth": "bytes a second",
+    "time": "UTC",
+    "clocks": "MHz",
+}
 _MEASURED = ("suite", "cell", "T", "B", "I", "H", "L", "D", "dtype", "mode", "provider", "version")
 KEY = (*(f.name for f in fields(Environment)), *_MEASURED)
 _TYPES = {f.name: f.type for f in fields(Row)}
@@ -106,6 +127,17 @@ def _parse(column: str, text: str):
     if text == "":
         return None
     return (int if "int" in str(kind) else float)(text)
+
+
+def parse(text: str, path: Path) -> list[Row]:
+    """The rows of a results.csv. Raises RuntimeError where it is none, or one of another version."""
+    header, *lines = [*csv.reader(io.StringIO(text, newline=""))] or [[]]
+    if header != COLUMNS:
+        raise RuntimeError(
+            f"{path} has other columns than this version writes: it is of another version, or no results.csv. "
+            "To measure, take another folder (--out)"
+        )
+    return [Row(**{c: _parse(c, text) for c, text in zip(COLUMNS, line, strict=True)}) for line in lines]
 
 
 class Results:
@@ -149,10 +181,7 @@ class Results:
         if not whole:
             self._write([COLUMNS])
             return []
-        header, *lines = csv.reader(io.StringIO(whole.decode(), newline=""))
-        if header != COLUMNS:
-            raise RuntimeError(f"{self.path} has other columns: it was written by another version, take another folder")
-        return [Row(**{c: _parse(c, text) for c, text in zip(COLUMNS, line, strict=True)}) for line in lines]
+        return parse(whole.decode(), self.path)
 
     def _write(self, lines: list[list]) -> None:
         text = io.StringIO(newline="")

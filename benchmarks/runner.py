@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import sys
+import time
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -14,27 +15,39 @@ import torch
 
 from . import measure, problems, providers
 from .problems import Problem
-from .results import Results, Row, clocks, environment
+from .results import UNITS, Results, Row, clocks, environment, parse
 
 QUICK_SECONDS, SECONDS = 3.0, 20.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     split = lambda text: [part for part in text.split(",") if part]
-    parser.add_argument("--suite", choices=problems.SUITES, default="deepbench")
-    parser.add_argument("--quick", action="store_true", help="the part that two cores measure in minutes")
-    parser.add_argument("--peers", type=split, metavar="A,B", help="who runs beside torch.nn; all that can by default")
-    parser.add_argument("--modes", type=split, metavar="A,B", help=f"of {', '.join(problems.MODES)}; the suite's own")
-    parser.add_argument("--dtype", choices=problems.DTYPES, default="float32")
-    parser.add_argument("--device", help="cpu or cuda[:n]; a GPU where there is one")
-    parser.add_argument("--rounds", type=int, default=31, help="at most so many turns of everybody")
-    parser.add_argument("--seconds", type=float, help=f"for the rounds of a problem ({QUICK_SECONDS:g} or {SECONDS:g})")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--tf32", action="store_true", help="float32 products may be tf32, for everybody (GPU)")
-    parser.add_argument("--out", type=Path, default=Path("bench-out"), help="a folder; a second start there resumes")
-    parser.add_argument("--only", default="", metavar="TEXT", help="problems whose name (see --list) contains it")
-    parser.add_argument("--list", action="store_true", help="print problems and providers, measure nothing")
-    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+    add = parser.add_argument
+    add("--suite", choices=problems.SUITES, default="deepbench",
+        help="the problems: deepbench (Baidu's list of sizes), flashrnn (that paper's figure), fastrnns (PyTorch's own "
+        "benchmark), sweep (one size after another around H=256); default: %(default)s")  # fmt: skip
+    add("--quick", action="store_true", help="the part of the suite that two cores measure in minutes (default: all)")
+    add("--peers", type=split, metavar="A,B", help="who runs beside torch.nn, see --list (default: all that can)")
+    add("--modes", type=split, metavar="A,B", help=f"of {', '.join(problems.MODES)} (default: the suite's own)")
+    add(
+        "--dtype", choices=problems.DTYPES, default="float32", help="of weights, input and output; default: %(default)s"
+    )
+    add("--device", help="cpu or cuda[:n] (default: a GPU where there is one)")
+    add("--rounds", type=int, default=31, help="at most so many turns of everybody (default: %(default)s)")
+    add(
+        "--seconds",
+        type=float,
+        help=f"for the rounds of a problem (default: {SECONDS:g}, {QUICK_SECONDS:g} if --quick)",
+    )
+    add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU, for everybody (default: %(default)s)")
+    add("--tf32", action="store_true", help="float32 products may be tf32, for everybody (GPU; default: they may not)")
+    add("--out", type=Path, default=Path("bench-out"), metavar="DIR",
+        help="for results.csv and report.html; a second start there resumes (default: %(default)s)")  # fmt: skip
+    add("--only", default="", metavar="TEXT", help="problems whose name (see --list) contains it (default: all)")
+    add("--list", action="store_true", help="print what a run with the same options measures, and stop")
+    add("--compare", nargs=2, type=Path, metavar=("A.csv", "B.csv"),
+        help="measure nothing: set two results.csv side by side, of two commits or machines")  # fmt: skip
+    add("--json", action="store_true", help="print rows and their units as JSON")
 
 
 def peaks(device: torch.device, dtype: str, tf32: bool) -> tuple[float | None, float | None, str]:
@@ -130,7 +143,11 @@ class Suite:
             rows[provider.name], call = self.checked(gate, given, problem, mode, provider)
             if call is not None:
                 calls[provider.name] = call
+        watch = measure.Others()
         samples = measure.interleaved(calls, self.arguments.rounds, self.seconds, self.device)
+        # What the CPU does beside a GPU's kernels is not their time.
+        others = watch.took() if self.device.type == "cpu" else None
+        free = max(0, measure.cpus() - self.arguments.threads)
         right = {name: s for name, s in samples.items() if isinstance(s, measure.Samples)}
         # Under load: an idle GPU lowers its clocks.
         clock = clocks(self.device, calls[next(iter(right))]) if right else ""
@@ -142,9 +159,12 @@ class Suite:
             base = right.get(baseline.name)
             # The time of what could not be captured holds its Python: no ratio to one that does not.
             ratio = measure.speedup(base, s) if base is not None and base.how == s.how else None
+            value, low, high = ratio or (None, None, None)
             times = {"median": s.quantile(0.5), "least": min(s.seconds), "quartile1": s.quantile(0.25),
-                     "quartile3": s.quantile(0.75), "rounds": len(s.seconds), "how": s.how,
-                     "speedup": ratio, "clocks": clock}  # fmt: skip
+                     "quartile3": s.quantile(0.75), "rounds": len(s.seconds), "how": s.how, "clocks": clock,
+                     "speedup": value, "ratio1": low, "ratio3": high, "others": others,
+                     "baseline": base.quantile(0.5) if ratio else None,
+                     "spoiled": measure.spoiled(s, base if ratio else None, ratio, others, free)}  # fmt: skip
             rows[name] = Row(**row | times)
         return [rows[p.name] for p in missing]
 
@@ -165,36 +185,49 @@ class Suite:
             return row("failed", why=measure.in_words(error))
 
 
-def line(row: Row) -> str:
-    """A row for the console."""
-    text = f"{row.problem.name:<42} {row.mode:<9}{row.provider:<26}"
+WIDTHS = (10, 44, 10, 26)
+HEADER = "".join(f"{head:<{width}}" for head, width in zip(("done", "problem", "mode", "provider"), WIDTHS)) + (
+    f"{'time of a call':>15}  {'times as fast as torch.nn':<36}what ran"
+)
+
+
+def line(row: Row, done: str = "") -> str:
+    """A row for the console, under HEADER."""
+    words = (done, row.problem.name, row.mode, row.provider)
+    text = "".join(f"{word:<{width}}" for word, width in zip(words, WIDTHS))
     if row.status != "ok":
         return f"{text}{row.status.upper()}: {row.why}"
     if row.mode == "memory":
-        return f"{text}{row.peak_bytes / 2**20:10.1f} MiB"
-    ratio = "" if row.speedup is None else f"{row.speedup:8.2f}x"
-    return f"{text}{row.median * 1e3:10.3f} ms{ratio}  {row.branch}"
+        return f"{text}{row.peak_bytes / 2**20:11.1f} MiB"
+    ratio = "" if row.speedup is None else f"{row.speedup:.2f} ({row.ratio1:.2f} to {row.ratio3:.2f})"
+    text = f"{text}{row.median * 1e3:12.3f} ms  {ratio:<36}{row.branch}"
+    return f"{text}  SPOILED: {row.spoiled}" if row.spoiled else text
 
 
 def needed() -> None:
-    """Raises ImportError, with the extra that installs it, where the progress bar or the plots have no package."""
-    missing = [name for name in ("matplotlib", "tqdm") if importlib.util.find_spec(name) is None]
+    """Raises ImportError, with the extra that installs it, where the progress bar or the report have no package."""
+    missing = [name for name in ("matplotlib", "plotly", "tqdm") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ImportError(f"bench needs {' and '.join(missing)}: pip install 'fusedrnn[bench]'")
+        raise ImportError(f"bench needs {', '.join(missing)}: pip install 'fusedrnn[bench]'")
 
 
 def overview(arguments, chosen: list[Problem], found: list, left_out: dict[str, str]) -> None:
+    """What a run with the same options would measure."""
     if arguments.json:
         about = {"problems": [asdict(p) for p in chosen], "measured": [p.name for p in found], "left_out": left_out}
         print(json.dumps(about, indent=1))
         return
-    for problem in chosen:
-        print(f"{problem.name:<42} {', '.join(arguments.modes or problem.modes)}")
-    print()
+    modes = [[m for m in problems.MODES if m in (arguments.modes or p.modes)] for p in chosen]
+    quick = " --quick" if arguments.quick else ""
+    print(f"bench --suite {arguments.suite}{quick} measures {len(chosen)} problems, {sum(map(len, modes))} with modes:")
+    for problem, taken in zip(chosen, modes):
+        print(f"  {problem.name:<42} {', '.join(taken)}")
+    print("\nand takes turns among:")
     for provider in found:
-        print(f"{provider.name:<28}measured")
+        print(f"  {provider.name}")
+    print("\nleft out:")
     for name, why in left_out.items():
-        print(f"{name:<28}left out: {why}")
+        print(f"  {name:<26}{why}")
 
 
 def chosen_device(name: str | None) -> torch.device:
@@ -216,6 +249,8 @@ def chosen_device(name: str | None) -> torch.device:
 
 def bench(arguments: argparse.Namespace) -> int:
     """Measures fusedrnn against torch.nn and others; writes results.csv, plots and report.html, and resumes them."""
+    if arguments.compare:
+        return compared(arguments)
     try:
         device = chosen_device(arguments.device)
         wrong = [mode for mode in arguments.modes or [] if mode not in problems.MODES]
@@ -238,21 +273,51 @@ def bench(arguments: argparse.Namespace) -> int:
         return 0
     from tqdm import tqdm
 
-    from .report import write_report
+    from .report import in_words, write_report
 
     with Results(arguments.out) as results, measure.settings(arguments.threads, arguments.tf32):
         suite = Suite(arguments, results, device, found)
         jobs = suite.todo(chosen)
+        say = (lambda text: None) if arguments.json else (lambda text: tqdm.write(text, file=sys.stdout))
+        if jobs:
+            say(f"{len(jobs)} measurements with {suite.seconds:g} s of rounds each at most, {len(found)} providers, "
+                f"{arguments.threads} threads, on {suite.environment.device}")  # fmt: skip
+            say(HEADER)
+        told, start = set(), time.monotonic()
+        # On a terminal tqdm says the time left, elsewhere the column "done" has it.
         with tqdm(jobs, unit="problem", disable=None, file=sys.stderr) as progress:
-            for problem, mode in progress:
+            for number, (problem, mode) in enumerate(progress, 1):
                 progress.set_description(f"{problem.name} {mode}")
-                for row in suite.measure(problem, mode):
-                    if not arguments.json:
-                        tqdm.write(line(row), file=sys.stdout)
+                rows = suite.measure(problem, mode)
+                left = (time.monotonic() - start) / number * (len(jobs) - number)
+                done = f"{number}/{len(jobs)} {left / 60:.0f}m" if left > 90 else f"{number}/{len(jobs)} {left:.0f}s"
+                for row in rows:
+                    # What a provider cannot do is said once.
+                    if row.status != "unavailable" or (row.provider, row.why) not in told:
+                        say(line(row, done))
+                        told.add((row.provider, row.why))
+                        done = ""
         pages = write_report(results.rows, left_out, arguments.out)
         rows = [row for row in results.rows if row.environment == suite.environment]
     if arguments.json:
-        print(json.dumps([asdict(row) for row in rows], indent=1))
+        print(json.dumps({"units": UNITS, "rows": [asdict(row) for row in rows]}, indent=1))
     else:
         print(f"{len(rows)} rows of this machine and version in {arguments.out / 'results.csv'}; {pages}")
+        print("\n".join(in_words([row for row in rows if row.suite == arguments.suite])))
     return 1 if any(row.status in ("wrong", "failed") and row.provider.startswith("fusedrnn") for row in rows) else 0
+
+
+def compared(arguments) -> int:
+    """bench --compare: two results.csv, of two commits or machines, side by side."""
+    from .report import write_comparison
+
+    try:
+        needed()
+        first, second = (parse(path.read_text(), path) for path in arguments.compare)
+        lines, page = write_comparison(first, second, [str(path) for path in arguments.compare], arguments.out)
+    except (ImportError, OSError, RuntimeError, UnicodeDecodeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(lines))
+    print(f"page: {page}")
+    return 0

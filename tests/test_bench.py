@@ -1,5 +1,6 @@
 """The benchmark suite: what it measures, that it refuses wrong answers, that a killed run loses and doubles nothing."""
 
+import argparse
 import csv
 import dataclasses
 import json
@@ -47,7 +48,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(problems, "suite", lambda *arguments: TINY)
     monkeypatch.setattr(results, "commit", lambda: "test")
     monkeypatch.setattr(measure, "cpu_peaks", lambda dtype: (1e11, 1e10))
-    monkeypatch.setattr(report_module, "draw_plots", lambda *arguments: {})
+    monkeypatch.setattr(report_module, "draw_charts", lambda *arguments: [])
 
 
 def bench(folder: Path, *arguments: str) -> int:
@@ -69,7 +70,8 @@ def a_row(**values) -> Row:
     about = {"suite": "sweep", "cell": "lstm", "T": 64, "B": 16, "I": 256, "H": 256, "L": 1, "D": 1, "dtype": "float32",
              "mode": "forward", "provider": "torch.nn", "version": "2.14.1", "branch": "oneDNN", "status": "ok",
              "median": 1e-3, "least": 9e-4, "quartile1": 9.5e-4, "quartile3": 1.1e-3, "rounds": 9, "how": "wall clock",
-             "speedup": 1.0, "time": "2026-01-01T00:00:00+00:00", "load": "0.10", "peak_flops": 1e11,
+             "speedup": 1.0, "ratio1": 0.98, "ratio3": 1.02, "baseline": 1e-3, "others": 0.0,
+             "time": "2026-01-01T00:00:00+00:00", "load": "0.10", "peak_flops": 1e11,
              "peak_bandwidth": 1e10, "peaks_from": "measured"}  # fmt: skip
     return Row(**dataclasses.asdict(environment) | about | values)
 
@@ -89,7 +91,8 @@ def some_rows() -> list[Row]:
                             "peak_bytes": int(row.problem.bytes("train") / speed),
                         }
                     else:
-                        values = {"median": took, "quartile1": took * 0.95, "quartile3": took * 1.1, "speedup": speed}
+                        values = {"median": took, "quartile1": took * 0.95, "quartile3": took * 1.1, "speedup": speed,
+                                  "ratio1": speed * 0.98, "ratio3": speed * 1.1, "baseline": took * speed}  # fmt: skip
                     found.append(dataclasses.replace(row, **values))
     return [*found, a_row(provider="planted", status="wrong", why="off by 1 <b>&</b>", median=None, speedup=None)]
 
@@ -234,8 +237,58 @@ def test_rounds_take_turns(monkeypatch):
     few = int(0.1 / (measure.PAUSE + 2 * 0.002))
     assert len(measure.interleaved({"a": lambda: None}, 100, budget=0.1, device=CPU)["a"].seconds) == few
     slow = measure.Samples([2.0, 4.0, 9.0], "")
-    assert measure.speedup(slow, measure.Samples([1.0, 1.0, 1.0], "")) == 4.0
     assert [slow.quantile(q) for q in (0, 0.25, 0.5, 1)] == [2.0, 3.0, 4.0, 9.0]
+
+
+def samples(*seconds: float) -> measure.Samples:
+    return measure.Samples(list(seconds), "")
+
+
+def test_the_ratio_never_contradicts_the_times():
+    """The median of the quotients of a round says 2 here, though the medians are equal."""
+    base, own = samples(2.0, 4.0, 6.0), samples(1.0, 2.0, 4.0)
+    assert measure.speedup(base, own) == (2.0, 1.75, 2.0)
+    base, own = samples(1.0, 2.0, 3.0), samples(3.0, 1.0, 2.0)
+    assert measure.speedup(base, own).value == 1.0
+    assert measure.speedup(samples(2.0, 4.0, 9.0), samples(1.0, 1.0, 1.0)).value == 4.0
+
+
+@pytest.mark.parametrize(
+    "own, others, free, reason",
+    [
+        ((1.0, 1.01, 1.02), 0.1, 0, ""),
+        ((1.0, 1.01, 1.02), None, 0, ""),
+        ((1.0, 1.01, 1.02), 1.0, 1, ""),
+        ((1.0, 1.01, 1.02), 0.5, 0, "other programs took 0.5 CPUs, 0 were free"),
+        ((1.0, 1.6, 2.0), 0.0, 0, "the middle half of the rounds spreads over 31% of the median"),
+    ],
+)
+def test_what_a_busy_machine_spoiled_is_marked(own, others, free, reason):
+    own, base = samples(*own), samples(2.0, 2.02, 2.04)
+    assert measure.spoiled(own, own, None, others, free) == reason
+    ratio = measure.speedup(base, own)
+    assert measure.spoiled(own, base, ratio, others, free).startswith(reason)
+    assert bool(reason) == bool(measure.spoiled(own, base, ratio, others, free))
+    # A slow outlier of torch.nn would make of its peer a giant: the rounds tell.
+    wild = samples(2.0, 800.0, 2.0, 900.0, 870.0)
+    many = samples(2.0, 2.0, 2.0, 2.0, 2.0)
+    assert "the rounds of torch.nn spreads over" in measure.spoiled(many, wild, measure.speedup(wild, many), 0.0, 0)
+
+
+def test_other_programs_are_seen():
+    """A process beside this one that computes all the time takes most of a CPU."""
+    if measure.Others._busy() is None:
+        pytest.skip("no /proc/stat: what other programs take is not known here")
+    beside = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        time.sleep(0.3)
+        watch = measure.Others()
+        time.sleep(1.0)
+        assert watch.took() > 0.3
+    finally:
+        beside.kill()
+        beside.wait()
+    assert measure.cpus() >= 1
 
 
 def test_a_call_that_fails_costs_its_row(tiny, tmp_path, monkeypatch):
@@ -367,21 +420,39 @@ def test_a_run_writes_rows_once(tiny, tmp_path, capsys, monkeypatch):
         assert float(row["least"]) <= float(row["quartile1"]) <= float(row["median"]) <= float(row["quartile3"])
         assert float(row["error"]) <= float(row["allowed"])
         assert float(row["speedup"]) == 1.0 or row["provider"] == "fusedrnn"
+        assert float(row["speedup"]) == float(row["baseline"]) / float(row["median"])
+        assert float(row["ratio1"]) <= float(row["ratio3"])
         assert row["torch"] == torch.__version__
         assert row["threads"] == str(torch.get_num_threads())
-    assert "8 rows of this machine and version" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "8 rows of this machine and version" in printed
+    assert "4 measurements with 20 s of rounds each at most, 2 providers" in printed
+    assert printed.splitlines()[1].split("  ")[0] == "done"
+    assert "time of a call" in printed.splitlines()[1]
+    assert [line.split()[0] for line in printed.splitlines() if re.match(r"\d/4 ", line)] == [
+        "1/4",
+        "2/4",
+        "3/4",
+        "4/4",
+    ]
+    assert re.search(
+        r"^fusedrnn is faster than torch.nn in \d of \d problems|^No time of fusedrnn", printed, re.MULTILINE
+    )
 
     before = (tmp_path / "results.csv").read_bytes()
     assert bench(tmp_path, "--json") == 0
     assert (tmp_path / "results.csv").read_bytes() == before
-    assert len(json.loads(capsys.readouterr().out)) == 8
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["rows"]) == 8
+    assert found["units"]["median"] == "seconds a call"
+    assert set(found["units"]) <= set(found["rows"][0])
 
     monkeypatch.setattr(results, "commit", lambda: "later")
     assert bench(tmp_path) == 0
     assert Counter(r["commit"] for r in rows_of(tmp_path)) == {"test": 8, "later": 8}
     assert max(names(rows_of(tmp_path)).values()) == 1
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<h2>") == 2
+    assert page.count("<h2>sweep") == 2
     assert page.index("later") < page.index(">test<")
 
 
@@ -517,7 +588,7 @@ def test_list_and_bad_arguments(capsys, monkeypatch):
         assert re.search(message, capsys.readouterr().err)
     monkeypatch.setattr(runner.importlib.util, "find_spec", lambda name: None)
     assert main(["bench", "--device", "cpu", "--peers", "fusedrnn"]) == 2
-    assert "bench needs matplotlib and tqdm: pip install 'fusedrnn[bench]'" in capsys.readouterr().err
+    assert "bench needs matplotlib, plotly, tqdm: pip install 'fusedrnn[bench]'" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -529,15 +600,147 @@ def report(tmp_path_factory) -> Path:
 
 def test_report_holds_every_plot_and_number(report):
     page = (report / "report.html").read_text()
-    plots = sorted(path.name for path in report.glob("*.png"))
-    assert plots == [f"1-sweep-float32-{name}.png" for name in ("B", "H", "T", "memory", "roofline")]
-    assert all((report / name).read_bytes().startswith(b"\x89PNG") for name in plots)
-    assert page.count('src="data:image/png;base64,') == page.count("<img ") == len(plots)
-    assert not re.search(r'(src|href)="(?!data:)', page)
-    assert page.count('alt="') == len(plots)
+    charts = sorted(path.name for path in report.glob("*.svg"))
+    assert charts == [f"1-sweep-float32-{name}.svg" for name in ("B", "T", "memory", "ratios", "roofline")]
+    head = page[: page.index("plotly.js v")]  # that library names addresses of its own, and none is asked for
+    assert head.count("<figure ") == head.count('<div class="still"') == head.count("<svg ") == len(charts)
+    assert not re.search(r'(src|href)="(?!data:|#)', head)
+    assert not re.search(r"<(link|script|img)[^>]+(src|href)=.?http", page)
     assert "off by 1 &lt;b&gt;&amp;&lt;/b&gt;" in page
     assert "not installed: haste_pytorch" in page
     assert "<td>1.50</td><td>1.50</td><td>1.50</td>" in page
+    ids = re.findall(r'\bid="([^"]+)"', head)
+    assert len(ids) == len(set(ids)), "two drawings share an id"
+
+
+def test_report_opens_with_the_result(report):
+    """Everybody's ratio is planted; what a letter or a name means is on the page."""
+    page = (report / "report.html").read_text()
+    first = page.index(
+        "fusedrnn is faster than torch.nn in 24 of 24 problems, 1.50 times as fast in the geometric mean"
+    )
+    assert first < page.index("Measured on 2 threads of a processor, float32, torch 2.14.1") < page.index("<svg ")
+    assert (
+        "onnxruntime: 1.20 times as fast as torch.nn in the geometric mean of 24 problems, where fusedrnn has 1.50"
+        in page
+    )
+    for words in ("<b>H</b> is the hidden size", "<b>B</b> the batch", "<b>T</b> the steps", "<dt>oneDNN</dt>"):
+        assert words in page
+    assert "not to be trusted" not in page
+
+
+def spoil(rows: list[Row], **where) -> list[Row]:
+    """One row of ONNX Runtime 431 times as fast, in rounds that say otherwise."""
+    place = {"provider": "onnxruntime", "cell": "gru", "mode": "forward", "H": 512, "B": 16} | where
+    hit = lambda r: all(getattr(r, name) == value for name, value in place.items())
+    assert sum(map(hit, rows)) == 1
+    wild = {
+        "speedup": 431.89,
+        "ratio1": 0.9,
+        "ratio3": 500.0,
+        "spoiled": "the ratio within the rounds is 0.90 to 500.00",
+    }
+    return [dataclasses.replace(r, **wild) if hit(r) else r for r in rows]
+
+
+def test_what_was_spoiled_is_shown_and_not_counted(tmp_path):
+    report_module.write_report(spoil(some_rows()), {}, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "1 of 72 times are not to be trusted (the rounds contradict the medians)" in page
+    assert "1.20 times as fast as torch.nn in the geometric mean of 23 problems" in page
+    assert page.count('class="spoiled"') == 1
+    assert '"onnxruntime, spoiled"' in page
+    assert "circle-open" in page
+    bold = re.findall(r'class="best"[^>]*>[^<]*', page)
+    assert len(bold) == 24
+    assert all("1.50" in cell for cell in bold)
+
+
+def test_verdicts():
+    rows = [a_row(provider="fusedrnn", H=h, I=h, speedup=s, ratio1=low, ratio3=high) for h, s, low, high in (
+        (64, 2.0, 1.5, 2.5), (128, 1.1, 0.9, 1.2), (256, 0.5, 0.4, 0.6))]  # fmt: skip
+    (text,) = report_module.in_words(rows)
+    assert text.startswith("fusedrnn is faster than torch.nn in 1 of 3 problems, 1.03 times as fast")
+    assert "Level, within the scatter of the rounds, in 1: LSTM H=128 B=16 T=64, inference (1.10)." in text
+    assert text.endswith("Slower in 1: LSTM H=256 B=16 T=64, inference (0.50).")
+    lost = dataclasses.replace(rows[2], spoiled="a test")
+    assert report_module.in_words([*rows[:2], lost])[0].endswith(
+        "Slower in none. 1 more were spoiled and are left out."
+    )
+    assert report_module.in_words([lost])[0].startswith("No time of fusedrnn beside torch.nn that could be judged")
+
+
+def test_a_panel_has_a_line_for_each_provider():
+    """Lines join problems that differ in one size alone, and the legend names every line."""
+    chart = report_module.multiples([r for r in some_rows() if r.mode != "memory" and r.status == "ok"], "B", "b")
+    assert [panel.title for panel in chart.panels] == [
+        "LSTM, inference, H=256 T=64", "GRU, inference, H=256 T=64", "LSTM, training step, H=256 T=64",
+        "GRU, training step, H=256 T=64",
+    ]  # fmt: skip
+    for panel in chart.panels:
+        assert [series.name for series in panel.series] == ["torch.nn", "fusedrnn", "onnxruntime"]
+        assert all(series.x == [1, 16, 64] for series in panel.series)
+    assert list(chart.names()) == ["torch.nn", "fusedrnn", "onnxruntime"]
+    assert report_module.multiples(some_rows()[:1], "H", "h") is None
+
+
+def test_a_resumed_ratio_is_to_a_time_of_its_own(tmp_path):
+    rows = [a_row(), a_row(provider="fusedrnn", median=5e-4, speedup=4.0, baseline=2e-3)]
+    report_module.write_report(rows, {}, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "torch.nn in the same rounds: 2 ms" in page
+    assert "† torch.nn was timed again beside it" in page
+
+
+def test_compare(tmp_path, capsys):
+    first = [r for r in some_rows() if r.mode != "memory"]
+    later = [
+        dataclasses.replace(r, commit="later", median=r.median and r.median / 2) for r in first if r.cell == "lstm"
+    ]
+    for name, rows in (("a", first), ("b", spoil(later, cell="lstm")), ("c", [a_row(T=3)])):
+        with Results(tmp_path / name) as written:
+            written.append(rows)
+    files = {name: str(tmp_path / name / "results.csv") for name in "abc"}
+    assert main(["bench", "--compare", files["a"], files["b"], "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert f"B: {files['b']}: fusedrnn 0.1.0 (later), torch 2.14.1" in printed
+    assert "fusedrnn: B is 2.00 times as fast as A in the geometric mean of 12 problems." in printed
+    assert "onnxruntime: B is 2.00 times as fast as A in the geometric mean of 11 problems." in printed
+    assert printed.count("SPOILED") == 1
+    page = (tmp_path / "out" / "compare.html").read_text()
+    assert page.index("B is 2.00 times as fast as A") < page.index("<svg ")
+    assert main(["bench", "--compare", files["a"], files["c"], "--out", str(tmp_path / "out")]) == 2
+    assert "have no problem, mode and provider in common" in capsys.readouterr().err
+    other = tmp_path / "other.csv"
+    for text in ("", "a,b\n1,2\n"):
+        other.write_text(text)
+        assert main(["bench", "--compare", files["a"], str(other)]) == 2
+        assert f"{other} has other columns than this version writes" in capsys.readouterr().err
+    assert main(["bench", "--compare", files["a"], str(tmp_path / "none.csv")]) == 2
+    assert "No such file" in capsys.readouterr().err
+
+
+def test_list_says_what_a_run_does(capsys):
+    """The same providers and jobs as the run with the same options."""
+    assert main(["bench", "--list", "--quick", "--device", "cpu", "--peers", "fusedrnn"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("bench --suite deepbench --quick measures 13 problems, ")
+    count = int(re.search(r"measures 13 problems, (\d+) with modes", printed)[1])
+    assert count == sum(len(p.modes) for p in problems.suite("deepbench", quick=True))
+    assert re.search(r"^and takes turns among:\n  torch.nn\n  fusedrnn\n", printed, re.MULTILINE)
+
+
+def test_help_describes_every_option(capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    printed = capsys.readouterr().out
+    parser = argparse.ArgumentParser()
+    runner.add_arguments(parser)
+    for action in parser._actions:
+        assert action.help, action.option_strings
+    for name in ("--suite", "--dtype", "--rounds", "--threads", "--out", "--seconds", "--peers", "--device", "--modes"):
+        part = re.split(r"\n  --", printed[printed.index(f"\n  {name} ") + 3 :])[0]
+        assert "default: " in " ".join(part.split()), name
 
 
 CHROMIUM = next(
@@ -549,16 +752,19 @@ CHROMIUM = next(
 def test_report_opens_in_a_browser(report, tmp_path):
     """A copy of the page with a script that counts what was drawn and listens for errors."""
     probe = """<script>window.onerror=e=>document.body.dataset.failed=e;
-    window.onload=()=>{document.body.dataset.drawn=[...document.images].filter(i=>i.complete&&i.naturalWidth>300).length;
+    window.onload=()=>{document.body.dataset.drawn=document.querySelectorAll('figure.drawn svg.main-svg').length>4;
+    document.body.dataset.points=document.querySelectorAll('figure .live .point').length;
     document.body.dataset.wide=document.documentElement.scrollWidth>innerWidth}</script></head>"""
     page = tmp_path / "report.html"
-    page.write_text((report / "report.html").read_text().replace("</head>", probe))
+    page.write_text((report / "report.html").read_text().replace("</head>", probe, 1))
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
              "--disable-background-networking", "--disable-component-update", "--enable-logging=stderr",
              f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1000,1400", "--dump-dom"]  # fmt: skip
     done = subprocess.run([CHROMIUM, *flags, page.as_uri()], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert 'data-drawn="5"' in done.stdout
+    assert 'data-drawn="true"' in done.stdout
+    # 2 x 24 ratios, 2 charts of 3 x 12, 72 on the roofline, 36 of memory.
+    assert 'data-points="228"' in done.stdout
     assert 'data-wide="false"' in done.stdout
     assert "data-failed" not in done.stdout
     assert "CONSOLE" not in done.stderr, done.stderr
