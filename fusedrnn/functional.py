@@ -3,11 +3,13 @@
 import contextlib
 import threading
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.utils import rnn as rnn_utils
 
 from fusedrnn import _build, ops, planning
 from fusedrnn.autograd import EagerRecurrenceFunction, RecurrenceFunction
@@ -21,10 +23,11 @@ _recorders: list[tuple[int, Callable]] = []
 
 @contextlib.contextmanager
 def recording(callback: Callable):
-    """Calls ``callback(cell, layer, direction, y, gates, cells, batch_sizes)`` for every sequence of a layer and
-    direction that this thread computes, in order, with what the kernels computed: y [T, B, P] (or packed [N, P]),
+    """Calls ``callback(cell, layer, direction, y, gates, cells, batch_sizes, lengths)`` for every sequence of a layer
+    and direction that this thread computes, in order, with what the kernels computed: y [T, B, P] (or packed [N, P]),
     gates [T, B, S*H] in the order of ``cell.saved`` (None if the cell saves none), cells [T, B, H] in float32 or
-    float64 (None without a c); detached. A Cell's call is a sequence of one step.
+    float64 (None without a c); detached. What stands after a sequence's end means nothing. A Cell's call is a sequence
+    of one step.
     """
     entry = (threading.get_ident(), callback)
     _recorders.append(entry)
@@ -43,6 +46,80 @@ def direct(name: str, *arguments):
     return None if _build._calls is None else getattr(_build._calls, name)(*arguments)
 
 
+class Padding(NamedTuple):
+    """Where sequences of different lengths end in a padded batch, for any backend and without reading a value.
+
+    Every direction runs forwards over all steps: the one that is reverse gets each row turned over within its length,
+    and every step past an end starts anew from zeros, so that nothing there can overflow or reach a gradient.
+    """
+
+    lengths: Tensor  # int64 [B]
+    inside: Tensor  # bool [T, B]
+    last: Tensor  # int64 [B], the last step of each
+    turned: Tensor  # int64 [T, B], the step that a step becomes when its row is turned over
+
+    @staticmethod
+    def of(lengths: Tensor, steps: int) -> "Padding":
+        lengths, step = lengths.long(), torch.arange(steps, device=lengths.device).unsqueeze(1)
+        inside = step < lengths
+        # A length that is negative or beyond T makes an index that is out of bounds, which gather refuses.
+        return Padding(
+            lengths, inside, torch.where(lengths == 0, 0, lengths - 1), torch.where(inside, lengths - 1 - step, step)
+        )
+
+    def turn(self, t: Tensor) -> Tensor:
+        """[T, B, ...] with every row turned over within its length."""
+        index = self.turned if t.dim() == 2 else self.turned.unsqueeze(-1).expand_as(t)
+        return t.gather(0, index)
+
+    def cut(self, t: Tensor, value: float = 0.0) -> Tensor:
+        """[T, B, K] with ``value`` past the ends."""
+        return torch.where(self.inside.unsqueeze(-1), t, value)
+
+    def at_end(self, t: Tensor, start: Tensor) -> Tensor:
+        """Of states [T, B, K] the last of each row; ``start`` [B, K] where a row has no step."""
+        ends = t.gather(0, self.last.unsqueeze(-1).expand(1, *t.shape[1:])).squeeze(0)
+        return torch.where((self.lengths == 0).unsqueeze(-1), start, ends.to(start.dtype))
+
+    def before(self, inputs: Inputs) -> Inputs:
+        """What the op gets."""
+        x, resets = inputs.x, inputs.resets
+        if inputs.reverse:
+            x, resets = self.turn(x), None if resets is None else self.turn(resets)
+        outside = ~self.inside
+        return inputs._replace(x=x, resets=outside if resets is None else resets | outside, reverse=False)
+
+    def after(self, inputs: Inputs, y: Tensor, c_n: Tensor, gates: Tensor, cells: Tensor) -> tuple[Tensor, ...]:
+        """What the op would have returned for the inputs as they came; c must be kept."""
+        h_n = self.at_end(y, inputs.h0)
+        c_n = c_n if inputs.c0 is None else self.at_end(cells, inputs.c0)
+        y, gates, cells = (self.cut(t) if t.dim() == 3 else t for t in (y, gates, cells))
+        if inputs.reverse:
+            y, gates, cells = (self.turn(t) if t.dim() == 3 else t for t in (y, gates, cells))
+        return y, h_n, c_n, gates, cells
+
+
+def _check_lengths(lengths, x: Tensor, batch: int, batch_sizes: Tensor | None) -> Tensor:
+    """``lengths`` as a tensor on the device of x [T, B, I]; raises on what cannot be one."""
+    if batch_sizes is not None:
+        raise RuntimeError("lengths is for a padded batch; a packed one has its lengths")
+    lengths = torch.as_tensor(lengths)
+    if lengths.dtype == torch.bool or lengths.is_floating_point() or lengths.is_complex():
+        raise RuntimeError(f"lengths must be integers, got {lengths.dtype}")
+    if tuple(lengths.shape) != (batch,):
+        raise RuntimeError(f"lengths must have shape [B] = [{batch}], got {list(lengths.shape)}")
+    if lengths.layout != torch.strided:
+        raise RuntimeError(f"lengths must be a dense tensor, got layout {lengths.layout}")
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack()
+    if lengths.device.type == "cpu" and lengths.numel() and not traced and not _under_transform():
+        low, high = lengths.aminmax()
+        if low < 0 or high > x.shape[0]:
+            raise RuntimeError(
+                f"lengths must be between 0 and the {x.shape[0]} steps of the input, got {int(low)} to {int(high)}"
+            )
+    return lengths.to(x.device, non_blocking=True)
+
+
 def recurrence(
     cell: Cell,
     inputs: Inputs,
@@ -51,8 +128,12 @@ def recurrence(
     recompute: bool = False,
     keep_cells: bool = False,
     layer: int = 0,
+    padding: Padding | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One direction of one layer: y, h_n, c_n, cells. Saves for backward only when a gradient will be asked for."""
+    given = inputs
+    if padding is not None:
+        inputs, keep_cells = padding.before(inputs), True
     mine = [callback for thread, callback in _recorders if thread == threading.get_ident()] if _recorders else []
     tensors = inputs[:8]
     if _has_tangent(tensors):
@@ -67,15 +148,18 @@ def recurrence(
         y, h_n, c_n, gates, cells = ops.sequence(
             cell.name, *inputs, backend, algorithm, bool(mine), bool(mine) or keep_cells
         )
+    if padding is not None:
+        y, h_n, c_n, gates, cells = padding.after(given, y, c_n, gates, cells)
     for callback in mine:
         callback(
             cell,
             layer,
-            int(inputs.reverse),
+            int(given.reverse),
             y.detach(),
             ops.gates_in_torch_order(gates, cell.name, backend).detach() if cell.saved else None,
             cells.detach() if cell.has_cell_state else None,
             inputs.batch_sizes,
+            None if padding is None else padding.lengths,
         )
     return y, h_n, c_n, cells
 
@@ -151,6 +235,8 @@ def layers(
     recompute: bool,
     backend: str | None,
     algorithm: str | None,
+    lengths: Tensor | None = None,
+    padding_value: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, ...] | None]:
     """A stack of layers: y, h_n, c_n and every state. ``weights`` is flat, in the order of ``_flat_weights``.
 
@@ -161,17 +247,17 @@ def layers(
 
         return onnx.layers(
             cell, input, h0, c0, weights, bias, num_layers, dropout, training, bidirectional, batch_first,
-            batch_sizes, resets, return_all_states,
+            batch_sizes, resets, return_all_states, lengths, padding_value,
         )  # fmt: skip
     return _stack(
         cell, input, h0, c0, weights, bias, num_layers, dropout, training, bidirectional, batch_first, batch_sizes,
-        resets, return_all_states, recompute, backend, algorithm,
+        resets, return_all_states, recompute, backend, algorithm, lengths, padding_value,
     )  # fmt: skip
 
 
 def _stack(
     cell, input, h0, c0, weights, bias, num_layers, dropout, training, bidirectional, batch_first, batch_sizes,
-    resets, return_all_states, recompute, backend, algorithm,
+    resets, return_all_states, recompute, backend, algorithm, lengths, padding_value,
 ):  # fmt: skip
     directions = 2 if bidirectional else 1
     given = {"input": input, "h0": h0, **({"c0": c0} if cell.has_cell_state else {})}
@@ -202,6 +288,10 @@ def _stack(
         _check_same(input, c0, "cell state")
     for w in weights:
         _check_same(input, w, "parameter")
+    time_first = batch_sizes is not None or not batch_first
+    x = input if time_first else input.transpose(0, 1)
+    if lengths is not None:
+        lengths = _check_lengths(lengths, x, h0.shape[1], batch_sizes)
     chosen = planning.choose(
         cell.name,
         input_size=weights[0].shape[1],
@@ -217,14 +307,16 @@ def _stack(
             raise RuntimeError(f"resets and return_all_states need a kernel of fusedrnn: {chosen.why}")
         return *_torch_layers(
             cell, input, h0, c0, weights, bias, num_layers, dropout, training, bidirectional, batch_first,
-            batch_sizes,
+            batch_sizes, lengths, padding_value,
         ), None  # fmt: skip
 
-    time_first = batch_sizes is not None or not batch_first
-    x = input if time_first else input.transpose(0, 1)
+    padding = None
+    if lengths is not None:
+        padding = Padding.of(lengths, x.shape[0])
+        x = padding.cut(x)
     masks = (None,) * directions
     if resets is not None:
-        masks = _masks(resets, x, h0.shape[1], batch_sizes, time_first, directions)
+        masks = _masks(resets, x, h0.shape[1], batch_sizes, time_first, directions, padding)
     h_n: list[Tensor] = []
     c_n: list[Tensor] = []
     all_h: list[Tensor] = []
@@ -241,7 +333,7 @@ def _stack(
                 direction == 1,
             )  # fmt: skip
             y, h, c, cells = recurrence(
-                cell, given, chosen.backend, chosen.algorithm, recompute, return_all_states, layer
+                cell, given, chosen.backend, chosen.algorithm, recompute, return_all_states, layer, padding
             )
             ys.append(y)
             h_n.append(h)
@@ -255,6 +347,8 @@ def _stack(
     if return_all_states:
         states = (torch.stack(all_h), *((torch.stack(all_c).to(x.dtype),) if cell.has_cell_state else ()))
         states = states if time_first else tuple(s.transpose(1, 2) for s in states)
+    if padding is not None and padding_value != 0:
+        x = padding.cut(x, padding_value)
     y, h, c = x if time_first else x.transpose(0, 1), torch.stack(h_n), torch.stack(c_n) if c0 is not None else None
     # torch.nn's LSTM is oneDNN's, in 16 bits throughout, unless packed or with a projection; an RNN adds nothing to h.
     if carried is not None and (cell.name == "gru" or (c0 is not None and (batch_sizes is not None or projection))):
@@ -267,7 +361,13 @@ def _stack(
 
 
 def _masks(
-    resets: Tensor, x: Tensor, batch: int, batch_sizes: Tensor | None, time_first: bool, directions: int
+    resets: Tensor,
+    x: Tensor,
+    batch: int,
+    batch_sizes: Tensor | None,
+    time_first: bool,
+    directions: int,
+    padding: Padding | None,
 ) -> tuple[Tensor, ...]:
     """The reset mask of each direction, in the layout of x without features.
 
@@ -291,6 +391,8 @@ def _masks(
         letters = "T, B" if time_first else "B, T"
         raise RuntimeError(f"resets must have shape [{letters}] = {list(want)}, got {list(resets.shape)}")
     mask = resets if time_first else resets.t()
+    if padding is not None:
+        mask = mask & padding.inside
     if batch_sizes is None:
         return (mask, torch.cat([mask[1:], torch.zeros_like(mask[:1])]))[:directions]
     rows = x.shape[0]
@@ -358,6 +460,8 @@ def lstm(
     *,
     resets: Tensor | None = None,
     return_all_states: bool = False,
+    lengths: Tensor | None = None,
+    padding_value: float = 0.0,
     recompute: bool = False,
     backend: str | None = None,
     algorithm: str | None = None,
@@ -374,6 +478,8 @@ def lstm(
         resets: bool [T, B] ([B, T] with ``batch_first``; rows in the order of ``hx`` if packed): where true, a new
             sequence begins at that step, so that its h and c start from zeros.
         return_all_states: return the states after every step as well.
+        lengths: int [B], of a padded batch: the steps of each sequence, 0 to T. y is ``padding_value`` past an end,
+            states are those at each end (of a sequence without a step: ``hx``).
         recompute: keep no gates for backward (only h and c) and compute them again there.
         backend, algorithm: see :func:`fusedrnn.backend`; None lets planning choose.
 
@@ -392,7 +498,7 @@ def lstm(
     h0, c0 = hx
     y, h_n, c_n, states = layers(
         CELLS["lstm"], input, h0, c0, weights, bias, num_layers, dropout, training, bidirectional, batch_first,
-        batch_sizes, resets, return_all_states, recompute, backend, algorithm,
+        batch_sizes, resets, return_all_states, recompute, backend, algorithm, lengths, padding_value,
     )  # fmt: skip
     return (y, h_n, c_n, states) if return_all_states else (y, h_n, c_n)
 
@@ -411,6 +517,8 @@ def gru(
     *,
     resets: Tensor | None = None,
     return_all_states: bool = False,
+    lengths: Tensor | None = None,
+    padding_value: float = 0.0,
     recompute: bool = False,
     backend: str | None = None,
     algorithm: str | None = None,
@@ -425,7 +533,7 @@ def gru(
     """
     return _one_state(
         "gru", input, hx, weights, bias, num_layers, dropout, training, bidirectional, batch_first, batch_sizes,
-        resets, return_all_states, recompute, backend, algorithm,
+        resets, return_all_states, recompute, backend, algorithm, lengths, padding_value,
     )  # fmt: skip
 
 
@@ -444,6 +552,8 @@ def rnn(
     *,
     resets: Tensor | None = None,
     return_all_states: bool = False,
+    lengths: Tensor | None = None,
+    padding_value: float = 0.0,
     recompute: bool = False,
     backend: str | None = None,
     algorithm: str | None = None,
@@ -460,7 +570,7 @@ def rnn(
         raise ValueError(f"nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
     return _one_state(
         f"rnn_{nonlinearity}", input, hx, weights, bias, num_layers, dropout, training, bidirectional, batch_first,
-        batch_sizes, resets, return_all_states, recompute, backend, algorithm,
+        batch_sizes, resets, return_all_states, recompute, backend, algorithm, lengths, padding_value,
     )  # fmt: skip
 
 
@@ -500,9 +610,16 @@ def _distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def _torch_layers(
-    cell, input, h0, c0, weights, bias, num_layers, dropout, training, bidirectional, batch_first, batch_sizes
-):
-    """torch's own op, for devices no backend of ours covers."""
+    cell, input, h0, c0, weights, bias, num_layers, dropout, training, bidirectional, batch_first, batch_sizes, lengths,
+    padding_value,
+):  # fmt: skip
+    """torch's own op, for devices no backend of ours covers. It wants the lengths on the host, and none to be 0."""
+    steps = input.shape[1 if batch_first else 0]
+    order = None
+    if lengths is not None:
+        packed = rnn_utils.pack_padded_sequence(input, lengths.cpu(), batch_first, enforce_sorted=False)
+        input, batch_sizes, order, back = packed
+        h0, c0 = (None if s is None else s.index_select(1, order) for s in (h0, c0))
     hx = h0 if c0 is None else (h0, c0)
     tail = (list(weights), bias, num_layers, dropout, training, bidirectional)
     op = getattr(torch._VF, cell.mode.lower())
@@ -510,4 +627,8 @@ def _torch_layers(
         result = op(input, hx, *tail, batch_first)
     else:
         result = op(input, batch_sizes, hx, *tail)
+    if order is not None:
+        y = rnn_utils.PackedSequence(result[0], batch_sizes, order, back)
+        y, _ = rnn_utils.pad_packed_sequence(y, batch_first, padding_value, steps)
+        result = (y, *(s.index_select(1, back) for s in result[1:]))
     return (*result, None) if c0 is None else result

@@ -36,8 +36,8 @@ class Gates:
 
     An LSTM has i, f, g, o, c and h, a GRU r, z, n and h, an RNN h (torch.nn's names and equations). c is float32 for
     16-bit layers; h is [T, B, P] with a projection. Steps and samples stand in the order of the input, for a reverse
-    direction too. Steps that a sequence of a packed batch does not have are NaN, ``valid`` is False there, and no
-    summary counts them. ``input`` [T, B, I] is what the layer's module was called with.
+    direction too. Steps that a sequence of a packed or padded batch does not have are NaN, ``valid`` is False there,
+    and no summary counts them. ``input`` [T, B, I] is what the layer's module was called with.
 
     Summaries of 16-bit gates are computed in float32; all take every step of every sample.
     """
@@ -283,18 +283,22 @@ def _named(calls: list[_Call]) -> Record:
 
 
 def _of_sequence(name: str, sequence: tuple, call: _Call) -> Gates:
-    cell, layer, direction, y, gates, cells, batch_sizes = sequence
+    cell, layer, direction, y, gates, cells, batch_sizes, lengths = sequence
     order = call.input.unsorted_indices if isinstance(call.input, PackedSequence) else None
     valid = None
     if batch_sizes is not None:
         longest_first = (torch.arange(int(batch_sizes[0])) < batch_sizes[:, None]).to(y.device)
         valid = longest_first if order is None else longest_first.index_select(1, order)
+    elif lengths is not None:
+        valid = torch.arange(y.shape[0], device=lengths.device).unsqueeze(1) < lengths
 
     def dense(t: Tensor) -> Tensor:
         """Packed rows [N, K] as [T, B, K], in the order of the input, NaN where a sequence has ended."""
         t = t.detach()
         if valid is None:
             return t
+        if lengths is not None:
+            return torch.where(valid.unsqueeze(-1), t, torch.nan)
         padded = t.new_full((*valid.shape, t.shape[-1]), torch.nan)
         padded[longest_first] = t
         return padded if order is None else padded.index_select(1, order)

@@ -69,9 +69,18 @@ class _Recurrent(nn.RNNBase):
             which = f"hidden[{k}]" if len(states) > 1 else "hidden"
             self.check_hidden_size(state, (lead, batch, size), f"Expected {which} size {{}}, got {{}}")
 
-    def forward(self, input, hx=None, *, resets: Tensor | None = None, return_all_states: bool = False):
+    def forward(
+        self,
+        input,
+        hx=None,
+        *,
+        resets: Tensor | None = None,
+        return_all_states: bool = False,
+        lengths: Tensor | None = None,
+        padding_value: float = 0.0,
+    ):
         """See the class; input [T, B, I], [B, T, I], [T, I] or a PackedSequence."""
-        if resets is None and not (return_all_states or self.recompute or (self.dropout and self.training)):
+        if resets is lengths is None and not (return_all_states or self.recompute or (self.dropout and self.training)):
             found = self._direct(input, hx)
             if found is not None:
                 return found
@@ -117,6 +126,8 @@ class _Recurrent(nn.RNNBase):
 
         if resets is not None:
             resets = self._batch_resets(resets, batched, sorted_indices)
+        if lengths is not None and not batched:
+            raise RuntimeError("lengths is for a batch: cut an unbatched input instead")
         y, *finals, every = functional.layers(
             CELL_OF_MODE[self.mode],
             input,
@@ -135,6 +146,8 @@ class _Recurrent(nn.RNNBase):
             self.recompute,
             self.backend,
             self.algorithm,
+            lengths,
+            padding_value,
         )
         finals = [s for s in finals if s is not None]
         if packed:
@@ -226,6 +239,10 @@ class LSTM(_Recurrent):
         resets: bool [T, B] ([B, T] with ``batch_first``, [T] without a batch; [T, B] for a PackedSequence, in the order
         of the batch before packing): where true a new sequence begins, in both directions: h and c are zeros before
         that step, and the backward direction starts anew, from zeros, at the step before it.
+        lengths: integers [B], on any device, in any order: the steps of each sequence of a padded batch, 0 to T. Output
+        past an end is ``padding_value``, the states are those at each end, and what the input holds there, NaN
+        included, reaches nothing: the numbers of pack_padded_sequence and pad_packed_sequence(total_length=T) in one
+        call. A GPU is not waited for, so that a length out of bounds is found there by an assertion on the device.
 
     Outputs:
         output [T, B, D*P] (or packed), (h_n [L*D, B, P], c_n [L*D, B, H]). With ``return_all_states=True`` also the

@@ -108,6 +108,7 @@ class _Node(torch.autograd.Function):
             y, *finals, _ = functional._stack(
                 CELLS[cell], x, states[0], states[1] if CELLS[cell].has_cell_state else None, weights, B is not None,
                 1, 0.0, False, directions == 2, False, lengths if packed else None, None, False, False, None, None,
+                None if packed else lengths, 0.0,
             )  # fmt: skip
         # The trace has to know the outputs.
         return tuple(t.clone() for t in (y, *finals) if t is not None)
@@ -187,7 +188,10 @@ def layers(
     operator, hidden = _OPERATOR[cell.name], _static(weights[1])[1]
     packed = batch_sizes is not None
     x = input.transpose(0, 1) if batch_first and not packed else input
-    sequence_lens = batch_sizes if packed else None if lengths is None else lengths.to(torch.int32)
+    sequence_lens = batch_sizes
+    if lengths is not None:
+        lengths = functional._check_lengths(lengths, x, x.shape[1], batch_sizes)
+        sequence_lens = lengths.to(torch.int32)
     finals: list[tuple[Tensor, Tensor | None]] = []
     every: list[Tensor] = []
     for layer in range(num_layers):
@@ -204,7 +208,7 @@ def layers(
         finals.append((h, c))
     h_n, c_n = (None if some[0] is None else some[0] if num_layers == 1 else torch.cat(some) for some in zip(*finals))
     if lengths is not None and padding_value != 0:
-        x = torch.where(functional.steps_inside(lengths, x.shape[0])[..., None], x, padding_value)
+        x = functional.Padding.of(lengths, x.shape[0]).cut(x, padding_value)
     flip = batch_first and not packed
     states = None
     if return_all_states:

@@ -313,9 +313,9 @@ def test_recording_hands_over_what_the_kernels_computed(grad):
     assert [(cell.name, layer, direction) for cell, layer, direction, *_ in seen] == [
         ("lstm", layer, direction) for layer in range(2) for direction in range(2)
     ]
-    for cell, _, direction, h, gates, cells, batch_sizes in seen:
+    for cell, _, direction, h, gates, cells, batch_sizes, lengths in seen:
         i, f, g, o = gates.unflatten(-1, (len(cell.saved), H)).unbind(-2)
-        assert batch_sizes is None
+        assert batch_sizes is lengths is None
         torch.testing.assert_close(o * cells.tanh(), h)
         c_prev = torch.cat([cells[1:], torch.zeros(1, B, H)] if direction else [torch.zeros(1, B, H), cells[:-1]])
         torch.testing.assert_close(f * c_prev + i * g, cells)
