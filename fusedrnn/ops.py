@@ -184,10 +184,13 @@ def _backend(name: str):
     return importlib.import_module(f"fusedrnn.backends.{name}")
 
 
+_autocast_available = functools.cache(torch.amp.is_autocast_available)
+
+
 @_build.constant_when_compiled
-@functools.cache
 def _has_autocast(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type)
+    # Dynamo looks through functools.cache, and torch 2.11's cannot trace what is inside.
+    return _autocast_available(device_type)
 
 
 def without_autocast(x: Tensor):
