@@ -198,7 +198,7 @@ def _in_plain_torch(cell: Cell, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor,
     return y, h_n, none if c_n is None else c_n, gates, cells
 
 
-@planning._constant_when_compiled
+@_build.constant_when_compiled
 def exporting_to_onnx() -> bool:
     """torch.onnx.is_in_onnx_export, which Dynamo takes to be False, for the exporter's second way through Dynamo too.
 
