@@ -104,8 +104,10 @@ struct Torch {
 
   bool available() const { return from_python && to_python; }
 
-  // No transform, mode, tracer or autocast.
+  // No transform, mode, tracer or autocast, and nobody who forces another backend.
   bool nothing_special() const {
+    const char* forced = std::getenv("FUSEDRNN_BACKEND");
+    if (forced && *forced && std::string_view(forced) != "cpu") return false;
     const unsigned long long keys = repr(Object(PyObject_CallObject(included, nullptr)));
     return (keys == plain || keys == inference) && integer(Object(PyObject_CallObject(function_modes, nullptr))) == 0 &&
            !is_true(Object(PyObject_CallObject(any_autocast, nullptr)).get());
@@ -367,11 +369,14 @@ PyObject* call_cell(PyObject* const* a) {
   return (call.has_c ? tuple_of({&h, &c}) : wrap(h)).release();
 }
 
-// A layer's call; after what Call takes: bias, num_layers, directions, batch_first. y, h_n, and c_n where there is a c.
+// A layer's call; after what Call takes: bias, num_layers, directions, batch_first, batch_sizes of packed input or
+// None, resets of one direction or None. y, h_n, and c_n where there is a c.
 PyObject* call_layers(PyObject* const* a) {
   Call call(a);
-  require(call.x.dim() == 3);
-  const bool bias = a[6] == Py_True, batch_first = a[9] == Py_True;
+  const Tensor batch_sizes = call.held.take(a[10]), resets = call.held.take(a[11]);
+  const bool packed = static_cast<bool>(batch_sizes);
+  require(call.x.dim() == (packed ? 2 : 3));
+  const bool bias = a[6] == Py_True, batch_first = a[9] == Py_True && !packed;
   const int64_t num_layers = integer(a[7]), directions = integer(a[8]);
   require(num_layers >= 1 && directions >= 1);
   const int64_t all = num_layers * directions, per = static_cast<int64_t>(call.weights.size()) / all;
@@ -380,10 +385,22 @@ PyObject* call_layers(PyObject* const* a) {
   require(per * all == static_cast<int64_t>(call.weights.size()) && per == 2 + 2 * bias + projection);
   static PyObject *const input_size_name = name("input_size"), *const proj_size_name = name("proj_size");
   const int64_t projected = size_attribute(a[1], proj_size_name);
-  require(size_attribute(a[1], input_size_name) == call.x.size(2) && call.hidden_size == hidden &&
+  require(size_attribute(a[1], input_size_name) == call.x.size(-1) && call.hidden_size == hidden &&
           (projected ? projected : hidden) == out);
-  const Tensor input = batch_first ? call.x.transposed() : call.x.with_dims(3);
-  const int64_t steps = input.size(0), batch = input.size(1), width = directions * out;
+  const Tensor input = batch_first ? call.x.transposed() : call.x.with_dims(call.x.dim());
+  if (packed) {
+    require(batch_sizes.dim() == 1 && batch_sizes.dtype() == kInt64 && batch_sizes.numel() > 0);
+  }
+  const int64_t batch = packed ? batch_sizes.data<int64_t>()[0] : input.size(1), width = directions * out;
+  const int64_t rows = packed ? input.size(0) : input.size(0) * batch;
+  require(batch > 0);
+  // What a second direction is reset by is another mask.
+  if (resets) require(!packed && directions == 1 && resets.dtype() == kBool);
+  const Tensor mask = resets && batch_first && resets.dim() == 2 ? resets.transposed() : resets.with_dims(resets.dim());
+  if (resets) require(mask.has_sizes({input.size(0), batch}));
+  const auto lead = [&](int64_t last) {
+    return packed ? std::vector<int64_t>{rows, last} : std::vector<int64_t>{input.size(0), batch, last};
+  };
   const int32_t dtype = call.x.dtype();
   Tensor zeros[2];
   call.settle_states({all, batch}, out, hidden, zeros);
@@ -392,7 +409,7 @@ PyObject* call_layers(PyObject* const* a) {
     const Tensor* w = &call.weights[k * per];
     for (int64_t j = 0; j < per; ++j) require(static_cast<bool>(w[j]));
     call.settle_weights(sequences[k], w, bias, projection ? w[per - 1].with_dims(2) : Tensor(),
-                        k < directions ? call.x.size(2) : width);
+                        k < directions ? call.x.size(-1) : width);
     require(w[1].size(0) == call.gates * hidden && w[1].size(1) == out);
   }
   Tensor h_n = Tensor::empty({all, batch, out}, dtype), c_n;
@@ -405,11 +422,13 @@ PyObject* call_layers(PyObject* const* a) {
       const int64_t direction = k % directions;
       Inputs& in = sequences[k];
       const Tensor& x = k < directions ? input : y;
-      in.x = x.with_dims(3);
+      in.x = x.with_dims(x.dim());
+      in.batch_sizes = batch_sizes.with_dims(batch_sizes.dim());
+      in.resets = mask.with_dims(mask.dim());
       in.h0 = call.h0.select(k);
       if (call.has_c) in.c0 = call.c0.select(k);
       in.reverse = direction == 1;
-      ys[direction] = Tensor::empty({steps, batch, out}, dtype);
+      ys[direction] = Tensor::empty(lead(out), dtype);
       const Tensor h = h_n.select(k), c = call.has_c ? c_n.select(k) : Tensor();
       sequence_into(call.cell, in, ys[direction].writable(), h.writable(), c.writable());
       if (direction + 1 < directions) continue;
@@ -417,9 +436,9 @@ PyObject* call_layers(PyObject* const* a) {
         y = std::move(ys[0]);
         continue;
       }
-      Tensor together = Tensor::empty({steps, batch, width}, dtype);
+      Tensor together = Tensor::empty(lead(width), dtype);
       const size_t bytes = static_cast<size_t>(out * together.element_size());
-      for (int64_t row = 0; row < steps * batch; ++row) {
+      for (int64_t row = 0; row < rows; ++row) {
         for (int64_t d = 0; d < directions; ++d) {
           std::memcpy(static_cast<char*>(together.writable()) + (row * directions + d) * bytes,
                       ys[d].data<char>() + row * bytes, bytes);
@@ -429,7 +448,7 @@ PyObject* call_layers(PyObject* const* a) {
     }
   }
   if (batch_first) {
-    const int64_t sizes[] = {batch, steps, width}, strides[] = {width, batch * width, 1};
+    const int64_t sizes[] = {batch, input.size(0), width}, strides[] = {width, batch * width, 1};
     AtenTensorHandle view = nullptr;
     FUSEDRNN_TORCH(aoti_torch__reinterpret_tensor(y.handle(), 3, sizes, strides, 0, &view));
     y = Tensor::own(view);
@@ -472,7 +491,7 @@ PyMethodDef methods[] = {
     method<call_sequence, 14>("sequence"),
     method<call_sequence_backward, 20>("sequence_backward"),
     method<call_cell, 6>("cell"),
-    method<call_layers, 10>("layers"),
+    method<call_layers, 12>("layers"),
     method<facts, 0>("facts"),
     method<small_calls, 0>("small_calls"),
     method<cpu_products, 5>("cpu_products"),

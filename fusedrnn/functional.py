@@ -37,13 +37,25 @@ def recording(callback: Callable):
         _recorders.remove(entry)
 
 
-def direct(name: str, *arguments):
-    """A module's call as one call of C++ ("cell" or "layers", see csrc/direct.cpp) on the backend "cpu"; None where
+def direct(name: str, backend: str | None, algorithm: str | None, *arguments):
+    """A module's call as one call of C++ ("cell" or "layers", see csrc/module.cpp) on the backend "cpu"; None where
     it is not built, or something is on that needs the way through Python.
     """
-    if torch.compiler.is_compiling() or planning._forced or _recorders or forward_ad._current_level >= 0:
+    if torch.compiler.is_compiling() or _recorders or forward_ad._current_level >= 0:
         return None
-    return None if _build._calls is None else getattr(_build._calls, name)(*arguments)
+    if planning._forced:
+        backend, algorithm = planning._innermost(tuple(planning._forced), backend, algorithm)
+    if algorithm is not None or not (backend is None or backend == "cpu"):
+        return None
+    if _build._small_calls is not None and not torch.is_grad_enabled():
+        return getattr(_build._small_calls, name)(*arguments)
+    if _build._calls is None or _build._calls is _build._small_calls:
+        return None
+    if name == "layers":
+        *arguments, batch_sizes, resets = arguments
+        if batch_sizes is not None or resets is not None:
+            return None
+    return getattr(_build._calls, name)(*arguments)
 
 
 class Padding(NamedTuple):
@@ -260,16 +272,17 @@ def _stack(
     resets, return_all_states, recompute, backend, algorithm, lengths, padding_value,
 ):  # fmt: skip
     directions = 2 if bidirectional else 1
-    given = {"input": input, "h0": h0, **({"c0": c0} if cell.has_cell_state else {})}
-    given |= {f"weights[{k}]": w for k, w in enumerate(weights)}
-    for name, t in given.items():
+    states = (h0, c0) if cell.has_cell_state else (h0,)
+    for k, t in enumerate((input, *states, *weights)):
         if not isinstance(t, Tensor):
+            names = ("input", "h0", "c0")[: 1 + len(states)]
+            name = names[k] if k < len(names) else f"weights[{k - len(names)}]"
             raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
     if batch_sizes is not None and not isinstance(batch_sizes, Tensor):
         raise TypeError(f"batch_sizes must be a Tensor, got {type(batch_sizes).__name__}")
     if len(weights) < 2 or weights[0].dim() != 2 or weights[1].dim() != 2:
         raise RuntimeError("weights must begin with w_ih and w_hh, each with 2 dimensions")
-    for name, t in list(given.items())[1 : 2 + cell.has_cell_state]:
+    for name, t in zip(("h0", "c0"), states):
         if t.dim() != 3 or t.shape[0] != num_layers * directions:
             raise RuntimeError(
                 f"{name} must have shape [{num_layers * directions}, batch, features], got {list(t.shape)}"
@@ -283,11 +296,10 @@ def _stack(
         )
     carried = _carried_dtype(h0 if c0 is None else c0)
     input, h0, c0, *weights = _distinct(ops.autocast(input.device.type, input, h0, c0, *weights))
-    _check_same(input, h0, "hidden")
-    if c0 is not None:
-        _check_same(input, c0, "cell state")
-    for w in weights:
-        _check_same(input, w, "parameter")
+    dtype, device = input.dtype, input.device
+    for k, t in enumerate((h0, *weights) if c0 is None else (h0, *weights, c0)):
+        if t.dtype != dtype or t.device != device:
+            _check_same(input, t, "hidden" if k == 0 else "cell state" if k > len(weights) else "parameter")
     time_first = batch_sizes is not None or not batch_first
     x = input if time_first else input.transpose(0, 1)
     if lengths is not None:
@@ -297,8 +309,8 @@ def _stack(
         input_size=weights[0].shape[1],
         hidden_size=weights[1].shape[0] // len(cell.gates),
         proj_size=weights[1].shape[1] if projection else 0,
-        dtype=input.dtype,
-        device=input.device,
+        dtype=dtype,
+        device=device,
         backend=backend,
         algorithm=algorithm,
     )
@@ -349,7 +361,7 @@ def _stack(
         states = states if time_first else tuple(s.transpose(1, 2) for s in states)
     if padding is not None and padding_value != 0:
         x = padding.cut(x, padding_value)
-    y, h, c = x if time_first else x.transpose(0, 1), torch.stack(h_n), torch.stack(c_n) if c0 is not None else None
+    y, h, c = x if time_first else x.transpose(0, 1), _together(h_n), _together(c_n) if c0 is not None else None
     # torch.nn's LSTM is oneDNN's, in 16 bits throughout, unless packed or with a projection; an RNN adds nothing to h.
     if carried is not None and (cell.name == "gru" or (c0 is not None and (batch_sizes is not None or projection))):
         c = None if c is None else c.to(carried)
@@ -358,6 +370,11 @@ def _stack(
         if states is not None:
             states = tuple(s.to(t.dtype) for s, t in zip(states, (h, c)))
     return y, h, c, states
+
+
+def _together(states: list[Tensor]) -> Tensor:
+    """[B, .] of each layer and direction as [L*D, B, .]."""
+    return torch.stack(states) if len(states) > 1 else states[0].unsqueeze(0)
 
 
 def _masks(
@@ -394,7 +411,7 @@ def _masks(
     if padding is not None:
         mask = mask & padding.inside
     if batch_sizes is None:
-        return (mask, torch.cat([mask[1:], torch.zeros_like(mask[:1])]))[:directions]
+        return (mask,) if directions == 1 else (mask, torch.cat([mask[1:], torch.zeros_like(mask[:1])]))
     rows = x.shape[0]
     after, inside, step, place = neighbours(sizes_on(batch_sizes, x.device), rows, 1)
     packed = mask[step, place]
@@ -594,7 +611,7 @@ def _check_same(input: Tensor, other: Tensor, what: str) -> None:
 
 def _carried_dtype(state: Tensor) -> torch.dtype | None:
     """Under autocast on a CPU torch.nn adds the state to 16-bit products step by step: the dtype of that sum."""
-    if state.device.type != "cpu" or state.dtype == torch.float64 or not torch.is_autocast_enabled("cpu"):
+    if not torch.is_autocast_enabled("cpu") or state.device.type != "cpu" or state.dtype == torch.float64:
         return None
     return torch.promote_types(state.dtype, torch.get_autocast_dtype("cpu"))
 

@@ -80,8 +80,8 @@ class _Recurrent(nn.RNNBase):
         padding_value: float = 0.0,
     ):
         """See the class; input [T, B, I], [B, T, I], [T, I] or a PackedSequence."""
-        if resets is lengths is None and not (return_all_states or self.recompute or (self.dropout and self.training)):
-            found = self._direct(input, hx)
+        if lengths is None and not (return_all_states or self.recompute or (self.dropout and self.training)):
+            found = self._direct(input, hx, resets)
             if found is not None:
                 return found
         packed = isinstance(input, PackedSequence)
@@ -166,21 +166,34 @@ class _Recurrent(nn.RNNBase):
             every = [s.squeeze(1 if self.batch_first else 2) for s in every]
         return y, final, tuple(every) if len(every) > 1 else every[0]
 
-    def _direct(self, input, hx):
+    def _direct(self, input, hx, resets=None):
         """What forward returns, in one call of C++; None where that does not apply."""
         # A subclass may override what this way does not ask.
-        if self.backend is not None or self.algorithm is not None or type(self).__module__ != __name__:
+        if type(self).__module__ != __name__:
             return None
         h0, c0 = hx, None
         if hx is not None and self.mode == "LSTM":
             if type(hx) is not tuple or len(hx) != 2 or hx[0] is None:
                 return None
             h0, c0 = hx
+        packed = batch_sizes = None
+        if type(input) is PackedSequence:
+            packed, input, batch_sizes = input, input.data, input.batch_sizes
+            if hx is not None and packed.sorted_indices is not None:
+                return None
         found = functional.direct(
-            "layers", CELL_OF_MODE[self.mode].name, self.__dict__, self._flat_weights_names, input, h0, c0,
-            self.bias, self.num_layers, 2 if self.bidirectional else 1, self.batch_first,
+            "layers", self.backend, self.algorithm, CELL_OF_MODE[self.mode].name, self.__dict__,
+            self._flat_weights_names, input, h0, c0, self.bias, self.num_layers, 2 if self.bidirectional else 1,
+            self.batch_first, batch_sizes, resets,
         )  # fmt: skip
-        return found if found is None or len(found) == 2 else (found[0], found[1:])
+        if found is None:
+            return None
+        y, *finals = found
+        if packed is not None:
+            y = PackedSequence(y, batch_sizes, packed.sorted_indices, packed.unsorted_indices)
+            if packed.unsorted_indices is not None:
+                finals = [s.index_select(1, packed.unsorted_indices) for s in finals]
+        return y, finals[0] if len(finals) == 1 else tuple(finals)
 
     def _batch_resets(self, resets: Tensor, batched: bool, sorted_indices: Tensor | None) -> Tensor:
         if not isinstance(resets, Tensor):
@@ -371,10 +384,12 @@ class _Cell(nn.RNNCellBase):
     def _direct(self, input: Tensor, h0: Tensor | None, c0: Tensor | None):
         """What forward returns, in one call of C++; None where that does not apply."""
         # A subclass may override what this way does not ask.
-        if self.backend is not None or self.algorithm is not None or type(self).__module__ != __name__:
+        if type(self).__module__ != __name__:
             return None
         cell = CELL_OF_MODE[self.mode].name
-        return functional.direct("cell", cell, self.__dict__, _CELL_WEIGHTS, input, h0, c0)
+        return functional.direct(
+            "cell", self.backend, self.algorithm, cell, self.__dict__, _CELL_WEIGHTS, input, h0, c0
+        )
 
     def _step(self, input: Tensor, states: tuple[Tensor, ...] | None) -> list[Tensor]:
         batched = input.dim() == 2
