@@ -47,7 +47,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -q -rs $(WORKERS) -m "not slow" $(ARGS)
 
-test-all: $(INSTALLED) $(VENV)/.fusedrnn-extra-examples $(VENV)/.fusedrnn-extra-docs
+test-all: $(INSTALLED) $(VENV)/.fusedrnn-extra-examples $(VENV)/.fusedrnn-extra-docs $(VENV)/.fusedrnn-extra-tools
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -q -rs $(WORKERS) $(ARGS)
 
 bench: $(INSTALLED)

@@ -7,7 +7,7 @@
 torch.Size([5, 3, 16])
 """
 
-from fusedrnn import functional
+from fusedrnn import functional, integrations
 from fusedrnn._build import build_info
 from fusedrnn.convert import ConversionEntry, conversion_report, convert, revert
 from fusedrnn.explain import explain
@@ -30,6 +30,7 @@ __all__ = [
     "convert",
     "explain",
     "functional",
+    "integrations",
     "plan",
     "record_gates",
     "revert",

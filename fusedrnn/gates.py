@@ -20,7 +20,7 @@ TANH = ("g", "n")
 KEEPS = {"lstm": "f", "gru": "z"}
 
 _THEIRS = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
-_OURS = (modules._Recurrent, modules._Cell)
+_OURS = (modules.RecurrentLayer, modules.RecurrentCell)
 
 
 class Saturation(NamedTuple):
@@ -210,7 +210,7 @@ def record_gates(module: nn.Module, /, *args, **kwargs) -> tuple[Any, Record]:
     def enter(path: str):
         def hook(layer: nn.Module, args: tuple, kwargs: dict) -> None:
             input = args[0] if args else kwargs.get("input")
-            call = _Call(path, isinstance(layer, modules._Cell), getattr(layer, "batch_first", False), input)
+            call = _Call(path, isinstance(layer, modules.RecurrentCell), getattr(layer, "batch_first", False), input)
             calls.append(call)
             running.append(call)
 
@@ -249,10 +249,10 @@ def _recurrent_layers(module: nn.Module) -> dict[str, nn.Module]:
             raise RuntimeError(f"{where} is compiled: record_gates takes the module as it was before torch.compile")
         if type(inner) in _THEIRS:
             raise RuntimeError(f"{where} is a layer of torch.nn: call fusedrnn.convert on the model first")
-        if isinstance(inner, _THEIRS):
-            raise RuntimeError(f"{where} is a subclass of torch.nn's, and such a layer does not give its gates")
         if isinstance(inner, _OURS):
             layers[path] = inner
+        elif isinstance(inner, _THEIRS):
+            raise RuntimeError(f"{where} is a subclass of torch.nn's, and such a layer does not give its gates")
     if not layers:
         raise RuntimeError(f"{type(module).__name__} holds no recurrent layer of fusedrnn")
     return layers

@@ -1,8 +1,13 @@
 """Drop-in modules for torch.nn's recurrent layers and cells.
 
-They subclass torch.nn.RNNBase and not torch.nn.LSTM: Dynamo refuses every instance of nn.LSTM, nn.GRU and
-nn.RNN, and a subclass of RNNBase compiles with fullgraph=True.
+Each subclasses the class that it stands for, so isinstance and issubclass answer what tools expect, and everything
+torch.nn's class has is there. Dynamo refuses instances of nn.LSTM, nn.GRU and nn.RNN: fusedrnn.integrations tells it
+that these may be traced.
 """
+
+import itertools
+import sys
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -11,23 +16,72 @@ from torch.nn.utils.rnn import PackedSequence
 from fusedrnn import functional
 from fusedrnn.cells import CELL_OF_MODE
 
+# What a call asks a module for, and the way through C++ does not.
+_ASKED = {
+    *("_weights", "_states", "_state_sizes", "_check_states", "_batch_states", "_check_dims", "_step"),
+    *("check_input", "check_hidden_size"),
+}
 
-class _Recurrent(nn.RNNBase):
+
+def _may_be_direct(cls: type) -> bool:
+    """Whether no class before ours in the order of ``cls`` overrides what is asked, or has weights of its own."""
+    before = itertools.takewhile(lambda base: base.__module__ != __name__, cls.__mro__)
+    names = (name for base in before for name in vars(base))
+    return not any(name in _ASKED or name.startswith(("weight_", "bias_")) for name in names)
+
+
+def _per_sample(module: nn.Module) -> bool:
+    """Whether its weights are those of torch.nn.utils._per_sample_grad, at the moment."""
+    expanded = sys.modules.get("torch.nn.utils._expanded_weights.expanded_weights_impl")
+    if expanded is None or torch.compiler.is_compiling():
+        return False
+    return any(isinstance(p, expanded.ExpandedWeight) for p in module._parameters.values())
+
+
+def _given(**keywords) -> dict:
+    """Those that are not None: they may have come by position."""
+    return {name: value for name, value in keywords.items() if value is not None}
+
+
+def _cannot_be_scripted(module: nn.Module) -> NoReturn:
+    raise RuntimeError(
+        f"torch.jit.script cannot compile fusedrnn.{type(module).__name__}: script "
+        "fusedrnn.revert(copy.deepcopy(model)), which has the same weights and runs torch.nn's layers, or keep "
+        "fusedrnn's with torch.jit.trace or torch.export"
+    )
+
+
+class RecurrentLayer(nn.RNNBase):
     """What LSTM, GRU and RNN share: checks, unbatched and packed input, the call of the functional layer."""
 
     backend: str | None = None
     algorithm: str | None = None
     recompute: bool = False
 
+    # torch.nn.utils.skip_init looks for device.
     def __init__(
-        self, *args, backend: str | None = None, algorithm: str | None = None, recompute: bool = False, **kwargs
+        self,
+        *args,
+        device=None,
+        dtype=None,
+        backend: str | None = None,
+        algorithm: str | None = None,
+        recompute: bool = False,
+        **kwargs,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **kwargs, **_given(device=device, dtype=dtype))
         if recompute:
             self.recompute = True
         if backend is not None or algorithm is not None:
             functional.planning.check_choice(backend, algorithm)
             self.backend, self.algorithm = backend, algorithm
+
+    def __init_subclass__(cls, **keywords) -> None:
+        super().__init_subclass__(**keywords)
+        cls._may_be_direct = _may_be_direct(cls)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        _cannot_be_scripted(self)
 
     def flatten_parameters(self) -> None:
         """Does nothing: no kernel here wants the weights in one piece of memory."""
@@ -57,11 +111,13 @@ class _Recurrent(nn.RNNBase):
 
     def _states(self, hx) -> tuple[Tensor, ...]:
         """hx as a tuple of state tensors, checked to be that."""
-        raise NotImplementedError
+        if not isinstance(hx, Tensor):
+            raise TypeError(f"{type(self).__name__}: hx must be a Tensor, got {type(hx).__name__}")
+        return (hx,)
 
     def _state_sizes(self) -> tuple[int, ...]:
         """The last dimension of every state."""
-        raise NotImplementedError
+        return (self.proj_size or self.hidden_size,)
 
     def _check_states(self, states: tuple[Tensor, ...], batch: int) -> None:
         lead = self.num_layers * (2 if self.bidirectional else 1)
@@ -84,6 +140,10 @@ class _Recurrent(nn.RNNBase):
             found = self._direct(input, hx, resets)
             if found is not None:
                 return found
+        if _per_sample(self):
+            # Such weights know torch's functions only, and torch.nn's own forward has what rules there are.
+            self._cannot_be_given(resets=resets is not None, return_all_states=return_all_states)
+            return super().forward(input, hx)
         packed = isinstance(input, PackedSequence)
         batch_sizes = sorted_indices = unsorted_indices = None
         batched = True
@@ -168,8 +228,7 @@ class _Recurrent(nn.RNNBase):
 
     def _direct(self, input, hx, resets=None):
         """What forward returns, in one call of C++; None where that does not apply."""
-        # A subclass may override what this way does not ask.
-        if type(self).__module__ != __name__:
+        if not self._may_be_direct:
             return None
         h0, c0 = hx, None
         if hx is not None and self.mode == "LSTM":
@@ -194,6 +253,11 @@ class _Recurrent(nn.RNNBase):
             if packed.unsorted_indices is not None:
                 finals = [s.index_select(1, packed.unsorted_indices) for s in finals]
         return y, finals[0] if len(finals) == 1 else tuple(finals)
+
+    def _cannot_be_given(self, **options: bool) -> None:
+        for name, given in options.items():
+            if given:
+                raise RuntimeError(f"{type(self).__name__}: {name} cannot be given with per-sample weights")
 
     def _batch_resets(self, resets: Tensor, batched: bool, sorted_indices: Tensor | None) -> Tensor:
         if not isinstance(resets, Tensor):
@@ -220,7 +284,7 @@ class _Recurrent(nn.RNNBase):
         return states if batched else tuple(s.unsqueeze(1) for s in states)
 
 
-class LSTM(_Recurrent):
+class LSTM(RecurrentLayer, nn.LSTM):
     """Multi-layer long short-term memory, a drop-in for :class:`torch.nn.LSTM`.
 
     Same arguments, parameters, state_dict, initialisation and errors as torch.nn.LSTM; for each step
@@ -269,9 +333,6 @@ class LSTM(_Recurrent):
     projection is that of https://arxiv.org/abs/1402.1128.
     """
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__("LSTM", *args, **kwargs)
-
     def _state_sizes(self) -> tuple[int, int]:
         return self.proj_size or self.hidden_size, self.hidden_size
 
@@ -285,34 +346,8 @@ class LSTM(_Recurrent):
             raise RuntimeError(f"LSTM: hx must be a tuple of two Tensors (h_0, c_0), got {len(hx)}")
         return tuple(hx)
 
-    def get_expected_cell_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
-        """The shape [L*D, B, H] that c_0 must have for this input."""
-        lead, batch, _ = self.get_expected_hidden_size(input, batch_sizes)
-        return lead, batch, self.hidden_size
 
-    def check_forward_args(self, input: Tensor, hidden: tuple[Tensor, Tensor], batch_sizes: Tensor | None) -> None:
-        self.check_input(input, batch_sizes)
-        self._check_states(hidden, self.get_expected_hidden_size(input, batch_sizes)[1])
-
-
-class _OneState(_Recurrent):
-    """A layer whose only state is h."""
-
-    def __init__(self, mode: str, *args, **kwargs) -> None:
-        if "proj_size" in kwargs:
-            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-        super().__init__(mode, *args, **kwargs)
-
-    def _state_sizes(self) -> tuple[int]:
-        return (self.proj_size or self.hidden_size,)
-
-    def _states(self, hx) -> tuple[Tensor]:
-        if not isinstance(hx, Tensor):
-            raise TypeError(f"{type(self).__name__}: hx must be a Tensor, got {type(hx).__name__}")
-        return (hx,)
-
-
-class GRU(_OneState):
+class GRU(RecurrentLayer, nn.GRU):
     """Multi-layer gated recurrent unit, a drop-in for :class:`torch.nn.GRU`.
 
     .. code-block:: text
@@ -332,11 +367,8 @@ class GRU(_OneState):
     Source: Cho et al., 2014, https://arxiv.org/abs/1406.1078; r multiplies the product, as in torch.nn and cuDNN.
     """
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__("GRU", *args, **kwargs)
 
-
-class RNN(_OneState):
+class RNN(RecurrentLayer, nn.RNN):
     """Multi-layer Elman RNN, a drop-in for :class:`torch.nn.RNN`: h' = tanh or relu of (W x + b + U h + b').
 
     Arguments and inputs as :class:`GRU`, and ``nonlinearity`` ("tanh" or "relu") after ``num_layers``.
@@ -347,30 +379,31 @@ class RNN(_OneState):
     Source: Elman, "Finding structure in time", 1990.
     """
 
-    def __init__(self, *args, **kwargs) -> None:
-        if len(args) > 3:
-            self.nonlinearity, args = args[3], args[:3] + args[4:]
-        else:
-            self.nonlinearity = kwargs.pop("nonlinearity", "tanh")
-        if self.nonlinearity not in ("tanh", "relu"):
-            raise ValueError(f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'.")
-        super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)
-
 
 _CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
-class _Cell(nn.RNNCellBase):
+class RecurrentCell(nn.RNNCellBase):
     """What the three cells share: checks, input without a batch, one step in one launch."""
 
     mode: str
     backend: str | None = None
     algorithm: str | None = None
 
-    def _choose(self, backend: str | None, algorithm: str | None) -> None:
+    def __init__(
+        self, *args, device=None, dtype=None, backend: str | None = None, algorithm: str | None = None, **kwargs
+    ) -> None:
+        super().__init__(*args, **kwargs, **_given(device=device, dtype=dtype))
         if backend is not None or algorithm is not None:
             functional.planning.check_choice(backend, algorithm)
             self.backend, self.algorithm = backend, algorithm
+
+    def __init_subclass__(cls, **keywords) -> None:
+        super().__init_subclass__(**keywords)
+        cls._may_be_direct = _may_be_direct(cls)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        _cannot_be_scripted(self)
 
     def _weights(self) -> list[Tensor | None]:
         return [self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh]
@@ -383,13 +416,24 @@ class _Cell(nn.RNNCellBase):
 
     def _direct(self, input: Tensor, h0: Tensor | None, c0: Tensor | None):
         """What forward returns, in one call of C++; None where that does not apply."""
-        # A subclass may override what this way does not ask.
-        if type(self).__module__ != __name__:
+        if not self._may_be_direct:
             return None
         cell = CELL_OF_MODE[self.mode].name
         return functional.direct(
             "cell", self.backend, self.algorithm, cell, self.__dict__, _CELL_WEIGHTS, input, h0, c0
         )
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """See the class."""
+        h = self._direct(input, hx, None)
+        if h is not None:
+            return h
+        if _per_sample(self):
+            return super().forward(input, hx)
+        self._check_dims("input", input)
+        if hx is not None:
+            self._check_dims("hidden", hx)
+        return self._step(input, None if hx is None else (hx,))[0]
 
     def _step(self, input: Tensor, states: tuple[Tensor, ...] | None) -> list[Tensor]:
         batched = input.dim() == 2
@@ -425,7 +469,7 @@ class _Cell(nn.RNNCellBase):
         return [s if batched else s.squeeze(0) for s in results if s is not None]
 
 
-class LSTMCell(_Cell):
+class LSTMCell(RecurrentCell, nn.LSTMCell):
     """One step of an LSTM, a drop-in for :class:`torch.nn.LSTMCell`.
 
     Args:
@@ -444,18 +488,14 @@ class LSTMCell(_Cell):
 
     mode = "LSTM"
 
-    def __init__(
-        self, input_size, hidden_size, bias=True, device=None, dtype=None, *, backend=None, algorithm=None
-    ) -> None:
-        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
-        self._choose(backend, algorithm)
-
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """See the class."""
         if hx is None or (type(hx) is tuple and len(hx) == 2 and hx[0] is not None):
             states = self._direct(input, *(hx or (None, None)))
             if states is not None:
                 return states
+        if _per_sample(self):
+            return nn.LSTMCell.forward(self, input, hx)
         self._check_dims("input", input)
         if hx is not None:
             if not isinstance(hx, (tuple, list)):
@@ -468,21 +508,7 @@ class LSTMCell(_Cell):
         return h, c
 
 
-class _OneStateCell(_Cell):
-    """A cell whose only state is h."""
-
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """See the class."""
-        h = self._direct(input, hx, None)
-        if h is not None:
-            return h
-        self._check_dims("input", input)
-        if hx is not None:
-            self._check_dims("hidden", hx)
-        return self._step(input, None if hx is None else (hx,))[0]
-
-
-class GRUCell(_OneStateCell):
+class GRUCell(RecurrentCell, nn.GRUCell):
     """One step of a GRU, a drop-in for :class:`torch.nn.GRUCell`; arguments as in :class:`LSTMCell`.
 
     Inputs:
@@ -497,14 +523,8 @@ class GRUCell(_OneStateCell):
 
     mode = "GRU"
 
-    def __init__(
-        self, input_size, hidden_size, bias=True, device=None, dtype=None, *, backend=None, algorithm=None
-    ) -> None:
-        super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
-        self._choose(backend, algorithm)
 
-
-class RNNCell(_OneStateCell):
+class RNNCell(RecurrentCell, nn.RNNCell):
     """One step of an Elman RNN, a drop-in for :class:`torch.nn.RNNCell`; shapes as in :class:`GRUCell`.
 
     ``nonlinearity`` is "tanh" or "relu".
@@ -512,22 +532,6 @@ class RNNCell(_OneStateCell):
     Raises:
         ValueError, RuntimeError, TypeError: as torch.nn.RNNCell does; another nonlinearity raises at the first call.
     """
-
-    def __init__(
-        self,
-        input_size,
-        hidden_size,
-        bias=True,
-        nonlinearity="tanh",
-        device=None,
-        dtype=None,
-        *,
-        backend=None,
-        algorithm=None,
-    ) -> None:
-        super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
-        self.nonlinearity = nonlinearity
-        self._choose(backend, algorithm)
 
     @property
     def mode(self) -> str:

@@ -289,14 +289,26 @@ def replaced_forward() -> nn.Module:
     return module
 
 
+def with_an_attribute() -> nn.Module:
+    module = nn.GRU(3, 4)
+    module.backend = "mine"
+    return module
+
+
 def scripted() -> nn.Module:
     return torch.jit.script(nn.LSTM(3, 4))
 
 
 LEFT = {
-    "a subclass of LSTM may override what a swap would lose": lambda: Special(3, 4),
-    "a subclass of GRUCell may override": lambda: type("Mine", (nn.GRUCell,), {})(3, 4),
-    "a subclass of RNN may": lambda: parametrizations.weight_norm(type("Mine", (nn.RNN,), {})(3, 4), "weight_hh_l0"),
+    "a subclass of LSTM that overrides forward": lambda: Special(3, 4),
+    "a subclass of GRUCell that overrides __call__": lambda: type("Mine", (nn.GRUCell,), {"__call__": max})(3, 4),
+    "a subclass of RNN that overrides check_input": lambda: parametrizations.weight_norm(
+        type("Mine", (type("Mixin", (), {"check_input": print}), nn.RNN), {})(3, 4), "weight_hh_l0"
+    ),
+    "a subclass of GRU that has an attribute that fusedrnn's class uses, _weights": lambda: type(
+        "Mine", (nn.GRU,), {"_weights": 1}
+    )(3, 4),
+    "its attribute backend would be read as fusedrnn's option": with_an_attribute,
     "its forward was replaced": replaced_forward,
     "a ScriptModule is compiled already": scripted,
     "it is quantised": lambda: torch.ao.nn.quantizable.LSTMCell(3, 4),

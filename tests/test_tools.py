@@ -1,0 +1,326 @@
+"""Other tools: what asks a module for its class, what looks its type up in a table, what reads its weights."""
+
+import copy
+import importlib
+import pickle
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import fusedrnn
+from fusedrnn import integrations
+from fusedrnn.convert import as_torch
+
+LAYERS, CELLS = ("LSTM", "GRU", "RNN"), ("LSTMCell", "GRUCell", "RNNCell")
+NAMES = LAYERS + CELLS
+
+
+def first(outputs) -> torch.Tensor:
+    while isinstance(outputs, tuple):
+        outputs = outputs[0]
+    return outputs
+
+
+def test_the_library_knows_of_every_class():
+    for name in NAMES:
+        ours, theirs = getattr(fusedrnn, name), getattr(nn, name)
+        assert issubclass(ours, theirs)
+        assert isinstance(ours(3, 4), theirs)
+        assert not isinstance(theirs(3, 4), ours)
+        assert inspect_of(ours) == inspect_of(theirs), name
+
+
+def inspect_of(cls: type) -> set[str]:
+    return {name for name in dir(cls) if not name.startswith("_")} - {"backend", "algorithm", "recompute", "mode"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_init_functions(name):
+    def init(module):
+        if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and isinstance(module, getattr(nn, name)):
+            for p in module.parameters():
+                nn.init.constant_(p, 0.5)
+
+    model = nn.Sequential(getattr(fusedrnn, name)(3, 4)).apply(init)
+    assert all(torch.equal(p, torch.full_like(p, 0.5)) for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_dynamo_traces_ours_and_treats_torch_s_as_before(name):
+    from torch._dynamo.exc import Unsupported
+
+    ours, theirs = getattr(fusedrnn, name)(3, 4), getattr(nn, name)(3, 4)
+    compiled = torch.compile(nn.Sequential(ours), fullgraph=True, backend="aot_eager")
+    x = torch.randn(5, 2, 3)
+    torch.testing.assert_close(compiled(x)[0], ours(x)[0])
+    converted = fusedrnn.convert(type("Mine", (type(theirs),), {"helper": len})(3, 4))
+    torch.testing.assert_close(torch.compile(converted, fullgraph=True, backend="aot_eager")(x)[0], converted(x)[0])
+    assert not torch._dynamo.config.allow_rnn
+    with pytest.raises(Unsupported, match="Dynamo does not support RNN, GRU, or LSTM"):
+        torch.compile(nn.Sequential(theirs), fullgraph=True, backend="aot_eager")(x)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_skip_init(name):
+    module = nn.utils.skip_init(getattr(fusedrnn, name), 3, 4, dtype=torch.float64)
+    module.load_state_dict(getattr(nn, name)(3, 4, dtype=torch.float64).state_dict())
+    assert first(module(torch.randn(2, 3, dtype=torch.float64))).shape == (2, 4)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_expanded_weights_are_torch_s(name):
+    from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
+
+    ours = getattr(fusedrnn, name)(3, 4, batch_first=True)
+    theirs = fusedrnn.revert(copy.deepcopy(ours))
+    x, errors = torch.randn(2, 5, 3), []
+    for module in (ours, theirs):
+        try:
+            call_for_per_sample_grads(module)(x)[0].sin().sum().backward()
+        except RuntimeError as error:  # torch.nn.LSTM's: its op has no rule there
+            errors.append(str(error))
+            continue
+    assert len(errors) in (0, 2)
+    assert len(set(errors)) < 2
+    if not errors:
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(p.grad_sample, q.grad_sample)
+
+
+@pytest.mark.parametrize("spec", ["theirs", "ours", "default"])
+@pytest.mark.parametrize("name", NAMES)
+def test_quantize_dynamic(name, spec):
+    from torch.ao.quantization import quantize_dynamic
+
+    model = nn.Sequential(getattr(fusedrnn, name)(3, 4))
+    chosen = {"theirs": {getattr(nn, name)}, "ours": {type(model[0])}, "default": None}[spec]
+    x = torch.randn(2, 3) if name in CELLS else torch.randn(5, 2, 3)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        quantised = quantize_dynamic(model, chosen)
+        want = quantize_dynamic(fusedrnn.revert(copy.deepcopy(model)), chosen and {getattr(nn, name)})
+    assert type(model[0]) is getattr(fusedrnn, name)
+    if name == "RNN":
+        assert type(quantised[0]) is fusedrnn.RNN
+        assert any("no dynamically quantised RNN" in str(w.message) for w in told) == (spec != "default")
+        return
+    assert type(quantised[0]) is type(want[0])
+    assert "torch.ao.nn.quantized" in type(quantised[0]).__module__
+    assert torch.equal(first(quantised(x)), first(want(x)))
+    torch.testing.assert_close(first(quantised(x)), first(model(x)), rtol=0.1, atol=0.1)
+
+
+def test_what_a_library_is_told_when_it_is_imported(tmp_path, monkeypatch):
+    (tmp_path / "a_counter.py").write_text("import torch\ntable = {torch.nn.LSTM: 'lstm', torch.nn.Linear: 'linear'}\n")
+    (tmp_path / "a_changed_counter.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("a_counter", "a_changed_counter"):
+        monkeypatch.setitem(integrations._TABLES, name, lambda module: integrations._enter_types(module.table))
+    counter = importlib.import_module("a_counter")
+    assert counter.table[fusedrnn.LSTM] == "lstm"
+    assert set(counter.table) == {nn.LSTM, nn.Linear, fusedrnn.LSTM}
+    assert "exec_module" not in vars(counter.__spec__.loader)
+    counter.table = {nn.GRU: "gru"}
+    assert "a_counter" in fusedrnn.integrations.register()
+    assert counter.table[fusedrnn.GRU] == "gru"
+    with pytest.warns(UserWarning, match="this version of a_changed_counter cannot be told"):
+        importlib.import_module("a_changed_counter")
+    del sys.modules["a_changed_counter"]  # or every later call of register would raise
+
+
+def test_register_imports_nothing():
+    before = set(sys.modules)
+    assert set(fusedrnn.integrations.register()) <= before
+    assert set(sys.modules) == before
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_jit_script_says_what_to_do(name):
+    model = nn.Sequential(getattr(fusedrnn, name)(3, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(RuntimeError, match=rf"cannot compile fusedrnn.{name}: script fusedrnn.revert"):
+            torch.jit.script(model)
+        scripted = torch.jit.script(fusedrnn.revert(copy.deepcopy(model)))
+    x = torch.randn(2, 3)
+    torch.testing.assert_close(first(scripted(x)), first(model(x)))
+    assert type(model[0]) is getattr(fusedrnn, name)
+
+
+class Decoder(nn.GRU):
+    """As many models have one: it adds a helper and overrides no computation."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.reset_parameters()
+
+    def init_hidden(self, n):
+        return torch.zeros(self.num_layers, n, self.hidden_size)
+
+    def flatten_parameters(self):
+        raise AssertionError("nobody needs this")
+
+    def extra_repr(self):
+        return "decoder"
+
+
+class DecoderCell(nn.LSTMCell):
+    @property
+    def width(self):
+        return self.hidden_size
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("cls", [Decoder, DecoderCell])
+def test_a_subclass_that_overrides_no_computation(cls, monkeypatch):
+    if cls is Decoder:
+        monkeypatch.delattr(Decoder, "flatten_parameters")
+    model = nn.Sequential(cls(3, 4))
+    x = torch.randn(2, 3)
+    want = first(model(x))
+    ours = getattr(fusedrnn, cls.__base__.__name__)
+    assert str(fusedrnn.conversion_report(model)[0]) == f"0 ({cls.__name__}): left: convert was not called"
+    fusedrnn.convert(model)
+    layer = model[0]
+    assert isinstance(layer, cls)
+    assert isinstance(layer, ours)
+    assert type(layer).__name__ == cls.__name__
+    assert type(layer).__module__ == __name__
+    assert layer._may_be_direct
+    assert repr(layer) == repr(cls(3, 4))
+    assert layer.width == 4 if cls is DecoderCell else layer.init_hidden(2).shape == (1, 2, 4)
+    assert str(fusedrnn.conversion_report(model)[0]) == f"0 ({cls.__name__}): swapped"
+    assert fusedrnn.convert(model)[0] is layer
+    torch.testing.assert_close(first(model(x)), want)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(other[0]) is type(layer)
+        assert torch.equal(first(other(x)), first(model(x)))
+    weight = "weight_hh" if cls is DecoderCell else "weight_hh_l0"
+    parametrizations.weight_norm(layer, weight)
+    torch.testing.assert_close(first(model(x)), want)
+    parametrizations.weight_norm(layer, weight.replace("hh", "ih"))
+    fusedrnn.revert(model)
+    torch.testing.assert_close(first(model(x)), want)
+    assert not isinstance(layer, ours)
+    for name in (weight, weight.replace("hh", "ih")):
+        nn.utils.parametrize.remove_parametrizations(layer, name)
+    assert type(layer) is cls
+
+
+def test_a_twin_shares_the_parameters_and_leaves_the_module():
+    ours = fusedrnn.LSTM(3, 4, num_layers=2, bidirectional=True, backend="reference")
+    twin = as_torch(ours)
+    assert type(twin) is nn.LSTM
+    assert all(p is q for p, q in zip(twin.parameters(), ours.parameters(), strict=True))
+    twin.weight_hh_l0 = nn.Parameter(torch.zeros(16, 4))
+    assert ours.weight_hh_l0 is not twin.weight_hh_l0
+    assert "backend" not in vars(twin)
+    assert ours.backend == "reference"
+
+
+def needs(*packages: str):
+    """The packages, imported; skips where one is missing."""
+    return [
+        pytest.importorskip(name, reason=f"whether {name} sees fusedrnn's layers is not tested: extra 'tools'")
+        for name in packages
+    ]
+
+
+def model_of(package, name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(getattr(package, name)(3, 4), *([nn.Identity()] if name in CELLS else []))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", NAMES)
+def test_counters(name):
+    thop, ptflops, fvcore = needs("thop", "ptflops", "fvcore.nn")
+    x = torch.randn(2, 3) if name in CELLS else torch.randn(5, 2, 3)
+    counted = []
+    for package in (nn, fusedrnn):
+        model = model_of(package, name)
+        macs = thop.profile(copy.deepcopy(model), inputs=(x,), verbose=False)
+        for backend in ("pytorch", "aten"):
+            complexity = ptflops.get_model_complexity_info(
+                copy.deepcopy(model), tuple(x.shape[1:]), as_strings=False, print_per_layer_stat=False, backend=backend,
+                input_constructor=lambda _: {"input": x}, verbose=False,
+            )  # fmt: skip
+            macs += complexity
+        counted.append(macs)
+        if package is fusedrnn:
+            of_products = fvcore.FlopCountAnalysis(model, x).unsupported_ops_warnings(False).total()
+    want, got = counted
+    assert got[:4] == want[:4]  # thop and the table of classes
+    assert got[0] > 0
+    gates = {"LSTM": 4, "GRU": 3, "RNN": 1}[name.removesuffix("Cell")]
+    products = x.shape[:-1].numel() * gates * 4 * (3 + 4)
+    assert got[4] == of_products == products  # what counts ops
+
+
+class Classifier(nn.Module):
+    def __init__(self, name):
+        super().__init__()
+        self.rnn = getattr(fusedrnn, name)(3, 4, batch_first=True)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.rnn(x)[0][:, -1])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+def test_opacus(name):
+    opacus, validators = needs("opacus", "opacus.validators")
+
+    torch.manual_seed(0)
+    model, x = Classifier(name), torch.randn(6, 5, 3)
+    (error,) = validators.ModuleValidator.validate(model)
+    assert "ShouldReplace" in type(error).__name__
+    private = validators.ModuleValidator.fix(model)
+    torch.testing.assert_close(private(x), model(x))
+    data = torch.utils.data.TensorDataset(x, torch.randint(0, 2, (6,)))
+    private, optimizer, loader = opacus.PrivacyEngine().make_private(
+        module=private,
+        optimizer=torch.optim.SGD(private.parameters(), lr=0.1),
+        data_loader=torch.utils.data.DataLoader(data, batch_size=3),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
+    for inputs, labels in loader:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(private(inputs), labels).backward()
+        optimizer.step()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+def test_torchrl(name):
+    rl, tensordict = needs("torchrl.modules", "tensordict")
+    keywords = {"input_size": 3, "hidden_size": 4, "in_key": "obs", "out_key": "emb"}
+    torch.manual_seed(0)
+    theirs = getattr(rl, f"{name}Module")(**keywords)
+    converted = fusedrnn.convert(copy.deepcopy(theirs))
+    keys = {"in_keys": ["obs", *theirs.in_keys[1:]], "out_keys": theirs.out_keys}
+    layer = getattr(fusedrnn, name)(3, 4, batch_first=True)
+    layer.load_state_dict(getattr(theirs, name.lower()).state_dict())
+    given = getattr(rl, f"{name}Module")(**{name.lower(): layer}, **keys)
+    starts = (torch.arange(24) % 5 == 0).view(4, 6, 1)
+    data = tensordict.TensorDict({"obs": torch.randn(4, 6, 3), "is_init": starts}, [4, 6])
+    seen = []
+    for module in (theirs, converted, given):
+        assert isinstance(getattr(module, name.lower()), getattr(fusedrnn if module is not theirs else nn, name))
+        with rl.set_recurrent_mode(True):
+            y = module(data.clone())["emb"]
+        step = module(data[:, 0].clone())
+        gradients = torch.autograd.grad(y.sin().sum(), list(module.parameters()))
+        seen.append([y, step["emb"], *gradients])
+    for other in seen[1:]:
+        for got, want in zip(other, seen[0], strict=True):
+            torch.testing.assert_close(got, want)
