@@ -14,6 +14,7 @@ from fusedrnn.explain import explain
 from fusedrnn.gates import record_gates
 from fusedrnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from fusedrnn.planning import backend, plan
+from fusedrnn.trials import Timing, tune
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "GRUCell",
     "LSTMCell",
     "RNNCell",
+    "Timing",
     "backend",
     "build_info",
     "conversion_report",
@@ -34,4 +36,5 @@ __all__ = [
     "plan",
     "record_gates",
     "revert",
+    "tune",
 ]

@@ -3,6 +3,7 @@
 import contextlib
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.utils import rnn as rnn_utils
 
-from fusedrnn import _build, ops, planning
+from fusedrnn import _build, ops, planning, trials
 from fusedrnn.autograd import EagerRecurrenceFunction, RecurrenceFunction
 from fusedrnn.backends import reference
 from fusedrnn.backends.common import Inputs, neighbours, sizes_on
@@ -314,9 +315,31 @@ def _stack(
         backend=backend,
         algorithm=algorithm,
     )
+    if not chosen.asked and chosen.backend in (*trials.ON_GPU, "torch") and trials.applies(input.device):
+        tensors = (input, h0, c0, *weights)
+        if not (chosen.instead or lengths is not None or _recorders or torch.compiler.is_compiling() or _has_tangent(tensors)):
+            given = trials.Call(
+                cell, input, h0, c0, weights, bias, num_layers, dropout, training, bidirectional, batch_first,
+                batch_sizes, resets, return_all_states, recompute,
+            )  # fmt: skip
+            chosen = trials.tuned(given, chosen, not _under_transform() and _may_need_gradient(tensors))
     if chosen.backend == "torch":
-        if resets is not None or return_all_states:
-            raise RuntimeError(f"resets and return_all_states need a kernel of fusedrnn: {chosen.why}")
+        beyond = [
+            name
+            for name, wanted in (
+                ("resets", resets is not None),
+                ("return_all_states", return_all_states),
+                ("recompute", recompute and (chosen.asked or chosen.instead)),
+                ("record_gates", any(thread == threading.get_ident() for thread, _ in _recorders)),
+            )
+            if wanted
+        ]
+        if beyond and chosen.instead:
+            chosen = replace(chosen, backend=chosen.instead)
+        elif beyond:
+            verb = "need" if len(beyond) > 1 else "needs"
+            raise RuntimeError(f"{' and '.join(beyond)} {verb} a kernel of fusedrnn: {chosen.why}")
+    if chosen.backend == "torch":
         return *_torch_layers(
             cell, input, h0, c0, weights, bias, num_layers, dropout, training, bidirectional, batch_first,
             batch_sizes, lengths, padding_value,
@@ -450,6 +473,10 @@ def one_step(
         backend=backend,
         algorithm=algorithm,
     )
+    if chosen.backend == "torch" and any(thread == threading.get_ident() for thread, _ in _recorders):
+        if not chosen.instead:
+            raise RuntimeError(f"record_gates needs a kernel of fusedrnn: {chosen.why}")
+        chosen = replace(chosen, backend=chosen.instead)
     if chosen.backend == "torch":
         result = getattr(torch._VF, f"{cell.name}_cell")(input, h0 if c0 is None else (h0, c0), *weights)
         return (result, None) if c0 is None else result
@@ -630,7 +657,10 @@ def _torch_layers(
     cell, input, h0, c0, weights, bias, num_layers, dropout, training, bidirectional, batch_first, batch_sizes, lengths,
     padding_value,
 ):  # fmt: skip
-    """torch's own op, for devices no backend of ours covers. It wants the lengths on the host, and none to be 0."""
+    """torch's own op: asked for, faster, or on a device that no backend of ours covers.
+
+    It wants the lengths on the host, and none to be 0.
+    """
     steps = input.shape[1 if batch_first else 0]
     order = None
     if lengths is not None:
@@ -638,6 +668,9 @@ def _torch_layers(
         input, batch_sizes, order, back = packed
         h0, c0 = (None if s is None else s.index_select(1, order) for s in (h0, c0))
     hx = h0 if c0 is None else (h0, c0)
+    if not training and input.device.type == "cuda" and _may_need_gradient((input, h0, c0, *weights)):
+        # cuDNN has gradients in training only; without dropout that is all the difference.
+        training, dropout = True, 0.0
     tail = (list(weights), bias, num_layers, dropout, training, bidirectional)
     op = getattr(torch._VF, cell.mode.lower())
     if batch_sizes is None:

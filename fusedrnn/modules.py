@@ -75,6 +75,7 @@ class RecurrentLayer(nn.RNNBase):
         if backend is not None or algorithm is not None:
             functional.planning.check_choice(backend, algorithm)
             self.backend, self.algorithm = backend, algorithm
+            self.flatten_parameters()
 
     def __init_subclass__(cls, **keywords) -> None:
         super().__init_subclass__(**keywords)
@@ -84,7 +85,9 @@ class RecurrentLayer(nn.RNNBase):
         _cannot_be_scripted(self)
 
     def flatten_parameters(self) -> None:
-        """Does nothing: no kernel here wants the weights in one piece of memory."""
+        """Where torch's own op was asked for, as in torch.nn; no kernel here wants the weights in one piece."""
+        if self.backend == "torch":
+            super().flatten_parameters()
 
     def _weights(self) -> list[Tensor]:
         # By name, so that parametrizations, weight_norm, functional_call and replaced parameters all count.
@@ -306,7 +309,7 @@ class LSTM(RecurrentLayer, nn.LSTM):
         bidirectional: a second direction runs from the last step to the first; outputs are concatenated.
         proj_size: P, projects h to P features (0: no projection).
         device, dtype: of the parameters: float32, float64, bfloat16, float16.
-        backend, algorithm: force a backend ("reference", "cpu", "triton", "cuda") and one of its algorithms
+        backend, algorithm: force a backend ("reference", "cpu", "triton", "cuda", "torch") and one of its algorithms
             ("step", "sequence", "persistent") for this module; None lets planning choose. :func:`fusedrnn.backend`
             overrides both.
         recompute: keep only h and c for backward and compute the gates again there: less memory, more time.

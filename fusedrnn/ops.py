@@ -75,7 +75,7 @@ for _name, _schema in SCHEMAS.items():
 
 
 def no_such_algorithm(backend: str, algorithm: str) -> str:
-    has = ", ".join(BACKEND_ALGORITHMS[backend])
+    has = ", ".join(BACKEND_ALGORITHMS.get(backend, ("auto",)))
     return f"algorithm {algorithm!r} of backend {backend!r} cannot run: it has {has}"
 
 

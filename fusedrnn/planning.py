@@ -18,13 +18,15 @@ from pathlib import Path
 
 import torch
 
-from fusedrnn import _build
+from fusedrnn import _build, trials
 from fusedrnn.backends import cuda
 from fusedrnn.backends.common import simulator, simulator_folder
 from fusedrnn.cells import CELL_OF_MODE
 from fusedrnn.ops import ALGORITHMS, BACKEND_ALGORITHMS, BACKENDS, DTYPES, no_such_algorithm
 
 ENVIRONMENT_VARIABLE = "FUSEDRNN_BACKEND"
+# What can be asked for: the op's backends, and torch's own op.
+NAMES = (*BACKENDS, "torch")
 
 
 @dataclass(frozen=True)
@@ -57,18 +59,25 @@ class Problem:
 
 @dataclass(frozen=True)
 class Choice:
-    """A backend ("torch" means torch's own op), an algorithm, the reason in words, and the backend's own plan."""
+    """A backend ("torch" means torch's own op), an algorithm, the reason in words, and the backend's own plan.
+
+    ``asked``: a backend or algorithm was asked for. ``timed``: it was the fastest on this card, see fusedrnn.tune.
+    ``instead``: what runs where torch's op cannot do what is asked, since the kernels are wrong here.
+    """
 
     backend: str
     algorithm: str
     why: str
     details: object | None = None
+    asked: bool = False
+    timed: bool = False
+    instead: str | None = None
 
 
 def check_choice(backend: str | None, algorithm: str | None) -> None:
     """Raises ValueError on a name that does not exist."""
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend is not None and backend not in NAMES:
+        raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {backend!r}")
     if algorithm is not None and algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
 
@@ -78,6 +87,8 @@ def unsupported(backend: str, problem: Problem, machine: Machine) -> str | None:
     reason = machine.reason(backend)
     if reason is not None:
         return reason
+    if backend == "torch":
+        return None
     if problem.dtype not in DTYPES:
         return f"dtype {problem.dtype} is not one of float32, float64, bfloat16, float16"
     if backend == "reference":
@@ -106,7 +117,7 @@ def decide(problem: Problem, machine: Machine, backend: str | None = None, algor
         reason = unsupported(backend, problem, machine)
         if reason is not None:
             raise RuntimeError(f"backend {backend!r} was asked for but cannot run: {reason}")
-        if algorithm not in BACKEND_ALGORITHMS[backend]:
+        if algorithm not in BACKEND_ALGORITHMS.get(backend, ("auto",)):
             raise RuntimeError(no_such_algorithm(backend, algorithm))
         return Choice(backend, algorithm, f"backend {backend!r} was asked for")
     if problem.device_type == "meta":
@@ -182,7 +193,7 @@ def backend(name: str | None, algorithm: str | None = None):
     variable FUSEDRNN_BACKEND ("triton" or "triton:step"), planning.
 
     Args:
-        name: "reference", "cpu", "triton" or "cuda"; None leaves the choice to planning.
+        name: "reference", "cpu", "triton", "cuda" or "torch" (torch's own op); None leaves the choice to planning.
         algorithm: "step", "sequence", "persistent" or "auto".
 
     Raises:
@@ -236,18 +247,34 @@ def choose(
     device: torch.device,
     backend: str | None = None,
     algorithm: str | None = None,
+    try_out: bool = True,
 ) -> Choice:
-    """The choice for this machine, with all overrides applied. Warns once when torch's own op has to run."""
+    """The choice for this machine, with all overrides applied. Warns once when torch's own op has to run.
+
+    On a GPU kernels are checked before their first call, if ``try_out``; wrong ones give way to torch's own op.
+    """
     if _forced:
         backend, algorithm = _innermost(tuple(_forced), backend, algorithm)
     setting = "" if backend or algorithm else os.environ.get(ENVIRONMENT_VARIABLE, "")
-    return _choose(cell, input_size, hidden_size, proj_size, dtype, device, backend, algorithm, setting)
+    return _choose(try_out, cell, input_size, hidden_size, proj_size, dtype, device, backend, algorithm, setting)
 
 
 @_build.constant_when_compiled
-def _choose(*key) -> Choice:
+def _choose(try_out: bool, *key) -> Choice:
     # Dynamo looks through functools.cache, so the constant it may keep is this function's.
-    return _cached_choice(*key)
+    choice = _cached_choice(*key)
+    cell, _, _, _, dtype, device, backend, _, setting = key
+    if choice.backend not in trials.ON_GPU or not trials.applies(device):
+        return choice
+    why = trials.why_wrong(cell, dtype, choice.backend, choice.algorithm, device, try_out)
+    if not why:
+        return choice
+    line = f"{cell} {why} [{'; '.join(trials.about(device))}]"
+    if backend or parse(setting)[0]:
+        raise RuntimeError(f"backend {choice.backend!r} was asked for but is wrong on this card: {line}")
+    said = f"the kernels are wrong on this card, torch's own op runs. Please report this line: {line}"
+    _tell_once(f"fusedrnn: {said}")
+    return Choice("torch", "auto", said, instead="reference")
 
 
 @functools.cache
@@ -267,15 +294,16 @@ def _cached_choice(cell, input_size, hidden_size, proj_size, dtype, device, back
     fell_back = choice.backend == "torch" or (choice.backend == "reference" and device.type != "meta")
     if backend is None and (fell_back or (algorithm or "auto") != choice.algorithm):
         _tell_once(f"fusedrnn: {choice.why}")
-    return choice
+    return replace(choice, asked=backend is not None or algorithm is not None)
 
 
-def plan(layer: torch.nn.Module, batch: int, *, backward: bool = False) -> Choice:
+def plan(layer: torch.nn.Module, batch: int, *, steps: int | None = None, backward: bool = False) -> Choice:
     """What a fusedrnn layer runs for a batch of that size, and why; computes nothing.
 
     Args:
         layer: a layer or cell of fusedrnn; its first layer and direction are planned, on the device of its parameters.
         batch: the batch size B.
+        steps: the length T; where it is given, what fusedrnn.tune found for it counts.
         backward: plan the gradient instead.
 
     Returns:
@@ -294,7 +322,17 @@ def plan(layer: torch.nn.Module, batch: int, *, backward: bool = False) -> Choic
         device=weight.device,
         backend=layer.backend,
         algorithm=layer.algorithm,
+        try_out=False,
     )
+    on_card = choice.backend in trials.ON_GPU and trials.applies(weight.device) and not choice.asked
+    if on_card and steps is not None and isinstance(layer, torch.nn.RNNBase):
+        out = proj_size or layer.hidden_size
+        sizes = (steps, batch, layer.input_size, layer.hidden_size, out, layer.num_layers, layer.bidirectional)
+        options = (False, False, False, layer.recompute)
+        key = trials.tuned_key(weight.device, cell.name, weight.dtype, *sizes, options, backward)
+        choice = trials.known_choice(key, choice)
+    if on_card and not choice.timed:
+        choice = replace(choice, why=f"{choice.why}; a model's choice, not timed on this card (fusedrnn.tune does)")
     if choice.backend not in ("triton", "cuda"):
         return choice
     if isinstance(layer, torch.nn.RNNCellBase) and choice.algorithm == "auto":

@@ -338,8 +338,9 @@ def test_info_says_what_would_run(capsys):
     "setting, code, text",
     [
         ("reference", 0, "reference (backend 'reference' was asked for)"),
+        ("torch", 0, "torch (backend 'torch' was asked for)"),
         ("cuda:sequence", 0, "none (backend 'cuda' was asked for but cannot run"),
-        ("cudnn", 2, "error: backend must be one of reference, cpu, triton, cuda, got 'cudnn'"),
+        ("cudnn", 2, "error: backend must be one of reference, cpu, triton, cuda, torch, got 'cudnn'"),
     ],
 )
 def test_info_obeys_the_environment(setting, code, text, capsys, monkeypatch):
@@ -357,8 +358,9 @@ def test_info_obeys_the_environment(setting, code, text, capsys, monkeypatch):
         ("cuda:step", 0, "cuda (backend 'cuda' was asked for)", {"cuda": "step", "triton": "step"}),
         ("triton:sequence", 0, "triton (backend 'triton' was asked for)", {"cuda": "persistent", "triton": None}),
         ("reference", 0, "reference (backend 'reference' was asked for)", {"cuda": "persistent", "triton": "step"}),
+        ("torch", 0, "torch (backend 'torch' was asked for)", {"cuda": "persistent", "triton": "step"}),
         ("cpu", 0, "none (backend 'cpu' was asked for but cannot run", {"cuda": "persistent", "triton": "step"}),
-        ("cudnn", 2, "error: backend must be one of reference, cpu, triton, cuda, got 'cudnn'", {}),
+        ("cudnn", 2, "error: backend must be one of reference, cpu, triton, cuda, torch, got 'cudnn'", {}),
     ],
 )
 def test_explain_obeys_the_environment(setting, code, runs, algorithms, capsys, monkeypatch):

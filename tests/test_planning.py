@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import fusedrnn
-from fusedrnn import planning
+from fusedrnn import functional, planning
 from fusedrnn.backends import common
+from fusedrnn.cells import CELLS
 from fusedrnn.planning import Choice, Machine, Problem, check_choice, choose, decide, unsupported
 
 EVERYTHING = Machine()
@@ -101,6 +102,59 @@ def test_module_argument():
     assert fusedrnn.plan(lstm, 2).backend == "reference"
     x = torch.randn(2, 2, 3)
     torch.testing.assert_close(lstm(x)[0], fusedrnn.convert(fusedrnn.revert(lstm))(x)[0])
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_torchs_own_op_can_be_asked_for(kind, monkeypatch):
+    """By the module, a block and the environment; equal bits, its gradients, what it has not raises."""
+    options = {"num_layers": 2, "bidirectional": True, **({"proj_size": 3} if kind == "LSTM" else {})}
+    ours = getattr(fusedrnn, kind)(3, 4, backend="torch", **options)
+    theirs = getattr(torch.nn, kind)(3, 4, **options)
+    theirs.load_state_dict(ours.state_dict())
+    free = getattr(fusedrnn, kind)(3, 4, **options)
+    free.load_state_dict(ours.state_dict())
+    assert fusedrnn.plan(ours, 2) == Choice("torch", "auto", "backend 'torch' was asked for", asked=True)
+    x = torch.randn(5, 2, 3, requires_grad=True)
+    packed = torch.nn.utils.rnn.pack_padded_sequence(x.detach(), [5, 2])
+    want, want_packed = theirs(x)[0], theirs(packed)[0].data
+    (gradient,) = torch.autograd.grad(want.sum(), x)
+    with fusedrnn.backend("torch"):
+        assert torch.equal(free(x)[0], want)
+    monkeypatch.setenv("FUSEDRNN_BACKEND", "torch")
+    for layer in (ours, free):
+        assert torch.equal(layer(x)[0], want)
+        assert torch.equal(layer(packed)[0].data, want_packed)
+        assert torch.equal(torch.autograd.grad(layer(x)[0].sum(), x)[0], gradient)
+    cell, twin = getattr(fusedrnn, f"{kind}Cell")(3, 4, backend="torch"), getattr(torch.nn, f"{kind}Cell")(3, 4)
+    twin.load_state_dict(cell.state_dict())
+    got, want = cell(x[0]), twin(x[0])
+    assert torch.equal(got[0] if kind == "LSTM" else got, want[0] if kind == "LSTM" else want)
+    for option in ({"resets": torch.zeros(5, 2, dtype=torch.bool)}, {"return_all_states": True}):
+        with pytest.raises(RuntimeError, match=f"{next(iter(option))} needs a kernel of fusedrnn: backend 'torch' was"):
+            ours(x, **option)
+    with pytest.raises(RuntimeError, match="record_gates needs a kernel"):
+        fusedrnn.record_gates(ours, x)
+    with pytest.raises(RuntimeError, match="record_gates needs a kernel"):
+        fusedrnn.record_gates(cell, x[0])
+    ours.recompute = True
+    with pytest.raises(RuntimeError, match="recompute needs a kernel"):
+        ours(x)
+    with pytest.raises(RuntimeError, match="'step' of backend 'torch' cannot run: it has auto"):
+        getattr(fusedrnn, kind)(3, 4, backend="torch", algorithm="step")(x)
+
+
+def test_cudnn_has_gradients_in_training_only(monkeypatch):
+    """A layer in eval whose gradient is wanted: the flag is set, dropout stays off."""
+    calls = []
+    monkeypatch.setattr(torch._VF, "lstm", lambda *arguments: calls.append(arguments) or arguments[1])
+
+    class OnCuda:
+        device, requires_grad = torch.device("cuda", 0), True
+
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            functional._torch_layers(CELLS["lstm"], OnCuda(), None, 0, [], True, 2, 0.5, False, False, False, None)
+    assert [(dropout, training) for *_, dropout, training, _, _ in calls] == [(0.0, True), (0.5, False)]
 
 
 def test_a_fallback_to_torch_is_told_once_and_works():
