@@ -201,7 +201,7 @@ def line(row: Row, done: str = "") -> str:
         return f"{text}{row.peak_bytes / 2**20:11.1f} MiB"
     ratio = "" if row.speedup is None else f"{row.speedup:.2f} ({row.ratio1:.2f} to {row.ratio3:.2f})"
     text = f"{text}{row.median * 1e3:12.3f} ms  {ratio:<36}{row.branch}"
-    return f"{text}  SPOILED: {row.spoiled}" if row.spoiled else text
+    return f"{text}  SPOILED: {row.spoiled.split('; ')[0]}" if row.spoiled else text
 
 
 def needed() -> None:

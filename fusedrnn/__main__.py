@@ -1,9 +1,10 @@
-"""The command line: ``python -m fusedrnn info``, ``selftest``, ``explain``, ``gates``."""
+"""The command line: ``python -m fusedrnn info``, ``selftest``, ``explain``, ``gates``, ``bench``."""
 
 import argparse
 import json
 import math
 import pickle
+import signal
 import sys
 from collections import OrderedDict
 from dataclasses import asdict
@@ -86,7 +87,7 @@ def run_explain(arguments: argparse.Namespace) -> int:
 
 def _add_explain(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("cell", nargs="?", default="lstm", choices=tuple(CELLS), help="default: %(default)s")
+    add("cell", nargs="?", default="lstm", type=str.lower, choices=tuple(CELLS), help="default: %(default)s")
     add("-T", "--steps", type=int, default=100, help="default: %(default)s")
     add("-B", "--batch", type=int, default=16, help="default: %(default)s")
     add("-I", "--input", type=int, help="input size (default: the hidden size)")
@@ -106,7 +107,8 @@ def run_selftest(arguments: argparse.Namespace) -> int:
     """Every kernel against the reference, on this machine. The exit status is 1 if one differs or fails."""
 
     def line(result) -> None:
-        if not arguments.json:
+        # What cannot run here would hide the rest: one line at the end.
+        if not arguments.json and result.verdict != "left out":
             error = "" if result.error is None else f"{result.error:8.2f} ulp"
             name = f"{result.cell} {result.backend} {result.algorithm} {result.math}"
             print(f"{name:<40}{result.verdict:<10}{error:<14}{result.seconds:6.2f} s  {result.why}", flush=True)
@@ -117,6 +119,13 @@ def run_selftest(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps([asdict(r) for r in results], indent=1))
     else:
+        reasons = {}
+        for r in results:
+            if r.verdict == "left out":
+                reasons.setdefault(r.why, {})[r.backend] = None
+        if reasons:
+            words = "; ".join(f"{', '.join(backends)}: {why}" for why, backends in reasons.items())
+            print(f"left out: {count['left out']} checks that cannot run here ({words})")
         where = torch.cuda.get_device_name() if torch.cuda.is_available() else "this CPU"
         print(f"{count['agrees']} agree with float64 on {where}, {count['left out']} left out, {len(bad)} wrong")
     return 1 if bad else 0
@@ -131,6 +140,11 @@ def run_gates(arguments: argparse.Namespace) -> int:
         token = {c: k for k, c in enumerate(characters)}
         if not arguments.text:
             raise ValueError("--text must not be empty")
+        unknown = "".join(dict.fromkeys(c for c in arguments.text if c not in token))
+        if unknown:
+            text = f"warning: the model has not seen {unknown!r}: it reads its token for unknown characters, drawn as ?"
+            print(text, file=sys.stderr)
+        read = "".join(c if c in token else "\ufffd" for c in arguments.text)
         with torch.no_grad():
             _, record = record_gates(model, torch.tensor([[token.get(c, 0)] for c in arguments.text]))
         if arguments.layer is not None:
@@ -141,9 +155,10 @@ def run_gates(arguments: argparse.Namespace) -> int:
         arguments.out.mkdir(parents=True, exist_ok=True)
         pictures = {}
         for name, gates in record.items():
-            pictures[f"heatmap_{name}"] = plots.heatmap(gates, units=arguments.units, tokens=arguments.text)
+            units = plots.in_order(gates, arguments.top) if arguments.units is None else arguments.units
+            pictures[f"heatmap_{name}"] = plots.heatmap(gates, units=units, tokens=read)
             chosen = None if arguments.units is None else arguments.units[:4]
-            pictures[f"traces_{name}"] = plots.traces(gates, chosen, tokens=arguments.text)
+            pictures[f"traces_{name}"] = plots.traces(gates, chosen, tokens=read)
         if all(gates.sigmoid_names for gates in record.values()):
             pictures["openness"] = plots.openness(record.values())
         paths = [arguments.out / f"{name.replace('.', '_')}.png" for name in pictures]
@@ -196,7 +211,19 @@ def _finite(value):
 def _units(text: str) -> list[int]:
     """The list that 0,3,8-15 stands for."""
     ranges = [part.partition("-") for part in text.split(",")]
-    return [unit for first, _, last in ranges for unit in range(int(first), int(last or first) + 1)]
+    try:
+        found = [unit for first, _, last in ranges for unit in range(int(first), int(last or first) + 1)]
+    except ValueError:
+        found = []
+    if not found:
+        raise argparse.ArgumentTypeError(f"units are numbers and ranges, such as 0,3,8-15, got {text!r}")
+    return found
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 1, got {text!r}")
+    return int(text)
 
 
 def _add_bench(commands) -> None:
@@ -222,7 +249,10 @@ def main(argv: list[str] | None = None) -> int:
             add("--checkpoint", type=Path, required=True, metavar="FILE", help="written by char_lm.py --checkpoint")
             add("--text", required=True, help="what the model reads, from a state of zeros")
             add("--layer", type=int, metavar="K", help="one layer only (default: all)")
-            add("--units", type=_units, metavar="0,3,8-15", help="default: all in heat maps, two in traces")
+            add("--units", type=_units, metavar="0,3,8-15",
+                help="these, in this order (default: --top in heat maps, two in traces)")  # fmt: skip
+            add("--top", type=_count, default=64, metavar="N",
+                help="heat maps: the N units whose output varies most, sorted (default: %(default)s)")  # fmt: skip
             add("--out", type=Path, default=Path("gates-out"), metavar="DIR", help="default: %(default)s")
     _add_bench(commands)
     arguments = parser.parse_args(argv)
@@ -230,4 +260,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        # Whoever reads may stop: `| head` ends the program and prints nothing.
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main())

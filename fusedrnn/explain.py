@@ -18,7 +18,7 @@ import torch
 
 from fusedrnn import _build, planning
 from fusedrnn.backends import cuda, cuda_plan, triton
-from fusedrnn.cells import CELLS, Cell, accumulation_dtype
+from fusedrnn.cells import CELL_OF_MODE, CELLS, Cell, accumulation_dtype
 from fusedrnn.ops import BACKEND_ALGORITHMS, DTYPES
 
 BOUND = (
@@ -29,7 +29,7 @@ BOUND = (
 
 @dataclass(frozen=True)
 class Peaks:
-    """A chip's compute capability and published peaks: TFLOP/s without sparsity, TB/s.
+    """A chip's compute capability, published peaks (TFLOP/s without sparsity, TB/s) and memory (GB).
 
     ``devices`` are what torch may call it, in part. A number without a source is None, and no bound rests on it.
     """
@@ -41,6 +41,7 @@ class Peaks:
     half: float  # 16-bit operands, float32 sums
     bandwidth: float
     l2_bytes: int | None
+    memory_gb: int
     devices: tuple[str, ...]
 
 
@@ -48,18 +49,18 @@ class Peaks:
 # cores' rate, where there is one. Rates given with sparsity are halved.
 PEAKS = {
     # NVIDIA A100 data sheet (80 GB SXM); L2: NVIDIA A100 Tensor Core GPU Architecture (whitepaper).
-    "a100": Peaks((8, 0), 19.5, 19.5, 156.0, 312.0, 2.039, 40 << 20, ("A100",)),
+    "a100": Peaks((8, 0), 19.5, 19.5, 156.0, 312.0, 2.039, 40 << 20, 80, ("A100",)),
     # NVIDIA H100 data sheet; L2: NVIDIA H100 Tensor Core GPU Architecture (whitepaper).
-    "h100-sxm": Peaks((9, 0), 67.0, 67.0, 494.7, 989.5, 3.35, 50 << 20, ("H100 80GB HBM3",)),
-    "h100-pcie": Peaks((9, 0), 51.2, 51.2, 378.0, 756.5, 2.0, 50 << 20, ("H100 PCIe",)),
+    "h100-sxm": Peaks((9, 0), 67.0, 67.0, 494.7, 989.5, 3.35, 50 << 20, 80, ("H100 80GB HBM3",)),
+    "h100-pcie": Peaks((9, 0), 51.2, 51.2, 378.0, 756.5, 2.0, 50 << 20, 80, ("H100 PCIe",)),
     # NVIDIA H200 data sheet: the rates of the H100 SXM. It does not give the size of L2, which is all of GH100's at
     # most: NVIDIA H100 Tensor Core GPU Architecture (whitepaper). Not GH200, whose memory is another.
-    "h200": Peaks((9, 0), 67.0, 67.0, 494.7, 989.5, 4.8, 60 << 20, ("NVIDIA H200",)),
+    "h200": Peaks((9, 0), 67.0, 67.0, 494.7, 989.5, 4.8, 60 << 20, 141, ("NVIDIA H200",)),
     # NVIDIA Blackwell Architecture Technical Brief, HGX B200; tf32 as half of 16 bits, of which it gives two digits. It
     # does not give the size of L2. Not GB200, whose rates are higher.
-    "b200": Peaks((10, 0), 40.0, 80.0, 1125.0, 2250.0, 8.0, None, ("NVIDIA B200",)),
+    "b200": Peaks((10, 0), 40.0, 80.0, 1125.0, 2250.0, 8.0, None, 192, ("NVIDIA B200",)),
     # NVIDIA Ada GPU Architecture (whitepaper); its float64 runs at 1/64 of float32.
-    "rtx-4090": Peaks((8, 9), 1.29, 82.6, 82.6, 165.2, 1.008, 72 << 20, ("RTX 4090",)),
+    "rtx-4090": Peaks((8, 9), 1.29, 82.6, 82.6, 165.2, 1.008, 72 << 20, 24, ("RTX 4090",)),
 }
 
 
@@ -137,6 +138,7 @@ class Explanation:
     backend: str
     why: str
     sequences: tuple[Sequence, ...]
+    warnings: tuple[str, ...] = ()  # what the numbers alone would not say: it does not fit, the bound is out of reach
 
     def __str__(self) -> str:
         sizes = f"T {self.steps}, B {self.batch}, I {self.input_size}, H {self.hidden_size}"
@@ -146,6 +148,7 @@ class Explanation:
         lines = [
             f"{self.cell}, {sizes}, {math}, {'training' if self.training else 'inference'}, on {self.device}",
             f"runs: {self.backend} ({self.why})",
+            *(f"warning: {text}" for text in self.warnings),
         ]
         for sequence in self.sequences:
             lines += ["", f"{sequence.layers}: {sequence.count} x (T {self.steps}, I {sequence.input_size})"]
@@ -469,8 +472,10 @@ def _cpu(z: _Sizes, backward: bool) -> Pass:
 def _check(cell, steps, batch, input_size, hidden_size, proj_size, num_layers, dtype, tf32, device, chip) -> None:
     if cell not in CELLS:
         raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {cell!r}")
-    sizes = {"steps": steps, "batch": batch, "input_size": input_size, "hidden_size": hidden_size}
+    sizes = {"steps": steps, "batch": batch, "hidden_size": hidden_size, "input_size": input_size}
     for name, value in (sizes | {"num_layers": num_layers}).items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if proj_size and cell != "lstm":
@@ -487,13 +492,69 @@ def _check(cell, steps, batch, input_size, hidden_size, proj_size, num_layers, d
         raise ValueError(f"either a chip or a device of this machine, got chip={chip!r} and device={str(device)!r}")
 
 
+def _of_layer(layer: torch.nn.Module, given: dict) -> dict:
+    """The arguments of explain that a layer or cell knows by itself.
+
+    Raises:
+        TypeError: it is no layer of ours, or something that it knows is given as well.
+    """
+    layer = planning.recurrent_layer(layer, "explain")
+    twice = [name for name, (value, default) in given.items() if value != default]
+    if twice:
+        raise TypeError(
+            f"explain takes {', '.join(twice)} from the layer: leave it out, or name a cell instead of a layer"
+        )
+    weight = layer._weights()[1]
+    return {
+        "cell": CELL_OF_MODE[layer.mode].name,
+        "input_size": layer.input_size,
+        "hidden_size": layer.hidden_size,
+        "proj_size": getattr(layer, "proj_size", 0),
+        "num_layers": getattr(layer, "num_layers", 1),
+        "bidirectional": getattr(layer, "bidirectional", False),
+        "dtype": weight.dtype,
+        "asked": (layer.backend, layer.algorithm),
+        "device": weight.device,
+    }
+
+
+# Microseconds of a step below which a bound is warned of: no vendor publishes how long a launch or an exchange between
+# blocks takes, and a bound of this size says nothing beside it.
+LEAST_STEP_US = 1.0
+
+
+def _warnings(
+    sizes: "list[_Sizes]", counts: list[int], sequences, memory: int, name: str, missing: str
+) -> tuple[str, ...]:
+    """What the numbers alone do not say."""
+    found = []
+    if missing:
+        found.append(f"this installation has no CUDA kernels ({missing}): the plan is that of one that has them")
+    needed = 0
+    for z, count in zip(sizes, counts):
+        weights = (z.G * z.H * (z.I + z.P) + (z.P * z.H if z.projected else 0)) * z.s
+        saved = z.T * (z.S * z.B * z.H * z.s + z.state) if z.training else 0
+        rows = z.T * z.B * (z.I + z.P) * z.s
+        needed += count * (weights * (2 if z.training else 1) + saved + rows)
+    if memory and needed > memory:
+        what = "weights, their gradients, x, y and saved gates" if sizes[0].training else "weights, x and y"
+        found.append(f"it does not fit: {what} take {_si(needed)}B at least, {name} has {_si(memory)}B")
+    bounds = [p.bound_us / z.T for z, sequence in zip(sizes, sequences) for p in sequence.passes if p.bound_us]
+    if bounds and min(bounds) < LEAST_STEP_US:
+        found.append(
+            f"a bound below is {min(bounds):.2g} us a step. Steps depend on each other, and each waits for a launch or "
+            "for an exchange between blocks, which a bound does not count: take it for no time"
+        )
+    return tuple(found)
+
+
 def explain(
-    cell: str = "lstm",
+    cell: str | torch.nn.Module = "lstm",
     *,
     steps: int,
     batch: int,
-    input_size: int,
-    hidden_size: int,
+    input_size: int | None = None,
+    hidden_size: int | None = None,
     proj_size: int = 0,
     num_layers: int = 1,
     bidirectional: bool = False,
@@ -508,7 +569,8 @@ def explain(
     A backend that is forced, by :func:`fusedrnn.backend` or FUSEDRNN_BACKEND, is what runs; where it cannot, none does.
 
     Args:
-        cell: "lstm", "gru", "rnn_tanh" or "rnn_relu".
+        cell: "lstm", "gru", "rnn_tanh" or "rnn_relu"; or a layer or cell of fusedrnn, which brings its sizes, dtype and
+            device (unless a chip or device is named) and the backend that it was made with.
         steps, batch, input_size, hidden_size, proj_size, num_layers, bidirectional: T, B, I, H, P, L and D as in
             ``torch.nn.LSTM``; proj_size 0 is no projection.
         dtype: of the tensors: float32, float64, bfloat16 or float16.
@@ -519,13 +581,28 @@ def explain(
             rtx-4090.
 
     Returns:
-        The explanation, for each size of layer one ``Sequence`` with a ``Pass`` for each backend and direction.
+        The explanation, for each size of layer one ``Sequence`` with a ``Pass`` for each backend and direction. Its
+        ``warnings`` say where the problem does not fit, and where a bound is far below what dependent steps can reach.
 
     Raises:
+        TypeError: a layer that is none of fusedrnn's, a size that the layer has itself, or one that is no integer.
         ValueError: there is no such cell or chip, the sizes are wrong, the device is meta, or FUSEDRNN_BACKEND names no
             backend.
         RuntimeError: the device is not here.
     """
+    asked = None
+    if not isinstance(cell, str):
+        given = {"input_size": (input_size, None), "hidden_size": (hidden_size, None), "proj_size": (proj_size, 0),
+                 "num_layers": (num_layers, 1), "bidirectional": (bidirectional, False),
+                 "dtype": (dtype, torch.float32)}  # fmt: skip
+        own = _of_layer(cell, given)
+        input_size, hidden_size, proj_size = own["input_size"], own["hidden_size"], own["proj_size"]
+        num_layers, bidirectional, dtype = own["num_layers"], own["bidirectional"], own["dtype"]
+        cell, asked = own["cell"], own["asked"]
+        device = own["device"] if device is None and chip is None else device
+    for name, value in (("input_size", input_size), ("hidden_size", hidden_size)):
+        if value is None:
+            raise TypeError(f"explain needs {name}=, or a layer of fusedrnn as its first argument")
     _check(cell, steps, batch, input_size, hidden_size, proj_size, num_layers, dtype, tf32, device, chip)
     if chip is None:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -549,15 +626,18 @@ def explain(
 
     kind = "cuda" if on_gpu else device.type
     problem = planning.Problem(cell, input_size, hidden_size, proj_size, dtype, kind, capability)
-    asked = planning.asked_for()
+    forced = planning.asked_for()
+    if asked is not None and asked != (None, None):
+        forced = planning._innermost(tuple(planning._forced), *asked)
     try:
-        choice = planning.decide(problem, machine, *asked)
+        choice = planning.decide(problem, machine, *forced)
     except RuntimeError as error:  # what was asked for cannot run there
         choice = planning.Choice("none", "auto", str(error))
 
-    def passes(inputs: int) -> tuple[Pass, ...]:
-        P = proj_size or hidden_size
-        z = _Sizes(CELLS[cell], steps, batch, inputs, hidden_size, P, dtype, tf32, training)
+    def sizes_of(inputs: int) -> _Sizes:
+        return _Sizes(CELLS[cell], steps, batch, inputs, hidden_size, proj_size or hidden_size, dtype, tf32, training)
+
+    def passes(z: _Sizes) -> tuple[Pass, ...]:
         found = []
         for backend in ("cuda", "triton", "cpu"):
             reason = planning.unsupported(backend, problem, machine)
@@ -579,15 +659,30 @@ def explain(
         return tuple(found)
 
     directions = 2 if bidirectional else 1
-    sequences = [Sequence("layer 0", directions, input_size, passes(input_size))]
+    sizes = [sizes_of(input_size)]
+    sequences = [Sequence("layer 0", directions, input_size, passes(sizes[0]))]
     if num_layers > 1:
         inputs = directions * (proj_size or hidden_size)
         layers = "layer 1" if num_layers == 2 else f"layers 1 to {num_layers - 1}"
-        sequences.append(Sequence(layers, directions * (num_layers - 1), inputs, passes(inputs)))
+        sizes.append(sizes_of(inputs))
+        sequences.append(Sequence(layers, directions * (num_layers - 1), inputs, passes(sizes[1])))
+    memory = peaks.memory_gb * 10**9 if chip else _memory(device)
+    missing = (cuda.missing() or "") if chip else ""
+    warnings = _warnings(sizes, [s.count for s in sequences], sequences, memory, name, missing)
     return Explanation(
         cell, steps, batch, input_size, hidden_size, proj_size, num_layers, bidirectional,
-        str(dtype).removeprefix("torch."), tf32, training, name, choice.backend, choice.why, tuple(sequences),
+        str(dtype).removeprefix("torch."), tf32, training, name, choice.backend, choice.why, tuple(sequences), warnings,
     )  # fmt: skip
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes that a device of this machine has; 0 where it is not known."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if device.type == "cpu" else 0
+    except (OSError, ValueError):
+        return 0
 
 
 def _si(n: float) -> str:

@@ -317,7 +317,13 @@ def _stack(
     )
     if not chosen.asked and chosen.backend in (*trials.ON_GPU, "torch") and trials.applies(input.device):
         tensors = (input, h0, c0, *weights)
-        if not (chosen.instead or lengths is not None or _recorders or torch.compiler.is_compiling() or _has_tangent(tensors)):
+        if not (
+            chosen.instead
+            or lengths is not None
+            or _recorders
+            or torch.compiler.is_compiling()
+            or _has_tangent(tensors)
+        ):
             given = trials.Call(
                 cell, input, h0, c0, weights, bias, num_layers, dropout, training, bidirectional, batch_first,
                 batch_sizes, resets, return_all_states, recompute,

@@ -7,6 +7,7 @@ that these may be traced.
 
 import itertools
 import sys
+import types
 from typing import NoReturn
 
 import torch
@@ -541,3 +542,18 @@ class RNNCell(RecurrentCell, nn.RNNCell):
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
         return f"RNN_{self.nonlinearity.upper()}"
+
+
+def _under_its_name(cls: type) -> None:
+    """Gives a class a forward of its own name, which Python puts into messages: LSTM.forward() got an unexpected ..."""
+    shared = cls.forward
+    own = types.FunctionType(
+        shared.__code__, shared.__globals__, shared.__name__, shared.__defaults__, shared.__closure__
+    )
+    own.__kwdefaults__, own.__annotations__ = shared.__kwdefaults__, shared.__annotations__
+    own.__doc__, own.__module__, own.__qualname__ = shared.__doc__, shared.__module__, f"{cls.__name__}.forward"
+    cls.forward = own
+
+
+for _cls in (LSTM, GRU, RNN, GRUCell, RNNCell):
+    _under_its_name(_cls)

@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -184,29 +185,50 @@ def parse(setting: str) -> tuple[str | None, str | None]:
 _forced: list[tuple[int, str | None, str | None]] = []
 
 
-@contextlib.contextmanager
-def backend(name: str | None, algorithm: str | None = None):
+class backend(contextlib.ContextDecorator):
     """Forces a backend, and optionally an algorithm, for every fusedrnn layer called inside ``with`` in this thread.
 
-    Backward uses what forward used, wherever it is called.
+    Backward uses what forward used, wherever it is called. Outside of ``with`` it does nothing, and warns.
     Order of precedence: the innermost ``with fusedrnn.backend``, the module's own argument, the environment
     variable FUSEDRNN_BACKEND ("triton" or "triton:step"), planning.
 
     Args:
         name: "reference", "cpu", "triton", "cuda" or "torch" (torch's own op); None leaves the choice to planning.
-        algorithm: "step", "sequence", "persistent" or "auto".
+        algorithm: "auto"; of triton "step" or "sequence", of cuda "step" or "persistent", of cpu "persistent".
 
     Raises:
         ValueError: there is no such backend or algorithm.
     """
-    check_choice(name, algorithm)
-    entry = (threading.get_ident(), name, algorithm)
-    _forced.append(entry)
-    try:
-        yield
-    finally:
+
+    def __init__(self, name: str | None, algorithm: str | None = None):
+        self._used = True  # nothing to warn of if the check raises
+        check_choice(name, algorithm)
+        self._choice, self._entered, self._used = (name, algorithm), [], False
+
+    def __call__(self, function: Callable) -> Callable:
+        self._used = True
+        return super().__call__(function)
+
+    def __enter__(self) -> None:
+        self._used = True
+        entry = (threading.get_ident(), *self._choice)
+        self._entered.append(entry)
+        _forced.append(entry)
+
+    def __exit__(self, *exception) -> None:
+        mine = threading.get_ident()
         # Other threads may have entered since: the last equal entry is this block's own or as good.
+        entry = self._entered.pop(next(k for k in reversed(range(len(self._entered))) if self._entered[k][0] == mine))
         del _forced[len(_forced) - 1 - _forced[::-1].index(entry)]
+
+    def __del__(self) -> None:
+        if not getattr(self, "_used", True) and not sys.is_finalizing():
+            name = ", ".join(repr(part) for part in self._choice if part is not None)
+            warnings.warn(
+                f"fusedrnn.backend({name}) did nothing: write `with fusedrnn.backend({name}):` around the calls",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
 
 _told: set[str] = set()
@@ -297,6 +319,26 @@ def _cached_choice(cell, input_size, hidden_size, proj_size, dtype, device, back
     return replace(choice, asked=backend is not None or algorithm is not None)
 
 
+def recurrent_layer(layer: object, caller: str) -> torch.nn.Module:
+    """``layer``, if it is one of ours. Raises TypeError, which says what to pass instead."""
+    from fusedrnn import modules
+
+    ours = (modules.RecurrentLayer, modules.RecurrentCell)
+    if isinstance(layer, ours):
+        return layer
+    got = type(layer).__name__
+    if isinstance(layer, torch.nn.RNNBase | torch.nn.RNNCellBase):
+        hint = f"torch.nn's {got}: call fusedrnn.convert on it first"
+    elif isinstance(layer, torch.nn.Module):
+        inner = [path for path, module in layer.named_modules() if isinstance(module, ours)]
+        hint = (
+            f"{got}: pass one of the layers that it holds, {', '.join(inner[:3])}" if inner else f"{got}, which is none"
+        )
+    else:
+        hint = got
+    raise TypeError(f"{caller} takes a recurrent layer or cell of fusedrnn, got {hint}")
+
+
 def plan(layer: torch.nn.Module, batch: int, *, steps: int | None = None, backward: bool = False) -> Choice:
     """What a fusedrnn layer runs for a batch of that size, and why; computes nothing.
 
@@ -309,7 +351,17 @@ def plan(layer: torch.nn.Module, batch: int, *, steps: int | None = None, backwa
     Returns:
         The choice with the algorithm settled; ``why`` says in words what led to it, ``details`` is the backend's own
         plan (grid, tiles, shared memory in bytes), None where a backend has nothing to plan.
+
+    Raises:
+        TypeError: ``layer`` is none of fusedrnn's, or ``batch`` no integer.
+        ValueError: ``batch`` is less than 1.
+        RuntimeError: a backend that was asked for cannot run.
     """
+    layer = recurrent_layer(layer, "plan")
+    if isinstance(batch, bool) or not isinstance(batch, int | torch.SymInt):
+        raise TypeError(f"batch must be an int, got {type(batch).__name__}")
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}")
     weight = layer._weights()[1]
     cell = CELL_OF_MODE[layer.mode]
     proj_size = getattr(layer, "proj_size", 0)

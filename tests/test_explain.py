@@ -193,7 +193,12 @@ def test_registers_of_compiled_code(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name, known", [("NVIDIA H100 80GB HBM3", True), ("NVIDIA Thor", False)])
 def test_a_gpu_of_this_machine(name, known, monkeypatch):
     properties = SimpleNamespace(
-        name=name, major=9, minor=0, multi_processor_count=132, shared_memory_per_block_optin=232_448
+        total_memory=80 * 10**9,
+        name=name,
+        major=9,
+        minor=0,
+        multi_processor_count=132,
+        shared_memory_per_block_optin=232_448,
     )
     monkeypatch.setattr(torch, "empty", lambda *size, device: None)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -384,3 +389,62 @@ def test_explain_obeys_a_block():
 @pytest.mark.parametrize("name, chip", [("NVIDIA H200", "h200"), ("NVIDIA B200", "b200"), ("NVIDIA GH200 480GB", None)])
 def test_a_chip_is_known_by_its_name(name, chip):
     assert [key for key, p in explain.PEAKS.items() if any(d in name for d in p.devices)] == [chip] * (chip is not None)
+
+
+def test_a_layer_brings_its_sizes():
+    layer = fusedrnn.LSTM(8, 16, 2, bidirectional=True, proj_size=4, dtype=torch.float64)
+    found = fusedrnn.explain(layer, steps=3, batch=2, chip="h100-sxm")
+    named = fusedrnn.explain(
+        "lstm", steps=3, batch=2, input_size=8, hidden_size=16, num_layers=2, bidirectional=True, proj_size=4,
+        dtype=torch.float64, chip="h100-sxm",
+    )  # fmt: skip
+    assert found == named
+    assert fusedrnn.explain(layer, steps=3, batch=2).device == "this machine's cpu"
+    cell = fusedrnn.explain(fusedrnn.RNNCell(3, 4, nonlinearity="relu", backend="reference"), steps=1, batch=2)
+    assert (cell.cell, cell.hidden_size, cell.backend) == ("rnn_relu", 4, "reference")
+    with fusedrnn.backend("cpu"):
+        assert fusedrnn.explain(fusedrnn.RNN(3, 4, backend="reference"), steps=1, batch=2).backend == "cpu"
+    with pytest.raises(TypeError, match="explain takes hidden_size, dtype from the layer: leave it out"):
+        fusedrnn.explain(layer, steps=3, batch=2, hidden_size=16, dtype=BF16)
+    with pytest.raises(TypeError, match=r"got torch\.nn's GRU: call fusedrnn.convert on it first"):
+        fusedrnn.explain(torch.nn.GRU(3, 4), steps=3, batch=2)
+    with pytest.raises(TypeError, match="explain needs input_size=, or a layer of fusedrnn"):
+        fusedrnn.explain(steps=3, batch=2)
+    with pytest.raises(TypeError, match="steps must be an int, got str"):
+        fusedrnn.explain(layer, steps="3", batch=2)
+
+
+def test_what_does_not_fit_is_said():
+    """The weights of 100,000 units alone take 160 GB, their gradients as much."""
+    sizes = {"steps": 1, "batch": 1, "input_size": 100_000, "hidden_size": 100_000, "chip": "a100"}
+    warnings = fusedrnn.explain("lstm", **sizes).warnings
+    assert any("it does not fit: weights, their gradients" in w and "take 640 GB at least, a100" in w for w in warnings)
+    found = fusedrnn.explain("lstm", **sizes, training=False).warnings
+    assert any("it does not fit: weights, x and y take 320 GB at least" in w for w in found)
+    small = fusedrnn.explain("lstm", steps=10, batch=64, input_size=512, hidden_size=512, chip="a100")
+    assert not any("does not fit" in w for w in small.warnings)
+
+
+def test_a_bound_that_nobody_reaches_is_said():
+    found = fusedrnn.explain("lstm", steps=1024, batch=16, input_size=768, hidden_size=768, dtype=BF16, chip="h100-sxm")
+    (warning,) = [w for w in found.warnings if "us a step" in w]
+    assert "take it for no time" in warning
+    assert f"warning: {warning}" in str(found)
+    large = fusedrnn.explain("lstm", steps=8, batch=2048, input_size=4096, hidden_size=4096, chip="h100-sxm")
+    assert not any("us a step" in w for w in large.warnings)
+
+
+def test_a_plan_for_kernels_that_are_not_here(monkeypatch):
+    sizes = {"steps": 3, "batch": 2, "input_size": 8, "hidden_size": 8}
+    monkeypatch.setattr(cuda, "missing", lambda: "a test")
+    assert "no CUDA kernels (a test): the plan is that of one" in fusedrnn.explain(**sizes, chip="a100").warnings[0]
+    monkeypatch.setattr(cuda, "missing", lambda: "")
+    assert not any("no CUDA kernels" in w for w in fusedrnn.explain(**sizes, chip="a100").warnings)
+    assert fusedrnn.explain(**sizes).warnings == ()
+
+
+def test_the_command_takes_names_as_torch_writes_them(capsys):
+    assert main(["explain", "LSTM", "--device", "cpu", "-H", "8"]) == 0
+    assert capsys.readouterr().out.startswith("lstm, ")
+    assert main(["explain", "-H", "0"]) == 2
+    assert "hidden_size must be at least 1, got 0" in capsys.readouterr().err

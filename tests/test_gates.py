@@ -1,6 +1,7 @@
 """record_gates, its summaries, the plots and the command, against gates and numbers computed by hand."""
 
 import copy
+import itertools
 import json
 import math
 import sys
@@ -421,6 +422,20 @@ def test_openness_counts_the_values(plots):
         plots.openness(known("rnn_tanh", h=F))
 
 
+def test_units_that_do_alike_stand_together(plots):
+    """Twelve sines of three phases, shuffled, and four units that hardly move."""
+    steps = torch.arange(40.0)
+    kinds = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2])
+    moving = torch.sin(steps[:, None] * 0.5 + kinds * 2.1) + 0.01 * torch.randn(40, 12)
+    h = torch.cat([moving, 1e-3 * torch.randn(40, 4)], 1)[:, None]
+    order = plots.in_order(known("rnn_tanh", h=h.tolist()), 12)
+    assert sorted(order) == list(range(12))
+    runs = [kinds[unit].item() for unit in order]
+    assert sum(a != b for a, b in itertools.pairwise(runs)) == 2, runs
+    assert plots.in_order(known("rnn_tanh", h=[[[1.0, 1.0]]]), 5) in ([0, 1], [1, 0])
+    assert plots.in_order(known("rnn_tanh", h=[[[1.0]], [[2.0]]]), 5) == [0]
+
+
 def test_what_cannot_be_drawn(plots):
     gates = record_gates(fusedrnn.LSTM(3, 4), torch.randn(5, 2, 3))[1]["l0"]
     with pytest.raises(ValueError, match=r"sample must be in 0..1, got 2"):
@@ -493,6 +508,36 @@ def test_command_with_wrong_input(plots, checkpoint, tmp_path, capsys, change, m
     command = ["gates", "--checkpoint", str(checkpoint("GRU")), "--text", "ab", "--out", str(tmp_path / "out"), *change]
     assert __main__.main(command) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (["--units", "abc"], "units are numbers and ranges, such as 0,3,8-15, got 'abc'"),
+        (["--units", "5-3"], "units are numbers and ranges, such as 0,3,8-15, got '5-3'"),
+        (["--top", "0"], "must be a number of at least 1, got '0'"),
+    ],
+)
+def test_command_with_wrong_numbers(capsys, change, message):
+    with pytest.raises(SystemExit):
+        __main__.main(["gates", "--checkpoint", "x.pt", "--text", "ab", *change])
+    assert message in capsys.readouterr().err
+
+
+def test_command_says_which_characters_the_model_has_not_seen(plots, checkpoint, tmp_path, capsys, monkeypatch):
+    seen, shown = [], []
+    heatmap, record = plots.heatmap, __main__.record_gates
+    monkeypatch.setattr(
+        plots, "heatmap", lambda g, **k: shown.append((k["tokens"], len(k["units"]))) or heatmap(g, **k)
+    )
+    monkeypatch.setattr(__main__, "record_gates", lambda m, x: seen.append(x.flatten().tolist()) or record(m, x))
+    command = ["gates", "--checkpoint", str(checkpoint("GRU")), "--text", "axyab", "--out", str(tmp_path / "out")]
+    assert __main__.main([*command, "--top", "3"]) == 0
+    assert "warning: the model has not seen 'xy'" in capsys.readouterr().err
+    assert seen == [[1, 0, 0, 1, 2]]
+    assert shown == [("a\ufffd\ufffdab", 3)] * 2
+    assert __main__.main([*command[:4], "ab", *command[5:]]) == 0
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_command_where_the_backend_cannot_run(plots, checkpoint, tmp_path, capsys):

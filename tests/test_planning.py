@@ -70,7 +70,7 @@ def test_unknown_names(backend, algorithm):
     with pytest.raises(ValueError, match="must be one of"):
         check_choice(backend, algorithm)
     with pytest.raises(ValueError, match="must be one of"):
-        fusedrnn.backend(backend, algorithm).__enter__()
+        fusedrnn.backend(backend, algorithm)
 
 
 def chosen(**override) -> str:
@@ -232,3 +232,56 @@ def test_simulator_that_is_not_there(setting, message, monkeypatch):
         common.simulator_folder()
     monkeypatch.setenv("FUSEDRNN_SIMULATE", "0")
     assert common.simulator_folder() is None
+
+
+@pytest.mark.parametrize(
+    "layer, batch, error, message",
+    [
+        (torch.nn.LSTM(8, 16), 8, TypeError, "got torch.nn's LSTM: call fusedrnn.convert on it first"),
+        (
+            torch.nn.Sequential(fusedrnn.GRU(3, 4)),
+            8,
+            TypeError,
+            "got Sequential: pass one of the layers that it holds, 0",
+        ),
+        (torch.nn.Linear(3, 4), 8, TypeError, "got Linear, which is none"),
+        ("lstm", 8, TypeError, "plan takes a recurrent layer or cell of fusedrnn, got str"),
+        (fusedrnn.LSTM(3, 4), "8", TypeError, "batch must be an int, got str"),
+        (fusedrnn.LSTM(3, 4), 8.0, TypeError, "batch must be an int, got float"),
+        (fusedrnn.GRUCell(3, 4), -1, ValueError, "batch must be at least 1, got -1"),
+        (fusedrnn.GRUCell(3, 4), 0, ValueError, "batch must be at least 1, got 0"),
+    ],
+)
+def test_what_cannot_be_planned(layer, batch, error, message):
+    with pytest.raises(error, match=message):
+        fusedrnn.plan(layer, batch)
+
+
+def test_a_backend_without_with_warns():
+    with pytest.warns(
+        RuntimeWarning, match=r"fusedrnn.backend\('cpu', 'persistent'\) did nothing: write `with fusedrnn"
+    ):
+        fusedrnn.backend("cpu", "persistent")
+    with pytest.raises(ValueError, match="backend must be one of"):
+        fusedrnn.backend("cudnn")
+
+    @fusedrnn.backend("reference")
+    def decorated():
+        return chosen()
+
+    assert (decorated(), decorated(), chosen(backend="cpu") if chosen() == "cpu" else "cpu") == (
+        "reference",
+        "reference",
+        "cpu",
+    )
+    block = fusedrnn.backend("reference")
+    with block, block:
+        assert chosen() == "reference"
+    assert planning._forced == []
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"])
+def test_messages_name_public_classes(name):
+    for package in (torch.nn, fusedrnn):
+        with pytest.raises(TypeError, match=rf"^{name}\.forward\(\) got an unexpected keyword argument 'h0'"):
+            getattr(package, name)(3, 4)(torch.zeros(2, 3), h0=None)

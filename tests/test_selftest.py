@@ -54,3 +54,25 @@ def test_info_from_a_shell():
     done = subprocess.run([sys.executable, "-m", "fusedrnn", "nonsense"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "invalid choice" in done.stderr
+
+
+def test_what_cannot_run_here_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(selftest, "CELLS", {"gru": CELLS["gru"]})
+    why = lambda backend, problem, machine: None if backend == "reference" else f"{backend} is not here"
+    monkeypatch.setattr(planning, "unsupported", why)
+    assert command.main(["selftest"]) == 0
+    *lines, left_out, last = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert all("agrees" in line for line in lines)
+    assert left_out.startswith("left out: 24 checks that cannot run here (")
+    assert "triton: triton is not here" in left_out
+    assert last.startswith("4 agree with float64 on ")
+
+
+def test_a_reader_that_stops_is_no_error():
+    command = [sys.executable, "-m", "fusedrnn", "bench", "--list", "--json"]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    running.stdout.read(1)
+    running.stdout.close()
+    assert running.stderr.read() == b""
+    running.wait()
