@@ -150,13 +150,22 @@ def svg(chart: Chart) -> str:
         _legend(figure, chart)
         written = io.StringIO()
         figure.savefig(written, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = written.getvalue()
-    text = text[text.index("<svg") :].replace(TEXT, "currentColor")
+    return tidied(written.getvalue(), chart.name).replace(TEXT, "currentColor")
+
+
+def tidied(text: str, name: str) -> str:
+    """matplotlib's SVG for a page: without a header, ids of its own, the font of the page."""
+    text = text[text.index("<svg") :]
     # Several drawings share a page: their ids must differ.
-    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{chart.name}-", text)
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r"(font: [\d.]+px) [^;\"]*", r"\1 system-ui, sans-serif", text)
+    text = re.sub(r"(font: (?:bold )?[\d.]+px) [^;\"]*", r"\1 system-ui, sans-serif", text)
     return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
+
+
+def alone(text: str) -> str:
+    """An SVG as a file of its own, which has no page to take a colour from."""
+    return text.replace("<svg ", '<svg color="#222" style="background:#fff" ', 1)
 
 
 def _draw(panel: Panel, axis, chart: Chart) -> None:

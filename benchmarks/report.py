@@ -11,7 +11,7 @@ from dataclasses import fields
 from datetime import datetime, timezone
 from pathlib import Path
 
-from .charts import Chart, Look, Panel, Series, plotly, svg
+from .charts import Chart, Look, Panel, Series, alone, plotly, svg
 from .problems import MODES, Problem
 from .providers import BASELINE, PROVIDERS
 from .results import Environment, Row
@@ -135,10 +135,7 @@ def figures(charts: list[Chart], folder: Path) -> str:
     parts = []
     for chart in charts:
         still, caption = svg(chart), html.escape(chart.caption)
-        # A file of its own has no page to take a colour from.
-        (folder / f"{chart.name}.svg").write_text(
-            still.replace("<svg ", '<svg color="#222" style="background:#fff" ', 1)
-        )
+        (folder / f"{chart.name}.svg").write_text(alone(still))
         # A "<" inside of JSON could end the script.
         live = json.dumps(plotly(chart)).replace("<", "\\u003c")
         parts.append(
