@@ -24,11 +24,12 @@ INSTALLED := $(VENV)/.fusedrnn-installed-$(subst /,+,$(subst $() ,_,$(CURDIR)))
 ENVIRONMENT := $(strip $(abspath $(VENV)) torch=$(TORCH) $(wildcard $(GPUS)) $(foreach v,FUSEDRNN_BUILD FUSEDRNN_CUDA FUSEDRNN_NVRTC TORCH_CUDA_ARCH_LIST,$(if $($v),$v=$($v))))
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
 CLANG_FORMATTED = $(shell git ls-files 'csrc/*' 'tests/*' | grep -E '\.(h|cuh|cpp|cu)$$')
+SPELLED = README.md CHANGELOG.md CONTRIBUTING.md docs/*.md docs/*.py fusedrnn/*.py fusedrnn/backends benchmarks/*.py kernels examples tests/*.py csrc
 # The tests run on every core where pytest-xdist is; ARGS=-n0 runs them in one process.
 # Threads of one that wait for a core that another has must not spin: passive takes 0.3 s where spinning takes 2.
 WORKERS = $(if $(shell $(PY) -c 'import xdist; print(1)' 2>/dev/null),-n $(MAX_JOBS) --dist worksteal --benchmark-disable)
 
-.PHONY: help install demo test test-all lint bench gpu-cost gpu-check docs dist clean
+.PHONY: help install demo test test-all lint bench gpu-cost gpu-check docs pictures dist clean
 .DELETE_ON_ERROR:
 
 help:
@@ -36,8 +37,9 @@ help:
 	@echo "make test      the tests that take seconds each      make test-all  all tests"
 	@echo "make bench     fusedrnn against torch.nn on the CPU  make gpu-cost  what the GPU kernels cost: counts, a model of time"
 	@echo "make gpu-check first contact with a GPU: are the kernels right, how long is a step; one file to send back"
-	@echo "make lint      ruff and clang-format                 make install   set up and build only"
+	@echo "make lint      ruff, clang-format, spelling, links   make install   set up and build only"
 	@echo "make docs      the documentation (docs/_build/html)  make dist      an sdist and a wheel for the torch of VENV (dist/)"
+	@echo "make pictures  draws those of the documentation that need no model (docs/images/*.svg)"
 	@echo "make clean     remove what was built (not the environment)"
 	@echo "Tests run on every core (ARGS=-n0: one process); without a GPU no CUDA kernels are built (FUSEDRNN_CUDA=1: they are)"
 
@@ -63,11 +65,16 @@ gpu-check: $(INSTALLED)
 lint: $(VENV)/.fusedrnn-extra-lint
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m codespell_lib $(SPELLED)
+	$(PY) docs/links.py
 	$(if $(CLANG_FORMATTED),$(VENV)/bin/clang-format --dry-run -Werror $(CLANG_FORMATTED))
 
 docs: $(INSTALLED) $(VENV)/.fusedrnn-extra-docs
 	$(PY) -m sphinx -W --keep-going -q -b html docs docs/_build/html $(ARGS)
 	@echo docs/_build/html/index.html
+
+pictures: $(INSTALLED)
+	$(PY) docs/draw.py
 
 # FUSEDRNN_CUDA=0 and FUSEDRNN_BUILD=0 leave out what they leave out of an installation.
 dist: $(TORCH_STAMP) $(VENV)/.fusedrnn-extra-dist

@@ -24,7 +24,7 @@ BLUE, ORANGE, GREEN, PINK, GREY, INK = "#9ecbf0", "#f5b98a", "#8fd6bd", "#eabfd6
 
 def speed(kept: list[keep.Kept]) -> str:
     """Who is faster where, of the last release."""
-    last = max((k.release for k in kept), key=version)
+    last = keep.last_release(kept)
     rows = [k for k in kept if k.release == last and k.provider != BASELINE and k.dtype == "float32"]
     looks = {OURS: Look(0), "onnxruntime": Look(1), "openvino": Look(2)}
     panels = []

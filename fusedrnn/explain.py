@@ -566,13 +566,18 @@ def explain(
 ) -> Explanation:
     """What would run for these sizes, and why: plans, grids, memory, operations, bounds. Computes nothing.
 
-    A backend that is forced, by :func:`fusedrnn.backend` or FUSEDRNN_BACKEND, is what runs; where it cannot, none does.
+    A backend that is forced, by :class:`fusedrnn.backend` or FUSEDRNN_BACKEND, is what runs; where it cannot, none is.
 
     Args:
         cell: "lstm", "gru", "rnn_tanh" or "rnn_relu"; or a layer or cell of fusedrnn, which brings its sizes, dtype and
             device (unless a chip or device is named) and the backend that it was made with.
-        steps, batch, input_size, hidden_size, proj_size, num_layers, bidirectional: T, B, I, H, P, L and D as in
-            ``torch.nn.LSTM``; proj_size 0 is no projection.
+        steps: T, the length of a sequence.
+        batch: B.
+        input_size: I.
+        hidden_size: H.
+        proj_size: P; 0 is no projection.
+        num_layers: L.
+        bidirectional: D is 2.
         dtype: of the tensors: float32, float64, bfloat16 or float16.
         tf32: products of float32 are rounded to tf32, as ``torch.backends.cudnn.allow_tf32`` asks for.
         training: gates are saved, and backward is explained as well.

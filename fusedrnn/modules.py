@@ -309,10 +309,12 @@ class LSTM(RecurrentLayer, nn.LSTM):
         dropout: probability of dropping an output of each layer but the last, in training.
         bidirectional: a second direction runs from the last step to the first; outputs are concatenated.
         proj_size: P, projects h to P features (0: no projection).
-        device, dtype: of the parameters: float32, float64, bfloat16, float16.
-        backend, algorithm: force a backend ("reference", "cpu", "triton", "cuda", "torch") and one of its algorithms
-            ("step", "sequence", "persistent") for this module; None lets planning choose. :func:`fusedrnn.backend`
-            overrides both.
+        device: of the parameters.
+        dtype: of the parameters: float32, float64, bfloat16 or float16.
+        backend: "reference", "cpu", "triton", "cuda" or "torch" (torch's own op) for this module; None lets planning
+            choose, and :class:`fusedrnn.backend` overrides it.
+        algorithm: of that backend: "step" or "sequence" of triton, "step" or "persistent" of cuda, "persistent" of cpu;
+            None chooses by the sizes.
         recompute: keep only h and c for backward and compute the gates again there: less memory, more time.
 
     Inputs:
@@ -477,8 +479,13 @@ class LSTMCell(RecurrentCell, nn.LSTMCell):
     """One step of an LSTM, a drop-in for :class:`torch.nn.LSTMCell`.
 
     Args:
-        input_size, hidden_size, bias, device, dtype: as in torch.nn.LSTMCell.
-        backend, algorithm: as in :class:`LSTM`.
+        input_size: I, features of x.
+        hidden_size: H, features of h and c.
+        bias: False leaves out b_ih and b_hh.
+        device: as in :class:`LSTM`.
+        dtype: as in :class:`LSTM`.
+        backend: as in :class:`LSTM`.
+        algorithm: as in :class:`LSTM`.
 
     Inputs:
         input [B, I] or [I]; hx = (h_0, c_0), each [B, H] or [H], zeros if absent.

@@ -49,7 +49,8 @@ def verse(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(verse):
     out = verse.parent / "new" / "out"
-    tiny = "--steps 12 --hidden 16 --layers 2 --batch 4 --length 8 --ulp-weights 2 --vocabulary 40 --generate 9".split()
+    tiny = "--steps 12 --hidden 16 --layers 2 --batch 4 --length 8 --vocabulary 40 --generate 9".split()
+    tiny += ["--ulp", "--ulp-weights", "2"]
     paths = ["--text", str(verse), "--out", str(out), "--checkpoint", str(out.parent / "demo.pt")]
     done = subprocess.run(
         [sys.executable, str(DEMO), *paths, "--device", "cpu", *tiny],
@@ -119,10 +120,13 @@ def test_checkpoint(demo, trained, verse):
 
 @pytest.mark.parametrize("cell", ["GRU", "RNN"])
 def test_other_cells(demo, verse, tmp_path, capsys, cell):
-    tiny = "--steps 3 --hidden 8 --batch 2 --length 8 --ulp-weights 1 --vocabulary 20 --generate 5 --device cpu".split()
+    tiny = "--steps 3 --hidden 8 --batch 2 --length 8 --vocabulary 20 --generate 5 --device cpu".split()
     assert demo.main(["--cell", cell, "--text", str(verse), "--out", str(tmp_path), *tiny]) == 0
     printed = capsys.readouterr().out
     assert f"1 x {cell} 8" in printed
+    assert "one ulp moved" not in printed
+    assert "--ulp measures how far torch.nn gets from itself" in printed
+    assert f"fusedrnn.{cell} from torch.nn.{cell}" in printed
     losses = json.loads((tmp_path / "char_lm.json").read_text(encoding="utf-8"))["losses"]
     assert list(losses) == [f"torch.nn.{cell}", f"fusedrnn.{cell}"]
     assert losses[f"fusedrnn.{cell}"] == pytest.approx(losses[f"torch.nn.{cell}"], rel=1e-4)

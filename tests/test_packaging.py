@@ -150,6 +150,7 @@ def test_sdist_and_pure_wheel(checkout, tmp_path):
     wanted = {"fusedrnn/_facts.json"}
     for source, target in folders.items():
         files = [p for p in (checkout / source).rglob("*") if p.suffix in (".py", ".csv", ".typed")]
+        files = [p for p in files if p.parent.name != "history"]  # what the documentation draws
         wanted |= {f"{target}/{p.relative_to(checkout / source)}" for p in files}
     assert found == wanted
 
