@@ -44,8 +44,8 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _INPUTS = (
     "Tensor x, Tensor[] states, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, "
-    "Tensor[] parameters, Tensor[] inputs, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, "
-    "Tensor[] reset_states, bool reverse, int heads, "
+    "Tensor[]? parameters, Tensor[]? inputs, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, "
+    "Tensor[]? reset_states, bool reverse, int heads, "
 )
 SCHEMAS = {
     "sequence": (
@@ -453,8 +453,8 @@ def sequence_arguments(
 ) -> tuple:  # fmt: skip
     """The arguments of the op sequence for those of :func:`sequence`."""
     return (
-        cell, x, [h0] if c0 is None else [h0, c0], w_ih, w_hh, b_ih, b_hh, w_hr, [], [], batch_sizes, None, resets, [],
-        reverse, 1, backend, algorithm, keep_gates, keep_cells,
+        cell, x, [h0] if c0 is None else [h0, c0], w_ih, w_hh, b_ih, b_hh, w_hr, None, None, batch_sizes, None, resets,
+        None, reverse, 1, backend, algorithm, keep_gates, keep_cells,
     )  # fmt: skip
 
 
@@ -490,7 +490,7 @@ def sequence_backward_arguments(
     else:
         states, dfinals, devery, every = [h0, c0], [dh_n, dc_n], [dcells], [cells]
     return (
-        cell, dy, dfinals, devery, x, states, w_ih, w_hh, b_ih, b_hh, w_hr, [], [], batch_sizes, None, resets, [],
+        cell, dy, dfinals, devery, x, states, w_ih, w_hh, b_ih, b_hh, w_hr, None, None, batch_sizes, None, resets, None,
         reverse, 1, y, gates, every, backend, algorithm, needs,
     )  # fmt: skip
 

@@ -18,8 +18,8 @@ using Held = std::optional<torch::stable::Tensor>;
 
 #define FUSEDRNN_INPUTS                                                                             \
   "Tensor x, Tensor[] states, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, " \
-  "Tensor[] parameters, Tensor[] inputs, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, "    \
-  "Tensor[] reset_states, bool reverse, int heads, "
+  "Tensor[]? parameters, Tensor[]? inputs, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, "  \
+  "Tensor[]? reset_states, bool reverse, int heads, "
 constexpr const char* kSequence = "sequence(str cell, " FUSEDRNN_INPUTS
                                   "str backend, str algorithm, bool keep_gates, bool keep_states)"
                                   " -> (Tensor y, Tensor[] final_states, Tensor gates, Tensor[] every_state)";
@@ -43,7 +43,9 @@ StableIValue give(std::vector<Tensor>&& tensors) {
 // The arguments that both ops share, taken from the stack.
 struct Given {
   Held x, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, lengths, resets;
-  std::vector<torch::stable::Tensor> states, parameters, inputs, reset_states;
+  std::vector<torch::stable::Tensor> states;
+  // Absent and not empty: AOTInductor's executor hands an empty list over as None.
+  std::optional<std::vector<torch::stable::Tensor>> parameters, inputs, reset_states;
   bool reverse;
   int64_t heads;
 
@@ -58,9 +60,9 @@ struct Given {
         lengths(to<Held>(s[10])),
         resets(to<Held>(s[11])),
         states(to<std::vector<torch::stable::Tensor>>(s[1])),
-        parameters(to<std::vector<torch::stable::Tensor>>(s[7])),
-        inputs(to<std::vector<torch::stable::Tensor>>(s[8])),
-        reset_states(to<std::vector<torch::stable::Tensor>>(s[12])),
+        parameters(to<std::optional<std::vector<torch::stable::Tensor>>>(s[7])),
+        inputs(to<std::optional<std::vector<torch::stable::Tensor>>>(s[8])),
+        reset_states(to<std::optional<std::vector<torch::stable::Tensor>>>(s[12])),
         reverse(to<bool>(s[13])),
         heads(to<int64_t>(s[14])) {}
 
@@ -69,7 +71,8 @@ struct Given {
                    "' of backend 'cpu' cannot run: it has persistent only");
     const size_t wanted = 1 + gates_and_c(cell).second;
     FUSEDRNN_CHECK(states.size() == wanted, "fusedrnn: ", cell, " has ", wanted, " states, got ", states.size());
-    FUSEDRNN_CHECK(parameters.empty() && inputs.empty() && reset_states.empty() && !lengths && heads == 1,
+    const auto absent = [](const auto& list) { return !list || list->empty(); };
+    FUSEDRNN_CHECK(absent(parameters) && absent(inputs) && absent(reset_states) && !lengths && heads == 1,
                    "fusedrnn: the cell ", cell,
                    " of backend 'cpu' takes no parameters, inputs, lengths, reset_states, and heads must be 1");
     return {borrow(x),
