@@ -3,12 +3,15 @@
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+import fusedrnn
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -164,3 +167,44 @@ def test_distributed_under_torchrun():
     )
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"^ddp +2 ", done.stdout, re.MULTILINE)) == 1
+
+
+README_OF_AOTI = (EXAMPLES / "aoti" / "README.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++: no package of AOTInductor is compiled or run from C++")
+def test_tagger_goes_to_onnx_and_into_a_program_of_cpp_by_its_page(tmp_path):
+    library = Path(fusedrnn.__file__).with_name("libfusedrnn.so")
+    if not library.exists():
+        pytest.skip("libfusedrnn.so is not built: no package of AOTInductor is run from C++")
+    shell, code = re.findall(r"^```(?:python)?\n(.*?)^```$", README_OF_AOTI, re.MULTILINE | re.DOTALL)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    (tmp_path / "examples").symlink_to(EXAMPLES)
+
+    def check(*command):
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path, timeout=900, env=os.environ | {"PATH": path}
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout.splitlines()
+
+    lines = check("bash", "-e", "-c", shell)
+    python, again = lines[-6:-3], lines[-3:]
+    assert float(re.search(r"([\d.]+)%", lines[0])[1]) > 95
+    assert python == again
+    assert [len(line.split()) for line in again] == [9, 2, 3]
+    # Without Python in its environment, one sequence, and what is wrong.
+    program, package = tmp_path / "tagger", tmp_path / "tagger.pt2"
+
+    def run_program(*arguments):
+        return subprocess.run([program, *arguments], capture_output=True, text=True, env={}, timeout=60)
+
+    assert run_program(library, package, "2 7").stdout == again[1] + "\n"
+    assert run_program(tmp_path / "missing.so", package, "2 7").returncode == 1
+    # And from Python.
+    load = "import torch, fusedrnn; print(torch._inductor.aoti_load_package('tagger.pt2')"
+    load += "(torch.tensor([[2, 7]]), torch.tensor([2])).argmax(-1).tolist())"
+    assert check(sys.executable, "-c", load) == [str([[int(t) for t in again[1].split()]])]
+    pytest.importorskip("onnxruntime", reason="the tagger is not run in ONNX Runtime: not installed (extra 'test')")
+    assert [line.split() for line in check(sys.executable, "-c", code)] == [["[[1", "0", "1]"], ["[0", "0", "0]]"]]
