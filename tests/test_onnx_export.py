@@ -398,3 +398,48 @@ def test_export_leaves_nothing_behind():
             export(First(fusedrnn.LSTM(I, H, proj_size=2)), (x,), ((),), False)
     assert not torch.jit.is_tracing()
     assert torch.equal(layer(x)[0], want)
+
+
+class Loop(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cell = fusedrnn.LSTMCell(I, H)
+
+    def forward(self, x):
+        hx, every = None, []
+        for t in range(3):
+            hx = self.cell(x[t], hx)
+            every.append(hx[0])
+        return torch.stack(every)
+
+
+class EncoderDecoder(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = fusedrnn.LSTM(I, H, 2, bidirectional=True)
+        self.decoder = fusedrnn.LSTM(2 * H, H, 2, bidirectional=True)
+
+    def forward(self, x):
+        return self.decoder(*self.encoder(x))[0]
+
+
+def with_weight_norm():
+    return First(torch.nn.utils.parametrizations.weight_norm(fusedrnn.GRU(I, H), "weight_hh_l0"))
+
+
+def with_tied_weights():
+    gru = fusedrnn.GRU(I, H, bidirectional=True)
+    gru.weight_hh_l0_reverse = gru.weight_hh_l0
+    return First(gru)
+
+
+MODELS = [(Loop, 3), (EncoderDecoder, 4), (with_weight_norm, 1), (with_tied_weights, 1)]
+
+
+@pytest.mark.parametrize("make_model, count", MODELS)
+@pytest.mark.parametrize("dynamo", EXPORTERS)
+def test_models(dynamo, make_model, count):
+    model = make_model()
+    found = export(model, (torch.randn(4, 2, I),), ((1,),), dynamo)
+    assert len(nodes(found)) == count
+    agree(found, model, (torch.randn(4, 3, I),))
