@@ -202,6 +202,34 @@ def test_a_first_call_inside_a_transform(card):
     assert torch.allclose(got, torch.func.grad(lambda x: theirs(x)[0].sum())(x), atol=1e-5)
 
 
+def test_a_first_call_that_is_compiled(card):
+    """A compiled graph is checked as it is traced; what was found fastest for some sizes is not in it."""
+    ours, theirs = layer_and_twin("GRU")
+    x = torch.randn(3, 2, 6)
+    compiled = torch.compile(ours, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.allclose(compiled(x)[0], theirs(x)[0], atol=1e-5)
+    assert len(card.checked) == 2
+
+
+def test_a_kernel_with_a_wrong_instruction_gives_way(card, monkeypatch, tmp_path):
+    """In the compiled code of one file: a logarithm where an exponential was."""
+    right = cuda._simulated()
+    for path in right.folder.glob("*.ptx"):
+        text = path.read_text()
+        if path.name.startswith("step_forward"):
+            assert "ex2.approx.f32" in text
+            text = text.replace("ex2.approx", "lg2.approx")
+        (tmp_path / path.name).write_text(text)
+    library = right.simulator
+    wrong = cuda._Kernels(right.dll._name, str(library.path), tmp_path, library)
+    monkeypatch.setattr(cuda, "_kernels", lambda device: wrong)
+    ours, theirs = layer_and_twin()
+    x = torch.randn(3, 2, 6)
+    with pytest.warns(RuntimeWarning, match="lstm cuda step in float32: it (differs from torch's op|gives NaN)"):
+        assert torch.equal(ours(x)[0], theirs(x)[0])
+
+
 def test_a_folder_that_cannot_be_written_to(card, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FUSEDRNN_CACHE", str(tmp_path / "file" / "below"))
