@@ -6,7 +6,8 @@ Its parts, each in a process of its own, so that a kernel that fails costs its p
     selftest  every kernel against float64
     tests     the kernels' tests, in a checkout with pytest
     exchange  R, a strong load from L2, and S, from a strong store to where another block can see it
-    steps     time of a step, T = 1024 less T = 512: the kernels alone, the layers, cuDNN's, and what the model says
+    model     what the simulator's clock says of a step, with the R and S that were measured (a checkout with an nvcc)
+    steps     time of a step, T = 1024 less T = 512: the kernels alone, the layers, cuDNN's
     bench     the quick benchmark
 Without a GPU it goes as far as the simulator does (FUSEDRNN_SIMULATE=1), at sizes that fit it; those are no times.
 """
@@ -36,14 +37,13 @@ from fusedrnn.cells import CELLS
 from . import measure, problems, providers, results, runner
 from .problems import Problem
 
-PARTS = ("about", "selftest", "tests", "exchange", "steps", "bench")
-SECONDS = {"about": 300, "selftest": 900, "tests": 3600, "exchange": 300, "steps": 1800, "bench": 3600}
+PARTS = ("about", "selftest", "tests", "exchange", "model", "steps", "bench")
+SECONDS = {"about": 300, "selftest": 900, "tests": 3600, "exchange": 300, "model": 3600, "steps": 1800, "bench": 3600}
 ROOT = Path(fusedrnn.__file__).resolve().parents[1]
 TESTS = ("test_cuda_kernels.py", "test_recurrence.py", "test_cuda_launcher.py", "test_transforms.py")
 
-# us a step on an H100 SXM in bfloat16 (LSTM, the kernels alone), by (backward, B, H): estimates made of R = 0.20 and
-# S = 0.25 us, latencies and stall counts (docs/kernels.md). A model; no GPU gave them.
-MODEL = {(False, 16, 768): 3.0, (True, 16, 768): 4.6, (False, 64, 1024): 6.0, (True, 64, 1024): 11.0}
+# R and S in us where none were measured: those that docs/kernels.md expects of an H100.
+EXPECTED = (0.20, 0.25)
 
 # One thread of two blocks. exchange: they send each other a packet of 16 bytes in turn, and each waits for the other's;
 # a word that is all ones has not come. chase: loads of which each says where the next one is, as the sum of its words.
@@ -267,8 +267,6 @@ def steps(device: torch.device) -> list[dict]:
             except Exception as error:  # as much as can be had of a card that nobody has seen
                 row["why"] = measure.in_words(error)
             measure.give_memory_back(device)
-            if (what, name) == ("kernel", "cuda:persistent"):
-                row["model_us_per_step"] = MODEL.get((mode == "backward", batch, hidden))
             found.append(row)
     # A plan that a card has no room for is no failure, and a peer's failure is not ours.
     bad = [r for r in found if ("cuda" in r["name"] or "fusedrnn" in r["name"] or "triton" in r["name"])
@@ -276,6 +274,22 @@ def steps(device: torch.device) -> list[dict]:
     if bad:
         raise PartError(f"{len(bad)} rows of ours have no time, the first: {bad[0]}", found)
     return found
+
+
+def model(device: torch.device, load: float = EXPECTED[0], store: float = EXPECTED[1]) -> dict:
+    """Microseconds of a step of the persistent kernels by the simulator's virtual clock: a model of an H100."""
+    from . import gpu_cost
+
+    if simulator(".build") is None or simulator(".build").cuda_home() is None:
+        return {"left_out": "there is no simulator (a checkout) or no nvcc"}
+    kernels = [k for k in gpu_cost.GOALS if k.algorithm == "persistent"]
+    if device.type != "cuda":
+        kernels = [gpu_cost.Kernel("persistent", backward, 2, 32, 0, 0) for backward in (False, True)]
+    said = {}
+    for kernel in kernels:
+        nanoseconds = gpu_cost.by_the_clock(kernel, round(load * 1e3), round(store * 1e3))["ns"]
+        said[f"{'backward' if kernel.backward else 'forward'} B={kernel.batch} H={kernel.hidden}"] = nanoseconds / 1e3
+    return {"R_us": load, "S_us": store, "us_per_step": said, "how": "a model of an H100, nothing measured but R and S"}
 
 
 def about(device: torch.device) -> dict:
@@ -343,10 +357,10 @@ class PartError(Exception):
         self.found = found
 
 
-def run_part(name: str, device: torch.device) -> dict:
+def run_part(name: str, device: torch.device, *given: float) -> dict:
     start, said = time.perf_counter(), {"status": "ok"}
     try:
-        said["found"] = globals()[name](device)
+        said["found"] = globals()[name](device, *given)
     except PartError as error:
         said |= {"status": "failed", "why": str(error), "found": error.found}
     except Exception as error:  # goes into the file, with the others' results
@@ -354,14 +368,17 @@ def run_part(name: str, device: torch.device) -> dict:
     return said | {"seconds": round(time.perf_counter() - start, 1)}
 
 
-def in_a_process(name: str, device: torch.device) -> dict:
-    """A part's result, from a process of its own."""
+def in_a_process(name: str, device: torch.device, given: tuple[float, ...] = ()) -> dict:
+    """A part's result, from a process of its own; the model's runs in the simulator."""
+    environment = dict(os.environ)
+    if name == "model" and (ROOT / "tests" / "ptxsim").exists():
+        environment.setdefault("FUSEDRNN_SIMULATE", str(ROOT / "tests" / "ptxsim"))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "part.json"
         command = [sys.executable, "-m", "fusedrnn.benchmarks.gpu_check", "--part", name, "--device", str(device),
-                   "--out", str(path)]  # fmt: skip
+                   "--out", str(path), "--given", *map(str, given)]  # fmt: skip
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS[name])
+            done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS[name], env=environment)
         except subprocess.TimeoutExpired:
             return {"status": "failed", "why": f"it took more than {SECONDS[name]} s"}
         if path.exists():
@@ -377,11 +394,14 @@ def lines(report: dict) -> list[str]:
         found = part.get("found")
         if name == "exchange" and found and "R_us" in found:
             said.append(f"          R {found['R_us']:.3f} us, S {found['S_us']['median']:.3f} us")
+        for what, us in found.get("us_per_step", {}).items() if name == "model" and found else ():
+            said.append(
+                f"          persistent {what}: {us:.2f} us by a model, R {found['R_us']:.3f} S {found['S_us']:.3f}"
+            )
         for row in found if name == "steps" and found else ():
             value = f"{row['us_per_step']:8.2f} us" if "us_per_step" in row else row["why"]
-            model = f"  (model, not measured: {row['model_us_per_step']} us)" if row.get("model_us_per_step") else ""
             what = f"{row['what']:<7}{row['name']:<26}{row['mode']:<9}B={row['B']} H={row['H']}"
-            said.append(f"          {what}  {value}{model}")
+            said.append(f"          {what}  {value}")
     return said
 
 
@@ -390,6 +410,7 @@ def main(argv: list[str] | None = None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--parts", default=",".join(PARTS), metavar="A,B", help="default: %(default)s")
     parser.add_argument("--part", choices=PARTS, help="one part, in this process; used by the others")
+    parser.add_argument("--given", nargs="*", type=float, default=[], help=argparse.SUPPRESS)
     parser.add_argument("--device", help="cuda[:n], or cpu for the simulator; default: a GPU where there is one")
     parser.add_argument("--out", type=Path, default=Path("gpu-check.json"), help="default: %(default)s")
     arguments = parser.parse_args(argv)
@@ -404,7 +425,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if arguments.part:
-        arguments.out.write_text(json.dumps(run_part(arguments.part, device)))
+        arguments.out.write_text(json.dumps(run_part(arguments.part, device, *arguments.given)))
         return 0
     report = {
         "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -415,7 +436,9 @@ def main(argv: list[str] | None = None) -> int:
     }
     for name in arguments.parts.split(","):
         print(f"{name} ...", flush=True)
-        report["parts"][name] = in_a_process(name, device)
+        measured = report["parts"].get("exchange", {}).get("found", {}) if name == "model" else {}
+        given = (measured["R_us"], max(measured["S_us"]["median"], 0.0)) if "R_us" in measured else ()
+        report["parts"][name] = in_a_process(name, device, given)
         partial = arguments.out.with_suffix(".part")
         partial.write_text(json.dumps(report, indent=1) + "\n")  # a run that is cut off leaves what it found
         os.replace(partial, arguments.out)

@@ -19,16 +19,20 @@ CPU = torch.device("cpu")
 
 def test_every_part_leaves_its_result_in_one_file(tmp_path, capsys):
     out = tmp_path / "check.json"
-    assert gpu_check.main(["--device", "cpu", "--parts", "about,exchange,steps", "--out", str(out)]) == 0
+    assert gpu_check.main(["--device", "cpu", "--parts", "about,exchange,model,steps", "--out", str(out)]) == 0
     report = json.loads(out.read_text())
     assert not report["measured_on_a_gpu"]
     parts = report["parts"]
-    assert list(parts) == ["about", "exchange", "steps"]
+    assert list(parts) == ["about", "exchange", "model", "steps"]
     assert {part["status"] for part in parts.values()} == {"ok"}
     about = parts["about"]["found"]
     assert about["info"]["torch_running"] == torch.__version__
     assert "W_hh stays in registers" in about["plans"]["backward=True"]
     assert parts["exchange"]["found"]["packets"] == "arrived"
+    modelled = parts["model"]["found"]
+    assert (modelled["R_us"], modelled["S_us"]) == gpu_check.EXPECTED
+    assert all(0.1 < us < 10 for us in modelled["us_per_step"].values())
+    assert len(modelled["us_per_step"]) == 2
     rows = parts["steps"]["found"]
     kernels = {(r["name"], r["mode"]) for r in rows if r["what"] == "kernel"}
     assert kernels == {(n, m) for n in ("cuda:persistent", "cuda:step", "triton:step") for m in ("forward", "backward")}
@@ -36,13 +40,17 @@ def test_every_part_leaves_its_result_in_one_file(tmp_path, capsys):
     # What ran here says nothing of a GPU's time, and claims nothing.
     assert {r["why"] for r in rows} == {"ran; simulated: no time"}
     assert not any("us_per_step" in r for r in rows)
-    assert " us" not in capsys.readouterr().out.replace("status", "")
+    timed = [line for line in capsys.readouterr().out.splitlines() if " us" in line]
+    assert len(timed) == 2
+    assert all("by a model" in line for line in timed)
 
 
 def test_a_part_that_fails_costs_its_own_result(tmp_path, monkeypatch, capsys):
     died = {"status": "failed", "why": "its process ended with 7"}
     monkeypatch.setattr(
-        gpu_check, "in_a_process", lambda name, device: died if name == "exchange" else {"status": "ok", "found": []}
+        gpu_check,
+        "in_a_process",
+        lambda name, device, given: died if name == "exchange" else {"status": "ok", "found": []},
     )
     out = tmp_path / "check.json"
     assert gpu_check.main(["--device", "cpu", "--parts", "exchange,bench", "--out", str(out)]) == 1
