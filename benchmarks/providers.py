@@ -255,6 +255,8 @@ def _make_ours(backend: str | None, algorithm: str | None, **options) -> Callabl
         try:
             layer, run = _module_call(fusedrnn, given, mode, backend=backend, algorithm=algorithm, **options)
             plan = fusedrnn.plan(layer, given.problem.B)
+            timed = fusedrnn.plan(layer, given.problem.B, steps=given.problem.T, backward=mode in ("train", "memory"))
+            plan = timed if timed.timed else plan
         except (RuntimeError, NotImplementedError) as error:
             if backend is None:
                 raise
