@@ -38,7 +38,7 @@ help:
 	@echo "make bench     fusedrnn against torch.nn on the CPU  make gpu-cost  what the GPU kernels cost: counts, a model of time"
 	@echo "make gpu-check first contact with a GPU: are the kernels right, how long is a step; one file to send back"
 	@echo "make lint      ruff, clang-format, spelling, links   make install   set up and build only"
-	@echo "make docs      the documentation (docs/_build/html)  make dist      an sdist and a wheel for the torch of VENV (dist/)"
+	@echo "make docs      the documentation (docs/_build/html)  make dist      an sdist, the wheel for every torch, a pure one (dist/)"
 	@echo "make pictures  draws those of the documentation that need no model (docs/images/*.svg)"
 	@echo "make clean     remove what was built (not the environment)"
 	@echo "Tests run on every core (ARGS=-n0: one process); without a GPU no CUDA kernels are built (FUSEDRNN_CUDA=1: they are)"
@@ -77,8 +77,15 @@ pictures: $(INSTALLED)
 	$(PY) docs/draw.py
 
 # FUSEDRNN_CUDA=0 and FUSEDRNN_BUILD=0 leave out what they leave out of an installation.
-dist: $(TORCH_STAMP) $(VENV)/.fusedrnn-extra-dist
-	$(PY) -m build --no-isolation $(ARGS)
+# One wheel for every torch and Python that are supported; device code for drivers of CUDA 12 and later where its
+# compiler, the extra cuda-wheel, is installed.
+WHEEL_NVRTC = $(if $(wildcard $(VENV)/.fusedrnn-extra-cuda-wheel),FUSEDRNN_NVRTC=12)
+dist: $(TORCH_STAMP) $(VENV)/.fusedrnn-extra-dist $(if $(filter 0,$(FUSEDRNN_CUDA)),,$(VENV)/.fusedrnn-extra-cuda-wheel)
+	$(PY) -m build --no-isolation --sdist $(ARGS)
+	FUSEDRNN_BUILD=0 $(PY) -m build --no-isolation --wheel $(ARGS)
+	FUSEDRNN_DIRECT=0 $(WHEEL_NVRTC) TORCH_CUDA_ARCH_LIST='$(or $(TORCH_CUDA_ARCH_LIST),8.0+PTX;9.0;10.0;12.0)' \
+	  $(PY) -m build --no-isolation --wheel $(ARGS)
+	$(PY) -m abi3audit --assume-minimum-abi3 3.10 dist/*-abi3-*.whl
 
 install: $(INSTALLED)
 
@@ -86,11 +93,12 @@ clean:
 	rm -rf build dist *.egg-info demo-out bench-out gates-out docs/_build
 	rm -rf fusedrnn/*.so fusedrnn/device
 
-# Building inside the environment (--no-build-isolation) makes the extension fit its torch.
+# Without isolation: _direct has to fit the environment's torch.
 $(INSTALLED): $(TORCH_STAMP) $(SOURCES)
 	@rm -f $(VENV)/.fusedrnn-installed-*
 	@[ "$$(cat build/environment 2>/dev/null)" = "$(ENVIRONMENT)" ] || rm -rf fusedrnn/*.so fusedrnn/device
 	FUSEDRNN_CUDA=$(or $(FUSEDRNN_CUDA),auto) $(PY) -m pip install $(NO_COMPILE) $$([ -e $(OURS) ] || echo --no-deps) --no-build-isolation -e '.[test,demo]'
+	@[ ! -e $(OURS) ] || $(PY) -c 'import triton' 2>/dev/null || $(PY) -m pip install $(NO_COMPILE) 'triton>=3.6'
 	@$(PY) -c "import fusedrnn; i = fusedrnn.build_info(); \
 	  print('fusedrnn: C++ extension:', i['cpu_capability'] or i['extension_why']); print('fusedrnn:', i['cuda_why'])"
 	@mkdir -p build && echo '$(ENVIRONMENT)' > build/environment

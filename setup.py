@@ -96,6 +96,13 @@ class BuildPy(build_py):
         folder = ROOT / "fusedrnn" if self.editable_mode else Path(self.build_lib) / "fusedrnn"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "_facts.json").write_text(json.dumps(FACTS, indent=1) + "\n")
+        if not self.editable_mode:
+            # What cells of one's own are compiled with.
+            for path in (ROOT / "csrc").rglob("*"):
+                if path.suffix in (".h", ".cuh", ".cu"):
+                    target = folder / "csrc" / path.relative_to(ROOT / "csrc")
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(path, target)
 
 
 class BuildExt(build_ext):
@@ -223,9 +230,16 @@ else:
 setup(
     version=VERSION,
     install_requires=[TORCH],
-    packages=["fusedrnn", "fusedrnn.backends", "fusedrnn.benchmarks", "fusedrnn.benchmarks.data", "fusedrnn.kernels"],
+    packages=[
+        *("fusedrnn", "fusedrnn.backends", "fusedrnn.kernels"),
+        *("fusedrnn.benchmarks", "fusedrnn.benchmarks.data", "fusedrnn.benchmarks.history"),
+    ],
     package_dir={"fusedrnn": "fusedrnn", "fusedrnn.benchmarks": "benchmarks", "fusedrnn.kernels": "kernels"},
-    package_data={"fusedrnn": ["py.typed"], "fusedrnn.benchmarks.data": ["*.csv"]},
+    package_data={
+        "fusedrnn": ["py.typed"],
+        "fusedrnn.benchmarks.data": ["*.csv"],
+        "fusedrnn.benchmarks.history": ["*.csv"],
+    },
     ext_modules=extensions,
     # One wheel for every CPython, where nothing in it is for one only.
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if len(extensions) == 1 else {},

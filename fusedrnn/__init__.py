@@ -16,7 +16,7 @@ from fusedrnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from fusedrnn.planning import backend, plan
 from fusedrnn.trials import Timing, tune
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "GRU",
     "LSTM",

@@ -61,15 +61,55 @@ def test_the_command_line_tells_the_version():
 
 
 @pytest.mark.slow
-def test_the_version_says_what_was_compiled(checkout):
+def test_the_version_is_that_of_every_torch(checkout):
     assert f'"torch{_build.TORCH_RANGE}"' in (checkout / "setup.py").read_text()
-    release = torch.__version__.split("+")[0]
-    for environment, version in (
-        ({"FUSEDRNN_BUILD": "0"}, fusedrnn.__version__),
-        ({"FUSEDRNN_BUILD": "1", "FUSEDRNN_CUDA": "0"}, f"{fusedrnn.__version__}+cpu.torch{release}"),
-    ):
+    for environment in ({"FUSEDRNN_BUILD": "0"}, {"FUSEDRNN_BUILD": "1", "FUSEDRNN_CUDA": "0"}):
         done = python("setup.py", "--version", folder=checkout, **environment)
-        assert done.stdout.split()[-1] == version, done.stderr
+        assert done.stdout.split()[-1] == fusedrnn.__version__, done.stderr
+
+
+def undefined(library: Path) -> set[str]:
+    done = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True)
+    return {line.split()[-1].split("@")[0] for line in done.stdout.splitlines()}
+
+
+@pytest.mark.skipif(not _build.loaded(), reason=f"the C++ extension: {_build.why_not_loaded()}")
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm: what the libraries need of torch is not checked")
+def test_the_libraries_need_only_what_every_torch_has():
+    """Torch's stable C functions, of 2.11, and of Python its limited API."""
+    folder = Path(_build._extension.__file__).parent
+    include = Path(torch.__file__).parent / "include" / "torch" / "csrc"
+    stable, conditions = set(), []
+    for name in ("inductor/aoti_torch/c/shim.h", "stable/c/shim.h"):
+        for line in (include / name).read_text().splitlines():
+            if line.startswith("#if"):
+                conditions.append(re.search(r"TORCH_VERSION_2_1[2-9]_0", line))
+            elif line.startswith("#endif"):
+                conditions.pop()
+            elif not any(conditions):  # else from a later version on
+                stable |= set(re.findall(r"\b((?:aoti_)?torch_\w+)\(", line))
+    for name in ("libfusedrnn.so", "_C.abi3.so"):
+        needs = undefined(folder / name)
+        of_torch = {s for s in needs if "torch" in s or "c10" in s or "2at" in s}
+        own = {s for s in of_torch if "8fusedrnn" in s}
+        assert len(of_torch - own) > 5
+        assert of_torch - own <= stable, (name, of_torch - own - stable)
+        assert not own or name == "_C.abi3.so"
+        of_python = {s for s in needs if s.startswith(("Py", "_Py"))}
+        assert bool(of_python) == (name == "_C.abi3.so"), of_python
+        readelf = subprocess.run(["readelf", "-d", folder / name], capture_output=True, text=True, check=True).stdout
+        needed = set(re.findall(r"\(NEEDED\).*\[(.+)\]", readelf))
+        assert not {n for n in needed if "gomp" in n or "omp.so" in n or "python" in n}, needed
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not _build.loaded(), reason=f"the C++ extension: {_build.why_not_loaded()}")
+def test_the_module_keeps_to_the_limited_api():
+    pytest.importorskip("abi3audit", reason="no abi3audit (extra 'dist'): the module's use of Python is not checked")
+    done = python(
+        *("-m", "abi3audit", "--strict", "--assume-minimum-abi3", "3.10", _build._extension.__file__), folder=ROOT
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow
@@ -97,9 +137,11 @@ def test_cuda_kernels_are_built(checkout):
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: setup.py is not asked what it does without")
 def test_cuda_kernels_are_left_out_without_a_gpu(checkout):
-    done = python("setup.py", "--version", folder=checkout, FUSEDRNN_BUILD="1", FUSEDRNN_CUDA="auto")
-    release = torch.__version__.split("+")[0]
-    assert done.stdout.split()[-1] == f"{fusedrnn.__version__}+cpu.torch{release}", done.stderr
+    code = (
+        "import sys; sys.argv = ['setup.py', '--version']; import setup; print(setup.COMPILER, setup.FACTS['cuda_why'])"
+    )
+    done = python("-c", code, folder=checkout, FUSEDRNN_BUILD="1", FUSEDRNN_CUDA="auto")
+    assert done.stdout.splitlines()[-1].startswith("None CUDA kernels are left out: there is no NVIDIA GPU"), done
 
 
 def test_setup_without_torch_says_what_to_do(checkout, tmp_path):
@@ -152,6 +194,8 @@ def test_sdist_and_pure_wheel(checkout, tmp_path):
         files = [p for p in (checkout / source).rglob("*") if p.suffix in (".py", ".csv", ".typed")]
         files = [p for p in files if p.parent.name != "history"]  # what the documentation draws
         wanted |= {f"{target}/{p.relative_to(checkout / source)}" for p in files}
+    headers = [p for p in (checkout / "csrc").rglob("*") if p.suffix in (".h", ".cuh", ".cu")]
+    wanted |= {f"fusedrnn/csrc/{p.relative_to(checkout / 'csrc')}" for p in headers}
     assert found == wanted
 
     code = """if True:
