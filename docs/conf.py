@@ -19,7 +19,7 @@ myst_enable_extensions = ["substitution"]
 myst_substitutions = {"result": keep.sentence(keep.read())}
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-napoleon_custom_sections = ["Inputs", "Outputs"]
+napoleon_custom_sections = [("Inputs", "params_style"), "Outputs"]
 napoleon_use_rtype = False
 html_theme = "furo"
 with (Path(__file__).parents[1] / "pyproject.toml").open("rb") as file:

@@ -156,7 +156,10 @@ class RecurrentLayer(nn.RNNBase):
             if torch.compiler.is_exporting():
                 functional.check_packed_export(batch_sizes)
             self.check_input(input, batch_sizes)
-            batch = int(batch_sizes[0]) if batch_sizes.numel() else 0
+            if sorted_indices is not None and torch.compiler.is_compiling():
+                batch = sorted_indices.size(0)  # known to the compiler, which would break the graph to read batch_sizes
+            else:
+                batch = int(batch_sizes[0]) if batch_sizes.numel() else 0
         else:
             if not isinstance(input, Tensor):
                 raise TypeError(
@@ -318,14 +321,18 @@ class LSTM(RecurrentLayer, nn.LSTM):
         recompute: keep only h and c for backward and compute the gates again there: less memory, more time.
 
     Inputs:
-        input [T, B, I], [T, I] or a PackedSequence; hx = (h_0 [L*D, B, P], c_0 [L*D, B, H]), zeros if absent.
+        input: [T, B, I], [B, T, I] with ``batch_first``, [T, I] or a PackedSequence.
+        hx: (h_0 [L*D, B, P], c_0 [L*D, B, H]), zeros if absent.
         resets: bool [T, B] ([B, T] with ``batch_first``, [T] without a batch; [T, B] for a PackedSequence, in the order
-        of the batch before packing): where true a new sequence begins, in both directions: h and c are zeros before
-        that step, and the backward direction starts anew, from zeros, at the step before it.
+            of the batch before packing): where true a new sequence begins, in both directions: h and c are zeros before
+            that step, and the backward direction starts anew, from zeros, at the step before it.
+        return_all_states: the states after every step as well, see below.
         lengths: integers [B], on any device, in any order: the steps of each sequence of a padded batch, 0 to T. Output
-        past an end is ``padding_value``, the states are those at each end, and what the input holds there, NaN
-        included, reaches nothing: the numbers of pack_padded_sequence and pad_packed_sequence(total_length=T) in one
-        call. A GPU is not waited for, so that a length out of bounds is found there by an assertion on the device.
+            past an end is ``padding_value``, the states are those at each end, and what the input holds there, NaN
+            included, reaches nothing: the numbers of pack_padded_sequence and pad_packed_sequence(total_length=T) in
+            one call. A GPU is not waited for, so that a length out of bounds is found there by an assertion on the
+            device.
+        padding_value: of the output past an end.
 
     Outputs:
         output [T, B, D*P] (or packed), (h_n [L*D, B, P], c_n [L*D, B, H]). With ``return_all_states=True`` also the
@@ -488,7 +495,8 @@ class LSTMCell(RecurrentCell, nn.LSTMCell):
         algorithm: as in :class:`LSTM`.
 
     Inputs:
-        input [B, I] or [I]; hx = (h_0, c_0), each [B, H] or [H], zeros if absent.
+        input: [B, I] or [I].
+        hx: (h_0, c_0), each [B, H] or [H], zeros if absent.
 
     Outputs:
         (h_1, c_1), each [B, H] or [H].
@@ -523,7 +531,8 @@ class GRUCell(RecurrentCell, nn.GRUCell):
     """One step of a GRU, a drop-in for :class:`torch.nn.GRUCell`; arguments as in :class:`LSTMCell`.
 
     Inputs:
-        input [B, I] or [I]; hx [B, H] or [H], zeros if absent.
+        input: [B, I] or [I].
+        hx: [B, H] or [H], zeros if absent.
 
     Outputs:
         h_1 [B, H] or [H].

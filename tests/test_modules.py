@@ -277,3 +277,18 @@ def test_errors_of_our_own():
     bad = PackedSequence(torch.zeros(5, 5), torch.tensor([2, 3]))
     with pytest.raises(RuntimeError, match="batch_sizes must not increase and must be at least 1, got 3 at step 1"):
         ours(bad)
+
+
+def test_an_unsorted_batch_breaks_no_graph():
+    """Its batch size is that of the indices that sort it; a sorted one has none, and its size has to be read."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    packed = torch.nn.utils.rnn.pack_padded_sequence(torch.randn(5, 3, 4), [2, 5, 3], enforce_sorted=False)
+    lstm = fusedrnn.LSTM(4, 8)
+    y, (h, _) = torch.compile(lstm, backend="aot_eager")(packed)
+    assert not counters["graph_break"]
+    want, (want_h, _) = lstm(packed)
+    torch.testing.assert_close(y.data, want.data)
+    torch.testing.assert_close(h, want_h)
