@@ -92,7 +92,7 @@ def test_the_libraries_need_only_what_every_torch_has():
         needs = undefined(folder / name)
         of_torch = {s for s in needs if "torch" in s or "c10" in s or "2at" in s}
         own = {s for s in of_torch if "8fusedrnn" in s}
-        assert len(of_torch - own) > 5
+        assert len(of_torch - own) > 2
         assert of_torch - own <= stable, (name, of_torch - own - stable)
         assert not own or name == "_C.abi3.so"
         of_python = {s for s in needs if s.startswith(("Py", "_Py"))}
@@ -192,7 +192,6 @@ def test_sdist_and_pure_wheel(checkout, tmp_path):
     wanted = {"fusedrnn/_facts.json"}
     for source, target in folders.items():
         files = [p for p in (checkout / source).rglob("*") if p.suffix in (".py", ".csv", ".typed")]
-        files = [p for p in files if p.parent.name != "history"]  # what the documentation draws
         wanted |= {f"{target}/{p.relative_to(checkout / source)}" for p in files}
     headers = [p for p in (checkout / "csrc").rglob("*") if p.suffix in (".h", ".cuh", ".cu")]
     wanted |= {f"fusedrnn/csrc/{p.relative_to(checkout / 'csrc')}" for p in headers}
