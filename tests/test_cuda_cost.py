@@ -39,6 +39,24 @@ def test_goals(kernel):
     assert cost["global_st_bytes"] <= 1.1 * units[1]
 
 
+PERSISTENT = [kernel for kernel in gpu_cost.GOALS if kernel.algorithm == "persistent"]
+
+
+@pytest.mark.parametrize(
+    "kernel", [pytest.param(k, id=str(k).replace(" ", "-"), marks=SLOW.get(k, ())) for k in PERSISTENT]
+)
+def test_an_ordinary_step_by_the_model(kernel):
+    """The blocks fill the mailbox themselves. Times are a model's: no GPU was timed."""
+    cost = gpu_cost.by_the_clock(kernel, 200, 250)
+    assert cost["ns"] <= kernel.nanoseconds
+    assert cost["mma"] == cost["mma_ideal"], "nothing is multiplied before it has come"
+    if kernel.batch <= 16:
+        assert cost["most_rounds"] <= 3, "beside its polls a warp asks once, and perhaps again for what was missing"
+    assert cost["mma_chain"] <= 8
+    hbm = sum(ns for (_, _, reason), ns in cost["waits"].items() if reason == "first touch of HBM")
+    assert hbm <= 10, "nothing waits for HBM in the middle of a sequence"
+
+
 @pytest.mark.parametrize("backward", [False, True])
 def test_weights_are_read_once_a_launch(backward):
     kernel = gpu_cost.Kernel("persistent", backward, 16, 256, 0, 0)

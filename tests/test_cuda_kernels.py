@@ -85,7 +85,7 @@ def test_bitwise_equal_under_every_schedule(algorithm, sizes, reverse, poisoned)
 def test_slices_taken_in_turn(dtype, poisoned):
     """More batch slices than groups of blocks, the last one thin."""
     given, upstream = draw(2, 200, 3, 16, dtype)
-    chip = Chip("small", 4, 65_536)
+    chip = Chip("small", 4, 100_000)
     forward = plan(Problem("lstm", str(dtype)[6:], 200, 16, False, False), chip)
     assert forward.groups < -(-200 // forward.slice_rows)
     with pytest.MonkeyPatch.context() as patch:
@@ -279,16 +279,22 @@ def test_chips_are_those_of_the_simulator():
 PLANTED = {
     "a removed __syncthreads": ("persistent_forward.cu", "      __syncthreads();\n", ""),
     "a mailbox read that does not wait": (
-        "persistent_forward.cu",
-        "if (complete || !any_nan(acc[0])) break;",
-        "break;",
+        "persistent.cuh",
+        "return f.recurrent && any[0] ==",
+        "return false && any[0] ==",
     ),
+    "a look that forgets a packet": (
+        "persistent.cuh",
+        "any[i] = mailbox::newest(f.p[i]);",
+        "any[i] = m > 1 && i == m - 1 ? 0 : mailbox::newest(f.p[i]);",
+    ),
+    "a cp.async group too few waited for": ("persistent_forward.cu", "await_groups<1>();", "await_groups<2>();"),
     "a weak load of h": ("mailbox.cuh", "ld.relaxed.gpu.global", "ld.global"),
     "a sentinel that a NaN input makes": ("mailbox.cuh", "kSentinel = 0xFFFFFFFFu", "kSentinel = 0x7FFF7FFFu"),
     "an off-by-one tile edge": (
         "persistent_forward.cu",
-        "tile < now.rows; tile += 16",
-        "tile < now.rows - 1; tile += 16",
+        "tile < now.rows; tile += 8 * kTiles",
+        "tile < now.rows - 1; tile += 8 * kTiles",
     ),
     "an unwritten output": (
         "persistent_forward.cu",
@@ -317,14 +323,14 @@ def build(folder, edit=None):
     return cuda._simulate(cuda_folder, ["persistent_forward"])
 
 
-def check_persistent(patch, sentinel=-1):
+def check_persistent(patch, sentinel=-1, hidden=40):
     """A small persistent run under all seeds, with a NaN row: raises if anything is off."""
     patch.setattr(cuda, "_POLL_LIMIT_SIMULATED", 200)
     patch.setattr(
         cuda, "_mailbox", lambda like, *shape: like.new_empty(shape).view(torch.int16).fill_(sentinel).view(like.dtype)
     )
-    patch.setattr(cuda, "chip", lambda device: Chip("small", 5, 200_000))  # one slice: three tiles, the last of one row
-    given, _ = draw(4, 17, 5, 40, torch.bfloat16)
+    patch.setattr(cuda, "chip", lambda device: Chip("small", -(-hidden // 8), 232_448))
+    given, _ = draw(4, 17, 5, hidden, torch.bfloat16)  # one slice: three tiles, the last of one row
     given[0][1, 2, 0] = float("nan")
     keep = [b for b in range(17) if b != 2]
     want = forward([None if t is None else t.double() for t in given], "auto", reference)
@@ -345,15 +351,21 @@ def test_planted_bugs_are_caught(bug, tmp_path, monkeypatch, poisoned):
     sentinel = 0x7FFF if "sentinel" in bug else -1
     if bug == "none":
         check_persistent(monkeypatch)
+        check_persistent(monkeypatch, hidden=776)
     else:
         with pytest.raises((AssertionError, RuntimeError)):
-            check_persistent(monkeypatch, sentinel)
+            # Rows of that many units take several packets a lane.
+            check_persistent(monkeypatch, sentinel, 776 if "forgets" in bug else 40)
 
 
 @simulated
 @pytest.mark.slow
 def test_a_lost_packet_ends_the_launch_and_says_where(tmp_path, monkeypatch):
-    edit = ("persistent_forward.cu", "            if (sends) {", "            if (sends && blockIdx.x != 1) {")
+    edit = (
+        "persistent_forward.cu",
+        "if (row < now.rows && sends) {",
+        "if (row < now.rows && sends && blockIdx.x != 1) {",
+    )
     kernels = build(tmp_path, edit)
     monkeypatch.setattr(cuda, "_kernels", lambda device: kernels)
     with pytest.raises(RuntimeError, match=r"packet \d+ of the step before step 1 never came to block \d+"):

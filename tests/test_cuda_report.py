@@ -1,10 +1,13 @@
-"""What the compilers make of the CUDA kernels for real chips: registers, spills, instructions. Nothing is run."""
+"""What the compilers make of the CUDA kernels for real chips: registers, spills, instructions, and what waits for what.
+Nothing is run."""
 
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+import sass
 from ptxsim import build
 
 from fusedrnn.backends import cuda
@@ -45,7 +48,7 @@ def compiled(tmp_path_factory):
 
 def slow_unless_simulated(name):
     yield pytest.param(name, FROM_SM_80)
-    yield from (pytest.param(name, arch, marks=pytest.mark.slow) for arch in ("80", "90", "100"))
+    yield from (pytest.param(name, arch, marks=pytest.mark.slow) for arch in ("80", "90", "100", "120"))
 
 
 COUNTS = {
@@ -87,3 +90,57 @@ def test_instructions(compiled, name, arch):
         elif symbol.strip().endswith("whole"):
             assert re.search(r"LDG\.E\.128", kernel), symbol
     assert seen >= 8
+
+
+# The step loop of persistent, of LSTM in bfloat16 with H = 768 and 1024: chunks of a row of weights.
+CHUNKS = {"persistent_forward": (3, 4), "persistent_backward": (12, 16)}
+
+
+def step_loops(folder, name, arch, edit=None):
+    """{chunks: the code before the first product of a step} of those kernels alone, with one edit of the sources."""
+    nvdisasm = build.tool("nvdisasm")
+    if nvdisasm is None:
+        pytest.skip("there is no nvdisasm: scoreboards are not checked")
+    shutil.copytree(SOURCES.parent, folder / "csrc")
+    sources = folder / "csrc" / "cuda"
+    instances = sources / "instances.h"
+    a, b = CHUNKS[name]
+    kept = f"FUSEDRNN_SIZES_2(X, {a}, {b}, Lstm, bfloat16)"
+    macro = "FUSEDRNN_" + name.upper()
+    text, count = re.subn(rf"#define {macro}\(X\) .*", f"#define {macro}(X) {kept}", instances.read_text())
+    assert count == 1
+    instances.write_text(text)
+    source = sources / f"{name}.cu"
+    if edit:
+        old, new = edit
+        assert old in source.read_text(), "the planted bug has lost its place"
+        source.write_text(source.read_text().replace(old, new, 1))
+    cubin = folder / "kernel.cubin"
+    command = [build.nvcc(), "-std=c++20", "-O3", f"-arch=sm_{arch}", "-cubin", str(source), "-o", str(cubin)]
+    subprocess.run(command, check=True, capture_output=True)
+    kernels = sass.read(cubin, nvdisasm)
+    return {size: sass.before_the_product(kernels[f"{name}_Lstm_bfloat16_{size}_whole"]) for size in (a, b)}
+
+
+@pytest.mark.parametrize("arch", ["90", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("80", "100", "120"))])
+@pytest.mark.parametrize("name", CHUNKS)
+def test_a_step_waits_for_packets_alone_and_asks_for_all_at_once(name, arch, tmp_path):
+    for chunks, code in step_loops(tmp_path, name, arch).items():
+        assert sass.waits_for_plain_loads(code) == []
+        # One packet is polled. The others of two tiles of rows (backward: of one, or half of 16) follow in one flight.
+        flight = 2 * chunks - 1 if name == "persistent_forward" else min(chunks, 8 if chunks > 12 else 12) - 1
+        assert sass.flights(code)[:2] == [1, flight], chunks
+        assert any("LDGSTS" in one.text for one in code)
+
+
+LATE_LOADS = {
+    "persistent_forward": "        inbox.first(flights[0], p, t - direction);\n",
+    "persistent_backward": "        inbox.first(flight, p, t - direction);\n",
+}
+
+
+@pytest.mark.parametrize("name", CHUNKS)
+def test_a_plain_load_in_front_of_the_exchange_is_seen(name, tmp_path):
+    load = '        if (static_cast<const int32_t*>(p.h0)[now.offset + lane] == 12345) asm volatile("trap;");\n'
+    for code in step_loops(tmp_path, name, "90", (LATE_LOADS[name], load + LATE_LOADS[name])).values():
+        assert len(sass.waits_for_plain_loads(code)) == 1

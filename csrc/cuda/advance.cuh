@@ -73,11 +73,16 @@ struct ForwardSums {
 
   // `at` is place(row, 0, unit).
   __device__ static __forceinline__ void add_up(const Sum* at, Accumulator* total) {
+    constexpr int kAtOnce = kWarps / 2;
 #pragma unroll
-    for (int warp = 0; warp < kWarps; ++warp) {
-      const Sum sum = at[warp * kForwardUnits];
+    for (int first = 0; first < kWarps; first += kAtOnce) {
+      Sum sums[kAtOnce];
 #pragma unroll
-      for (int a = 0; a < Cell::kAccumulators; ++a) total[a] += sum.v[a];
+      for (int i = 0; i < kAtOnce; ++i) sums[i] = at[(first + i) * kForwardUnits];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i)
+#pragma unroll
+        for (int a = 0; a < Cell::kAccumulators; ++a) total[a] += sums[i].v[a];
     }
   }
 
@@ -113,11 +118,14 @@ struct BackwardSums {
 
   // `at` is place(row, 0, unit), unit even.
   __device__ static __forceinline__ void add_up(const Accumulator* at, Accumulator (&total)[2]) {
+    Pair sums[kWarps];
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp)
+      sums[warp] = *reinterpret_cast<const Pair*>(at + warp * kBackwardRows * kPitch);
 #pragma unroll
     for (int warp = 0; warp < kWarps; ++warp) {
-      const Pair pair = *reinterpret_cast<const Pair*>(at + warp * kBackwardRows * kPitch);
-      total[0] += pair.v[0];
-      total[1] += pair.v[1];
+      total[0] += sums[warp].v[0];
+      total[1] += sums[warp].v[1];
     }
   }
 

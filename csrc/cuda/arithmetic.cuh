@@ -92,7 +92,7 @@ __device__ __forceinline__ void unrolled(const F& f) {
   }
 }
 
-// kExact: IEEE products and sums, without tensor cores.
+// kExact: IEEE products and sums, without tensor cores. A product has kParts, which follow one another in the sums.
 template <typename Type>
 struct Arithmetic;
 
@@ -101,11 +101,12 @@ struct Arithmetic<Bfloat16> {
   using Scalar = Bfloat16;
   using Accumulator = float;
   static constexpr bool kExact = false;
+  static constexpr int kParts = 2;
   __device__ static void prepare(Piece&) {}
-  __device__ static __forceinline__ void multiply(float (&acc)[4], const Piece& low, const Piece& high,
-                                                  const Piece& b) {
-#pragma unroll
-    for (int i = 0; i < 4; i += 2) FUSEDRNN_MMA("m16n8k16.row.col.f32.bf16.bf16.f32");
+  __device__ static __forceinline__ void multiply_part(int part, float (&acc)[4], const Piece& low, const Piece& high,
+                                                       const Piece& b) {
+    const int i = 2 * part;
+    FUSEDRNN_MMA("m16n8k16.row.col.f32.bf16.bf16.f32");
   }
 };
 
@@ -114,11 +115,12 @@ struct Arithmetic<Float16> {
   using Scalar = Float16;
   using Accumulator = float;
   static constexpr bool kExact = false;
+  static constexpr int kParts = 2;
   __device__ static void prepare(Piece&) {}
-  __device__ static __forceinline__ void multiply(float (&acc)[4], const Piece& low, const Piece& high,
-                                                  const Piece& b) {
-#pragma unroll
-    for (int i = 0; i < 4; i += 2) FUSEDRNN_MMA("m16n8k16.row.col.f32.f16.f16.f32");
+  __device__ static __forceinline__ void multiply_part(int part, float (&acc)[4], const Piece& low, const Piece& high,
+                                                       const Piece& b) {
+    const int i = 2 * part;
+    FUSEDRNN_MMA("m16n8k16.row.col.f32.f16.f16.f32");
   }
 };
 
@@ -127,14 +129,15 @@ struct Arithmetic<Tf32> {
   using Scalar = float;
   using Accumulator = float;
   static constexpr bool kExact = false;
+  static constexpr int kParts = 2;
   __device__ static __forceinline__ void prepare(Piece& p) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) p.w[i] = to_tf32(p.w[i]);
   }
-  __device__ static __forceinline__ void multiply(float (&acc)[4], const Piece& low, const Piece& high,
-                                                  const Piece& b) {
-#pragma unroll
-    for (int i = 0; i < 4; i += 2) FUSEDRNN_MMA("m16n8k8.row.col.f32.tf32.tf32.f32");
+  __device__ static __forceinline__ void multiply_part(int part, float (&acc)[4], const Piece& low, const Piece& high,
+                                                       const Piece& b) {
+    const int i = 2 * part;
+    FUSEDRNN_MMA("m16n8k8.row.col.f32.tf32.tf32.f32");
   }
 };
 
@@ -143,9 +146,10 @@ struct Arithmetic<float> {
   using Scalar = float;
   using Accumulator = float;
   static constexpr bool kExact = true;
+  static constexpr int kParts = 1;
   __device__ static void prepare(Piece&) {}
-  __device__ static __forceinline__ void multiply(float (&acc)[4], const Piece& low, const Piece& high,
-                                                  const Piece& b) {
+  __device__ static __forceinline__ void multiply_part(int, float (&acc)[4], const Piece& low, const Piece& high,
+                                                       const Piece& b) {
     multiply_exactly<float>(acc, low, high, b);
   }
 };
@@ -155,13 +159,21 @@ struct Arithmetic<double> {
   using Scalar = double;
   using Accumulator = double;
   static constexpr bool kExact = true;
+  static constexpr int kParts = 1;
   __device__ static void prepare(Piece&) {}
-  __device__ static __forceinline__ void multiply(double (&acc)[4], const Piece& low, const Piece& high,
-                                                  const Piece& b) {
+  __device__ static __forceinline__ void multiply_part(int, double (&acc)[4], const Piece& low, const Piece& high,
+                                                       const Piece& b) {
     multiply_exactly<double>(acc, low, high, b);
   }
 };
 #undef FUSEDRNN_MMA
+
+template <typename Math, typename Accumulator>
+__device__ __forceinline__ void multiply_all(Accumulator (&acc)[4], const Piece& low, const Piece& high,
+                                             const Piece& b) {
+#pragma unroll
+  for (int part = 0; part < Math::kParts; ++part) Math::multiply_part(part, acc, low, high, b);
+}
 
 __device__ __forceinline__ float widen(Bfloat16 x) {
   float r;
@@ -226,7 +238,7 @@ __device__ __forceinline__ Piece load_piece(const Scalar* row, int64_t k, int64_
 }
 
 // N values side by side, moved in accesses as wide as their size allows: the largest power of 2 that divides it.
-constexpr int pack_alignment(int bytes) { return bytes % 16 == 0 ? 16 : bytes & -bytes; }
+__host__ __device__ constexpr int pack_alignment(int bytes) { return bytes % 16 == 0 ? 16 : bytes & -bytes; }
 template <typename Scalar, int N>
 struct alignas(pack_alignment(sizeof(Scalar) * N)) Pack {
   Scalar v[N];

@@ -495,18 +495,23 @@ int pick_persistent(int file, int cell, int dtype, int64_t hidden, int parts) {
 void persistent_forward(Queue& queue, const FusedrnnForward& p) {
   FusedrnnForward copy = p;
   copy.fault = queue.fault();
-  const int row = forward_bytes_per_row(facts_of(p.cell).accumulators, accumulator_size(p.dtype));
+  const CellFacts& cell = facts_of(p.cell);
+  const int row = forward_bytes_per_row(cell.accumulators, accumulator_size(p.dtype));
+  const int ahead = forward_ahead_bytes(p.slice_rows, cell.gates, element_size(p.dtype));
   queue.launch(kPersistentForward, pick_persistent(kPersistentForward, p.cell, p.dtype, p.hidden, 1),
-               blocks(p.hidden, kForwardUnits), unsigned(p.groups), 2 * forward_buffer_bytes(p.slice_rows, row), &copy,
-               true);
+               blocks(p.hidden, kForwardUnits), unsigned(p.groups), 2 * forward_buffer_bytes(p.slice_rows, row) + ahead,
+               &copy, true);
 }
 
 void persistent_backward(Queue& queue, const FusedrnnBackward& p) {
   FusedrnnBackward copy = p;
   copy.fault = queue.fault();
-  queue.launch(kPersistentBackward,
-               pick_persistent(kPersistentBackward, p.cell, p.dtype, p.hidden, facts_of(p.cell).gates),
-               blocks(p.hidden, kBackwardUnits), unsigned(p.groups), 0, &copy, true);
+  const CellFacts& cell = facts_of(p.cell);
+  const int size = element_size(p.dtype), wide = accumulator_size(p.dtype);
+  const int shared = 2 * kBackwardSums * wide + backward_stage_bytes(cell.accumulators, size) +
+                     backward_ahead_bytes(cell.saved, size, wide);
+  queue.launch(kPersistentBackward, pick_persistent(kPersistentBackward, p.cell, p.dtype, p.hidden, cell.gates),
+               blocks(p.hidden, kBackwardUnits), unsigned(p.groups), shared, &copy, true);
 }
 
 template <typename Params>

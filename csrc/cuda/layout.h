@@ -24,9 +24,27 @@ FUSEDRNN_HD constexpr int forward_buffer_bytes(int rows, int bytes_per_row) {
   return (rows + 7) / 8 * 8 * bytes_per_row;
 }
 
+// What a persistent block copies ahead of the steps that need it, in two buffers. Forward, of a row: the gates of its
+// units and a reset; of a warp: the offsets of two steps.
+constexpr int kOffsetsOfStep = 2 * 8;  // bytes: of the step and of the next one
+FUSEDRNN_HD constexpr int forward_ahead_bytes(int rows, int gates, int scalar_bytes) {
+  return 2 * ((rows + 7) / 8 * 8 * (gates * kForwardUnits * scalar_bytes + 4) + kWarps * kOffsetsOfStep);
+}
+
 // A backward block's partial sums: rows are kBackwardPitch apart so that the stores of a warp spread over the banks.
 constexpr int kBackwardPitch = kBackwardUnits + 4;
 constexpr int kBackwardSums = kWarps * kBackwardRows * kBackwardPitch;
+
+// Shared memory of a persistent backward block: two buffers of sums, the packets that warps stage, and two buffers of
+// what is copied ahead. A thread's share of those, of its two units: what is saved, dy, h, h', dcells, c'; of a
+// row a reset.
+FUSEDRNN_HD constexpr int backward_stage_bytes(int accumulators, int scalar_bytes) {
+  return kThreads / 8 * accumulators * kBackwardUnits * scalar_bytes;
+}
+FUSEDRNN_HD constexpr int backward_ahead_bytes(int saved, int scalar_bytes, int accumulator_bytes) {
+  return 2 * (kThreads * 2 * ((saved + 3) * scalar_bytes + 2 * accumulator_bytes) + kBackwardRows * 4 +
+              kWarps * kOffsetsOfStep);
+}
 
 // The blocks of a row of dgates that W_hh multiplies: gate g's is block g, from gate kFirst on kWidth blocks on.
 template <typename Cell>

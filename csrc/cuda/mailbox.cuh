@@ -14,8 +14,8 @@
 //  - Data never holds the sentinel: every value goes through encode(), whatever NaN the input holds.
 //  - The fill comes from an earlier operation on the same stream, so it happens before the whole launch.
 //
-// The sentinel is a NaN in every dtype, and a product with a NaN is NaN, even if the other factor is 0. So
-// readers multiply first and look at the sums: packets are inspected only if a sum is NaN (missing()).
+// Readers look at the words of every packet (missing()) before they multiply: nothing rests on what a product makes of
+// the sentinel.
 #pragma once
 
 #include "arithmetic.cuh"
@@ -44,10 +44,9 @@ __device__ __forceinline__ void put(void* at, const Piece& p) {
                : "memory");
 }
 
-// Whether a word of a packet has not arrived.
-__device__ __forceinline__ bool missing(const Piece& p) {
-  return max(max(p.w[0], p.w[1]), max(p.w[2], p.w[3])) == kSentinel;
-}
+// The sentinel, the largest of words, if a word of a packet has not arrived.
+__device__ __forceinline__ uint32_t newest(const Piece& p) { return max(max(p.w[0], p.w[1]), max(p.w[2], p.w[3])); }
+__device__ __forceinline__ bool missing(const Piece& p) { return newest(p) == kSentinel; }
 
 // A result as it is stored. Bits that are all ones would be a NaN; cvt to 16 bits makes every NaN the
 // canonical 0x7FFF (PTX ISA, cvt), so only float32 can keep the bits of a NaN that came in.

@@ -20,7 +20,7 @@ typedef struct {
   int64_t steps, batch, input, hidden, out;
   const int64_t* offsets_host;    // [T + 1] or null; step
   const int64_t* offsets_device;  // [T + 1] or null; persistent
-  const void* x;                  // step: T [N, I]. persistent: T [N, G * H], x W_ih^T + b_ih
+  const void* x;                  // step: T [N, I]. persistent: T [N, G, Hp], x W_ih^T + b_ih
   const void* h0;                 // T [B, P]; persistent: [B, Hp], zeros beyond H
   const void* c0;                 // T [B, H]
   const void* w_ih;               // T [G * H, I]; step
@@ -28,7 +28,7 @@ typedef struct {
   const void* b_ih;               // T [G * H] or null; step
   const void* b_hh;               // T [G * H] or null
   const void* w_hr;               // T [P, H] or null; step
-  const uint8_t* resets;          // [N] or null: 1 where the step starts from zero states
+  const uint8_t* resets;          // [N] or null: 1 where the step starts from zero states; persistent: int32 [N]
   const void* zeros;              // T [P], zeros; step with resets
   void* y;                        // T [N, P]; persistent: [N, Hp], every byte 0xFF before the launch
   void* h_n;                      // T [B, P]
@@ -49,7 +49,7 @@ typedef struct {
   int64_t steps, batch, hidden, out;
   const int64_t* offsets_host;
   const int64_t* offsets_device;
-  const void* dy;         // T [N, P] or null
+  const void* dy;         // T [N, P] or null; persistent: [N, Hp]
   const void* dh_n;       // T [B, P] or null
   const void* dc_n;       // T [B, H] or null
   const void* w_hh_t;     // T [P, G * H], W_hh transposed; persistent: [H, G, Hp], zeros beyond H
@@ -58,8 +58,8 @@ typedef struct {
   const void* cells;      // Acc [N, H]
   const void* c0;         // T [B, H]
   const void* h0;         // T [B, P]; cells that read h_prev
-  const void* y;          // T [N, P]; cells that read their own output
-  const uint8_t* resets;  // [N] or null
+  const void* y;          // T [N, P]; cells that read their own output; persistent: [N, Hp]
+  const uint8_t* resets;  // [N] or null; persistent: int32 [N]
   const void* dcells;     // Acc [N, H] or null: the gradient of every c
   void* dgates;           // T [N, A * H]; persistent: [N, A, Hp], every byte 0xFF before the launch
   void* dc0;              // T [B, H]

@@ -7,6 +7,44 @@
 
 namespace fusedrnn {
 
+// What a step needs of HBM is copied into shared memory while the step before waits for its packets: a load would share
+// a scoreboard with those, and whoever waits for one waits for both. Each step makes one group of copies; after its
+// block barrier all but the last group have landed.
+__device__ __forceinline__ uint32_t shared_address(const void* at) {
+  uint32_t address;
+  asm("{ .reg .u64 t; cvta.to.shared.u64 t, %1; cvt.u32.u64 %0, t; }" : "=r"(address) : "l"(at));
+  return address;
+}
+template <int bytes>
+__device__ __forceinline__ void copy_async(uint32_t to, const void* from) {
+  if constexpr (bytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(bytes) : "memory");
+}
+// The same for any number of bytes that both addresses are aligned to as far as it allows; what is no multiple of 4
+// bytes is copied at once.
+template <int bytes>
+__device__ __forceinline__ void copy_bytes(uint32_t to, const void* from) {
+  constexpr int kOne = pack_alignment(bytes);
+  if constexpr (kOne >= 4) {
+#pragma unroll
+    for (int i = 0; i < bytes; i += kOne) copy_async<kOne>(to + i, static_cast<const char*>(from) + i);
+  } else {
+#pragma unroll
+    for (int i = 0; i < bytes; i += 2)
+      asm volatile("st.shared.u16 [%0], %1;" ::"r"(to + i),
+                   "h"(*reinterpret_cast<const uint16_t*>(static_cast<const char*>(from) + i))
+                   : "memory");
+  }
+}
+__device__ __forceinline__ void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int left>
+__device__ __forceinline__ void await_groups() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(left) : "memory");
+  __syncwarp();
+}
+
 // The rows of one time step that belong to a batch slice.
 struct StepRows {
   int64_t offset = 0;  // of the slice's first row
@@ -20,7 +58,24 @@ struct Timeline {
 
   __device__ __forceinline__ StepRows at(int t) const {
     if (offsets == nullptr) return {t * batch + first, limit};
-    const int64_t offset = offsets[t], rows = offsets[t + 1] - offset - first;
+    return between(offsets[t], offsets[t + 1]);
+  }
+
+  // The same, a warp's offsets of step t copied ahead.
+  __device__ __forceinline__ void copy_ahead(int t, uint32_t to) const {
+    if (offsets == nullptr || (threadIdx.x & 31) != 0) return;
+    copy_async<8>(to, offsets + t);
+    copy_async<8>(to + 8, offsets + t + 1);
+  }
+  __device__ __forceinline__ StepRows copied(int t, const unsigned char* from) const {
+    if (offsets == nullptr) return {t * batch + first, limit};
+    const int64_t* const two = reinterpret_cast<const int64_t*>(from);
+    return between(two[0], two[1]);
+  }
+
+ private:
+  __device__ __forceinline__ StepRows between(int64_t offset, int64_t end) const {
+    const int64_t rows = end - offset - first;
     return {offset + first, int(rows < 0 ? 0 : rows < limit ? rows : limit)};
   }
 };
@@ -28,6 +83,14 @@ struct Timeline {
 // Through which array blocks exchange.
 __device__ __forceinline__ const void* exchanged(const FusedrnnForward& p) { return p.y; }
 __device__ __forceinline__ const void* exchanged(const FusedrnnBackward& p) { return p.dgates; }
+
+// A lane's packets of a row that are on their way, or have come: n at a time.
+template <int n>
+struct Flight {
+  const char* at;  // the row
+  bool recurrent;  // else the row comes from h0: it is not waited for and may hold any bits
+  Piece p[n];
+};
 
 // Where a lane's pieces of a row lie: piece c of n at 512 bytes * c, from piece `near` on `gap` bytes further; the row
 // holds them if c < held. kWhole: every lane's row holds all n.
@@ -39,59 +102,78 @@ struct Inbox {
 
   __device__ __forceinline__ const char* side(const char* at, int c) const { return kGap && c >= near ? at + gap : at; }
 
-  template <int c, int end>
-  __device__ __forceinline__ void fetch(const char* at, Piece (&p)[n]) const {
-    if constexpr (c < end) {
-      if constexpr (kWhole) {
-        p[c] = mailbox::take<512 * c>(side(at, c));
-      } else {
-        p[c] = Piece{};
-        if (c < held) p[c] = mailbox::take<512 * c>(side(at, c));
-      }
-      fetch<c + 1, end>(at, p);
+  template <int c>
+  __device__ __forceinline__ void fetch(const char* at, Piece& p) const {
+    if constexpr (kWhole) {
+      p = mailbox::take<512 * c>(side(at, c));
+    } else {
+      p = Piece{};
+      if (c < held) p = mailbox::take<512 * c>(side(at, c));
     }
   }
 
-  // Waits before the product where that is the better way round.
-  template <bool kNow, typename Params>
-  __device__ __forceinline__ bool complete(const char* at, Piece (&p)[n], bool recurrent, const Params& params,
-                                           int step) const {
-    if constexpr (kNow) {
-      bool gap = false;
-#pragma unroll
-      for (int c = 0; c < n; ++c) gap |= mailbox::missing(p[c]);
-      if (__any_sync(~0u, gap && recurrent)) {
-        await(at, recurrent, params, step);
-        fetch<0, n>(at, p);
-      }
-    }
-    return kNow;
-  }
-
-  // Until every packet of the row is there. A row that is not `recurrent` comes from h0 and may hold any
-  // bits.
-  template <typename Params>
-  __device__ __forceinline__ void await(const char* at, bool recurrent, const Params& params, int step) const {
-    if (recurrent) {
-      uint32_t polls = 0;
+  // Of every row of a step, one packet is polled until it has come; the others are near then, and asked for in one
+  // flight. All that is missing, polled by all warps, would be more than L2 can give in the time of an answer.
+  template <int m, typename Params>
+  __device__ __forceinline__ void first(Flight<m>& f, const Params& params, int step) const {
+    uint32_t polls = 0;
+    bool waits;
 #pragma unroll 1
-      for (int c = 0; c < (kWhole ? n : min(n, held)); ++c) {
-        const char* const packet = side(at, c) + 512 * c;
-        while (mailbox::missing(mailbox::take<0>(packet)))
-          if (++polls > params.poll_limit)
-            mailbox::give_up(params.fault, step, int((packet - static_cast<const char*>(exchanged(params))) / 16));
+    do {
+      fetch<0>(f.at, f.p[0]);
+      waits = f.recurrent && mailbox::missing(f.p[0]);
+    } while (__any_sync(~0u, waits) && ++polls <= params.poll_limit);
+    if (waits) give_up(f.at, 0, params, step);
+    unrolled<m - 1>([&](auto index) { fetch<index.value + 1>(f.at, f.p[index.value + 1]); });
+  }
+
+  // Until all packets from `begin` on that are in flight have come: what is missing is asked for again, nothing else.
+  // Products begin only then.
+  template <int begin, int m, typename Params, typename... More>
+  __device__ __forceinline__ void settle(const Params& params, int step, Flight<m>& f, More&... more) const {
+    uint32_t polls = 0;
+    while (__any_sync(~0u, (waits(f) || ... || waits(more)))) {
+      again<begin>(f);
+      (again<begin>(more), ...);
+      if (++polls > params.poll_limit) {
+        stop<begin>(f, params, step);
+        (stop<begin>(more, params, step), ...);
       }
     }
-    __syncwarp();
+  }
+
+ private:
+  template <int m>
+  __device__ __forceinline__ static bool waits(const Flight<m>& f) {
+    uint32_t any[m];
+#pragma unroll
+    for (int i = 0; i < m; ++i) any[i] = mailbox::newest(f.p[i]);
+#pragma unroll
+    for (int k = 1; k < m; k *= 2)
+#pragma unroll
+      for (int i = 0; i + k < m; i += 2 * k) any[i] = max(any[i], any[i + k]);
+    return f.recurrent && any[0] == mailbox::kSentinel;
+  }
+
+  template <int begin, int m>
+  __device__ __forceinline__ void again(Flight<m>& f) const {
+    unrolled<m>([&](auto index) {
+      if (f.recurrent && mailbox::missing(f.p[index.value])) fetch<begin + index.value>(f.at, f.p[index.value]);
+    });
+  }
+
+  template <int begin, int m, typename Params>
+  __device__ __forceinline__ void stop(const Flight<m>& f, const Params& params, int step) const {
+    unrolled<m>([&](auto index) {
+      if (f.recurrent && mailbox::missing(f.p[index.value])) give_up(f.at, begin + index.value, params, step);
+    });
+  }
+
+  template <typename Params>
+  __device__ __forceinline__ void give_up(const char* at, int c, const Params& params, int step) const {
+    const char* const packet = side(at, c) + 512 * c;
+    mailbox::give_up(params.fault, step, int((packet - static_cast<const char*>(exchanged(params))) / 16));
   }
 };
-
-// Whether a sum of this warp is NaN, in any row of B; rows of A need no look, since a NaN in B makes all of
-// them NaN.
-template <typename Accumulator>
-__device__ __forceinline__ bool any_nan(const Accumulator (&acc)[4]) {
-  const Accumulator either = acc[0] + acc[1];
-  return __any_sync(~0u, either != either);
-}
 
 }  // namespace fusedrnn

@@ -11,13 +11,15 @@ __device__ __forceinline__ void persistent_backward(const FusedrnnBackward& p) {
   using Sums = BackwardSums<Accumulator>;
   using Units = BackwardUnits<Cell, Accumulator>;
   constexpr int kPer = 16 / sizeof(Scalar), kAccs = Cell::kAccumulators, kSaved = kSavedOrOne<Cell>;
-  using SavedPack = Pack<Scalar, kWhole ? 2 * kSaved : kSaved>;  // of one access
-  constexpr int kPackets = kBackwardUnits / kPer;                // of 16 units
-  // Packets in flight: what the registers allow.
-  constexpr int kAhead = Math::kExact || kChunks <= 12 ? kChunks : kWhole ? 12 : 7;
+  using SavedPack = Pack<Scalar, kSaved>;
+  constexpr int kPackets = kBackwardUnits / kPer;  // of 16 units
+  // Packets in flight, and chains of mma side by side: what the registers allow.
+  constexpr bool kFull = kChunks > 12 || (kChunks == 12 && Math::kExact);
+  constexpr int kPart = kFull ? kChunks / 2 : kChunks;
+  constexpr int kChains = Math::kExact ? 1 : kFull && (sizeof(Scalar) == 4 || !kWhole) ? 2 : 4;
   constexpr int kStage = 4 * kAccs * kBackwardUnits;  // what a warp stages: 4 rows x accumulators x 16 units
-  __shared__ __align__(16) Accumulator all_sums[2 * Sums::kSize];
-  __shared__ __align__(16) Scalar stages[kWarps][kStage];
+  extern __shared__ __align__(16) unsigned char shared[];
+  Accumulator* const all_sums = reinterpret_cast<Accumulator*>(shared);
 
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int hidden = int(p.hidden), pitch = kWhole ? hidden : (hidden + kPer - 1) / kPer * kPer,
@@ -58,10 +60,44 @@ __device__ __forceinline__ void persistent_backward(const FusedrnnBackward& p) {
   const bool sends = packet_unit < pitch && lane < kRowsAtOnce * kAccs * kPackets;
   char* const packet_at = keep(reinterpret_cast<char*>(static_cast<Scalar*>(p.dgates) + int64_t(packet_row) * row_size +
                                                        lane / kPackets % kAccs * pitch + packet_unit));
-  Scalar* const stage = stages[warp];
+  Scalar* const stage = reinterpret_cast<Scalar*>(all_sums + 2 * Sums::kSize) + warp * kStage;
   const int with_options = keep(int(p.resets != nullptr || p.dcells != nullptr));
   const int sums_out = keep(Sums::lane_place()), sums_in = keep(Sums::place(row, 0, 2 * (threadIdx.x & 7)));
   int buffer = 0;
+
+  // Copied ahead, in two buffers: of a thread's two units side by side what is saved, dy, h, h', dcells and c'; resets
+  // by row; offsets by warp.
+  using Two = Pack<Scalar, 2>;
+  using TwoWide = Pack<Accumulator, 2>;
+  constexpr int kUnitBytes = Cell::kSaved * int(sizeof(Scalar));  // saved of a unit
+  constexpr int kAhead = backward_ahead_bytes(Cell::kSaved, sizeof(Scalar), sizeof(Accumulator)) / 2;
+  unsigned char* const ahead =
+      reinterpret_cast<unsigned char*>(all_sums + 2 * Sums::kSize) + backward_stage_bytes(kAccs, sizeof(Scalar));
+  unsigned char* const my_saved = ahead + threadIdx.x * (2 * kUnitBytes);
+  TwoWide* const my_wide = reinterpret_cast<TwoWide*>(ahead + kThreads * 2 * kUnitBytes) + threadIdx.x;
+  Two* const my_twos =
+      reinterpret_cast<Two*>(ahead + kThreads * 2 * (kUnitBytes + 2 * int(sizeof(Accumulator)))) + threadIdx.x;
+  int32_t* const my_reset = reinterpret_cast<int32_t*>(ahead + kAhead - kWarps * kOffsetsOfStep) - kBackwardRows + row;
+  unsigned char* const offset_stage = ahead + kAhead + (warp - kWarps) * kOffsetsOfStep;
+  const uint32_t shared_base = shared_address(shared);
+  const auto address_of = [&](const void* at) {
+    return shared_base + uint32_t(static_cast<const unsigned char*>(at) - shared);
+  };
+  const uint32_t saved_to = address_of(my_saved), wide_to = address_of(my_wide), twos_to = address_of(my_twos),
+                 reset_to = address_of(my_reset), offsets_to = address_of(offset_stage);
+  constexpr int kWide = kThreads * int(sizeof(TwoWide)), kTwos = kThreads * int(sizeof(Two));
+  // Where they are in a buffer: of the wide ones dcells, then c'; of the others dy, h, h'.
+  const auto saved_of = [&](int parity, int j) {
+    return reinterpret_cast<const SavedPack*>(my_saved + parity * kAhead + j * kUnitBytes);
+  };
+  const auto wide_of = [&](int parity, int which) {
+    return reinterpret_cast<const TwoWide*>(reinterpret_cast<unsigned char*>(my_wide) + parity * kAhead +
+                                            which * kWide);
+  };
+  const auto two_of = [&](int parity, int which) {
+    return reinterpret_cast<const Two*>(reinterpret_cast<unsigned char*>(my_twos) + parity * kAhead + which * kTwos);
+  };
+  const auto reset_of = [&](int parity) { return my_reset[parity * (kAhead / 4)]; };
 
   // Two neighbours of a [rows, H] array; one access where both exist and the row length is even.
   const auto load_two = [&](const auto* from, Accumulator(&to)[2]) {
@@ -72,6 +108,18 @@ __device__ __forceinline__ void persistent_backward(const FusedrnnBackward& p) {
     } else {
 #pragma unroll
       for (int j = 0; j < 2; ++j) to[j] = real[j] ? Accumulator(widen(from[j])) : Accumulator(0);
+    }
+  };
+  const auto read_two = [](const auto* from, Accumulator(&to)[2]) {
+    to[0] = widen(from->v[0]);
+    to[1] = widen(from->v[1]);
+  };
+  const auto copy_wide = [&](uint32_t to, const Accumulator* from) {
+    if constexpr (kWhole) {
+      copy_async<sizeof(TwoWide)>(to, from);
+    } else {
+      copy_async<sizeof(Accumulator)>(to, from);
+      if (real[1]) copy_async<sizeof(Accumulator)>(to + int(sizeof(Accumulator)), from + 1);
     }
   };
 
@@ -85,115 +133,156 @@ __device__ __forceinline__ void persistent_backward(const FusedrnnBackward& p) {
 
     const int direction = keep(p.reverse ? 1 : -1);
     int t = p.reverse ? 0 : int(p.steps) - 1;
-    StepRows before, now = timeline.at(t);
-    for (int left = int(p.steps) - 1; left >= 0; --left) {
-      t += direction;
-      StepRows next;
-      if (left > 0) next = timeline.at(t);
-
-      // What does not come from another block of this launch, asked for before the wait.
-      Units u;
-      SavedPack gates[kWhole ? 1 : 2];
-      const int64_t at = now.offset * hidden + in_slice;
-      const bool mine = row < now.rows && real[0];
-      if (mine) {
-        if constexpr (Cell::kSaved > 0) {
-          const auto* from = reinterpret_cast<const SavedPack*>(static_cast<const Scalar*>(p.gates) + at * kSaved);
-          gates[0] = from[0];
-          if constexpr (!kWhole) gates[1] = from[real[1] ? 1 : 0];
-        }
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          u.dh[j] = 0;
-          u.c[j] = c_carried[j];
-          u.dc[j] = dc_carried[j];
-        }
-        if (p.dy) load_two(static_cast<const Scalar*>(p.dy) + at, u.dh);
-        if (row >= before.rows) {
-          Accumulator more[2] = {};
-          if (p.dh_n) load_two(static_cast<const Scalar*>(p.dh_n) + in_batch, more);
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            u.dh[j] += more[j];
-            u.dc[j] = 0;
-          }
-          if constexpr (Cell::kHasCellState) {
-            load_two(static_cast<const Accumulator*>(p.cells) + at, u.c);
-            if (p.dc_n) load_two(static_cast<const Scalar*>(p.dc_n) + in_batch, u.dc);
-          }
-        } else if constexpr (Cell::kDirectH) {
-#pragma unroll
-          for (int j = 0; j < 2; ++j) u.dh[j] += dh_carried[j];
-        }
-        const int64_t at_next = next.offset * hidden + in_slice;
-        if constexpr (Cell::kHasCellState) {
-          if (row < next.rows)
-            load_two(static_cast<const Accumulator*>(p.cells) + at_next, u.c_prev);
-          else
-            load_two(static_cast<const Scalar*>(p.c0) + in_batch, u.c_prev);
-#pragma unroll
-          for (int j = 0; j < 2; ++j) c_carried[j] = u.c_prev[j];
-        }
-        if constexpr (Cell::kUsesH) load_two(static_cast<const Scalar*>(p.y) + at, u.h);
-        if constexpr (Cell::kUsesHPrev) {
-          if (row < next.rows)
-            load_two(static_cast<const Scalar*>(p.y) + at_next, u.h_prev);
-          else
-            load_two(static_cast<const Scalar*>(p.h0) + in_batch, u.h_prev);
+    // For `step`, that `then` follows in the order of this loop.
+    const auto copy_ahead = [&](const StepRows& step, const StepRows& then, int parity) {
+      if (row >= step.rows) return;
+      const int buffer = parity * kAhead;
+      if (p.resets && (threadIdx.x & 7) == 0)
+        copy_async<4>(reset_to + buffer, reinterpret_cast<const int32_t*>(p.resets) + step.offset + row);
+      if (!real[0]) return;
+      const int64_t at = step.offset * hidden + in_slice, at_then = then.offset * hidden + in_slice;
+      const int64_t padded = kWhole ? at : (step.offset + row) * pitch + unit,
+                    padded_then = kWhole ? at_then : (then.offset + row) * pitch + unit;
+      if constexpr (Cell::kSaved > 0) {
+        const char* const from = static_cast<const char*>(p.gates) + at * kUnitBytes;
+        if constexpr (kWhole) {
+          copy_bytes<2 * kUnitBytes>(saved_to + buffer, from);
+        } else {
+          copy_bytes<kUnitBytes>(saved_to + buffer, from);
+          if (real[1]) copy_bytes<kUnitBytes>(saved_to + buffer + kUnitBytes, from + kUnitBytes);
         }
       }
+      if (p.dy) copy_async<sizeof(Two)>(twos_to + buffer, static_cast<const Scalar*>(p.dy) + padded);
+      if constexpr (Cell::kUsesH)
+        copy_async<sizeof(Two)>(twos_to + buffer + kTwos, static_cast<const Scalar*>(p.y) + padded);
+      if constexpr (Cell::kUsesHPrev)
+        if (row < then.rows)
+          copy_async<sizeof(Two)>(twos_to + buffer + 2 * kTwos, static_cast<const Scalar*>(p.y) + padded_then);
+      if constexpr (Cell::kHasCellState) {
+        if (p.dcells) copy_wide(wide_to + buffer, static_cast<const Accumulator*>(p.dcells) + at);
+        if (row < then.rows) copy_wide(wide_to + buffer + kWide, static_cast<const Accumulator*>(p.cells) + at_then);
+      }
+    };
+
+    StepRows before, now = timeline.at(t), next, then;
+    if (p.steps > 1) next = timeline.at(t + direction);
+    if (p.steps > 2) then = timeline.at(t + 2 * direction);
+    int parity = 0;  // of the step
+    __syncwarp();
+    copy_ahead(now, next, 0);
+    if (p.steps > 3) timeline.copy_ahead(t + 3 * direction, offsets_to);
+    end_group();
+    for (int left = int(p.steps) - 1; left >= 0; --left) {
+      t += direction;
+      copy_ahead(next, then, parity ^ 1);
+      if (left > 3) timeline.copy_ahead(t + 3 * direction, offsets_to + (parity ^ 1) * kAhead);
+      end_group();
 
       const int recurrent_rows = keep(min(before.rows, now.rows)), tiled_rows = (recurrent_rows + 7) & ~7;
       const char* const dgates_at = keep(inbound + before.offset * row_bytes);
       Accumulator* sums = all_sums + (sums_out + buffer);
+      const auto row_at = [&](int row) { return dgates_at + int64_t(min(row, recurrent_rows - 1)) * row_bytes; };
+      Flight<kPart> flight;
+      flight.recurrent = true;
+      if (tiled_rows > 0) {
+        flight.at = row_at(lane >> 2);
+        inbox.first(flight, p, t - direction);
+      }
 #pragma unroll 1
-      for (int wanted = lane >> 2; wanted < tiled_rows; wanted += 8) {
-        const char* from = dgates_at + int64_t(min(wanted, recurrent_rows - 1)) * row_bytes;
-        Accumulator acc[4];
-        Piece packets[kChunks];
-        inbox.template fetch<0, kAhead>(from, packets);
-        for (bool complete = inbox.template complete<Math::kExact>(from, packets, true, p, t - direction);;
-             complete = true) {
-#pragma unroll
-          for (int j = 0; j < 4; ++j) acc[j] = 0;
-          unrolled<kChunks>([&](auto index) {
+      for (int tile = 0; tile < tiled_rows; tile += 8) {
+        Accumulator acc[kChains][4] = {};
+        const char* const next_at = row_at(tile + 8 + (lane >> 2));
+        const bool more = tile + 8 < tiled_rows;
+        unrolled<kChunks / kPart>([&](auto part) {
+          constexpr int begin = decltype(part)::value * kPart, next = (begin + kPart) % kChunks;
+          inbox.template settle<begin>(p, t - direction, flight);
+          if (next == 0) flight.at = next_at;
+          // Where a packet leaves its register, the one that is multiplied there next is asked for.
+          unrolled<kPart>([&](auto index) {
             constexpr int c = decltype(index)::value;
-            Math::prepare(packets[c]);
-            Math::multiply(acc, weights[c][0], weights[c][1], packets[c]);
-            if constexpr (c + kAhead < kChunks) inbox.template fetch<c + kAhead, c + kAhead + 1>(from, packets);
+            Math::prepare(flight.p[c]);
+#pragma unroll
+            for (int part = 0; part < Math::kParts; ++part)
+              Math::multiply_part(part, acc[(c * Math::kParts + part) % kChains], weights[begin + c][0],
+                                  weights[begin + c][1], flight.p[c]);
+            if (next > 0 || more) inbox.template fetch<next + c>(flight.at, flight.p[c]);
           });
-          if (complete || !any_nan(acc)) break;
-          inbox.await(from, true, p, t - direction);
-          inbox.template fetch<0, kAhead>(from, packets);
-        }
-        Sums::store(sums, acc);
+        });
+#pragma unroll
+        for (int k = kChains / 2; k > 0; k /= 2)
+#pragma unroll
+          for (int i = 0; i < k; ++i)
+#pragma unroll
+            for (int j = 0; j < 4; ++j) acc[i][j] += acc[i + k][j];
+        Sums::store(sums, acc[0]);
         sums += 8 * Sums::kPitch;
       }
       __syncthreads();
+      await_groups<1>();
 
       if (4 * warp < now.rows) {  // the same for the whole warp
+        Units u;
+        const bool mine = row < now.rows && real[0];
         if (mine) {
+          Accumulator dy[2] = {};
+          if (p.dy) read_two(two_of(parity, 0), dy);
 #pragma unroll
-          for (int j = 0; j < 2; ++j)
+          for (int j = 0; j < 2; ++j) {
+            u.dh[j] = dy[j];
+            u.c[j] = c_carried[j];
+            u.dc[j] = dc_carried[j];
 #pragma unroll
-            for (int k = 0; k < Cell::kSaved; ++k)
-              u.saved[j][k] = widen(kWhole ? gates[0].v[j * kSaved + k] : gates[kWhole ? 0 : j].v[k]);
+            for (int k = 0; k < Cell::kSaved; ++k) u.saved[j][k] = widen(saved_of(parity, j)->v[k]);
+          }
+          if (row >= before.rows) {  // rows that begin here, which are few
+            Accumulator more[2] = {};
+            if (p.dh_n) load_two(static_cast<const Scalar*>(p.dh_n) + in_batch, more);
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+              u.dh[j] += more[j];
+              u.dc[j] = 0;
+            }
+            if constexpr (Cell::kHasCellState) {
+              load_two(static_cast<const Accumulator*>(p.cells) + now.offset * hidden + in_slice, u.c);
+              if (p.dc_n) load_two(static_cast<const Scalar*>(p.dc_n) + in_batch, u.dc);
+            }
+          } else if constexpr (Cell::kDirectH) {
+#pragma unroll
+            for (int j = 0; j < 2; ++j) u.dh[j] += dh_carried[j];
+          }
+          if constexpr (Cell::kHasCellState) {
+            if (row < next.rows)
+              read_two(wide_of(parity, 1), u.c_prev);
+            else
+              load_two(static_cast<const Scalar*>(p.c0) + in_batch, u.c_prev);
+#pragma unroll
+            for (int j = 0; j < 2; ++j) c_carried[j] = u.c_prev[j];
+          }
+          if constexpr (Cell::kUsesH) read_two(two_of(parity, 1), u.h);
+          if constexpr (Cell::kUsesHPrev) {
+            if (row < next.rows)
+              read_two(two_of(parity, 2), u.h_prev);
+            else
+              load_two(static_cast<const Scalar*>(p.h0) + in_batch, u.h_prev);
+          }
           if (with_options) {
             if (reset && row < before.rows) {
               // Nothing came back from there.
               Sums::clear(all_sums + (sums_in + buffer));
 #pragma unroll
-              for (int j = 0; j < 2; ++j) u.dh[j] = u.dc[j] = 0;
-              if (p.dy) load_two(static_cast<const Scalar*>(p.dy) + at, u.dh);
+              for (int j = 0; j < 2; ++j) {
+                u.dh[j] = dy[j];
+                u.dc[j] = 0;
+              }
             }
-            reset = p.resets && p.resets[now.offset + row];
+            reset = p.resets && reset_of(parity);
             if (reset) {
 #pragma unroll
               for (int j = 0; j < 2; ++j) u.c_prev[j] = u.h_prev[j] = 0;
             }
             if (Cell::kHasCellState && p.dcells) {
               Accumulator more[2];
-              load_two(static_cast<const Accumulator*>(p.dcells) + at, more);
+              read_two(wide_of(parity, 0), more);
 #pragma unroll
               for (int j = 0; j < 2; ++j) u.dc[j] += more[j];
             }
@@ -234,6 +323,9 @@ __device__ __forceinline__ void persistent_backward(const FusedrnnBackward& p) {
       buffer = Sums::kSize - buffer;
       before = now;
       now = next;
+      next = then;
+      then = left > 2 ? timeline.copied(t + 2 * direction, offset_stage + parity * kAhead) : StepRows();
+      parity ^= 1;
     }
   }
 }

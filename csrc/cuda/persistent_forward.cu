@@ -28,6 +28,10 @@ __device__ __forceinline__ void persistent_forward(const FusedrnnForward& p) {
   using Sums = ForwardSums<Cell, Accumulator>;
   using Sum = typename Sums::Sum;
   constexpr int kPer = 16 / sizeof(Scalar), kGates = Cell::kGates, kAccs = Cell::kAccumulators, kMT = kMTiles<Cell>;
+  constexpr int kTiles = kChunks <= 4 && !Math::kExact ? 2 : 1;  // of 8 rows, multiplied side by side
+  constexpr bool kOverlap = !Math::kExact && kChunks <= 6;       // packets are asked for while others are multiplied
+  constexpr int kPart = kChunks <= 6 ? kChunks : kChunks / 2;    // packets in flight
+  constexpr bool kLate = kOverlap || Math::kExact;  // gates are stored after all packets: what the registers allow
   constexpr int kElements = kForwardRows * kForwardUnits / kThreads, kStride = kForwardRows / kElements;
   extern __shared__ __align__(16) unsigned char shared[];
 
@@ -71,6 +75,39 @@ __device__ __forceinline__ void persistent_forward(const FusedrnnForward& p) {
   const int buffer_sums = forward_buffer_bytes(p.slice_rows, Sums::kBytesPerRow) / int(sizeof(Sum));
   int buffer = 0;
 
+  // Copied ahead: [2][gate][row][8 units], [2][row] resets, [2][warp] offsets. A row's 8 lanes copy a packet each.
+  constexpr int kPackets = kForwardUnits / kPer;  // of a gate
+  const int stage_rows = (p.slice_rows + 7) & ~7, stage_size = stage_rows * kGates * kForwardUnits;
+  Scalar* const stage = reinterpret_cast<Scalar*>(all_sums + 2 * buffer_sums);
+  int32_t* const reset_stage = reinterpret_cast<int32_t*>(stage + 2 * stage_size);
+  unsigned char* const offset_stage =
+      reinterpret_cast<unsigned char*>(reset_stage + 2 * stage_rows) + 2 * warp * kOffsetsOfStep;
+  const int copied_gate = (threadIdx.x & 7) / kPackets, copied_unit = (threadIdx.x & 7) % kPackets * kPer;
+  const bool copies = copied_gate < kGates && int(blockIdx.x) * kForwardUnits + copied_unit < pitch;
+  const char* const x_at = keep(reinterpret_cast<const char*>(static_cast<const Scalar*>(p.x) +
+                                                              (int64_t(my_row) * kGates + copied_gate) * pitch +
+                                                              int(blockIdx.x) * kForwardUnits + copied_unit));
+  const uint32_t shared_base = shared_address(shared);
+  const auto address_of = [&](const void* at) {
+    return shared_base + uint32_t(static_cast<const unsigned char*>(at) - shared);
+  };
+  const uint32_t x_to = address_of(stage + (copied_gate * stage_rows + my_row) * kForwardUnits + copied_unit),
+                 reset_to = address_of(reset_stage + my_row), offsets_to = address_of(offset_stage);
+  const int x_row = kGates * pitch * int(sizeof(Scalar));
+  const auto copy_ahead = [&](const StepRows& step, int parity) {
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) {
+      if (my_row + kStride * i < step.rows) {
+        if (copies)
+          copy_async<16>(x_to + (parity * stage_size + i * kStride * kForwardUnits) * int(sizeof(Scalar)),
+                         x_at + (step.offset + kStride * i) * x_row);
+        if (with_resets && (threadIdx.x & 7) == 0)
+          copy_async<4>(reset_to + (parity * stage_rows + kStride * i) * 4,
+                        reinterpret_cast<const int32_t*>(p.resets) + step.offset + my_row + kStride * i);
+      }
+    }
+  };
+
   for (int64_t first = int64_t(blockIdx.y) * p.slice_rows; first < p.batch;
        first += int64_t(gridDim.y) * p.slice_rows) {
     const int limit = int(p.batch - first < p.slice_rows ? p.batch - first : p.slice_rows);
@@ -90,140 +127,169 @@ __device__ __forceinline__ void persistent_forward(const FusedrnnForward& p) {
     const char* const h0_at =
         keep(reinterpret_cast<const char*>(static_cast<const Scalar*>(p.h0) + first * pitch + piece0 * kPer));
     const char* const y_at = keep(reinterpret_cast<const char*>(static_cast<const Scalar*>(p.y) + piece0 * kPer));
-    const Scalar* const x_at = keep(static_cast<const Scalar*>(p.x) + int64_t(my_row) * (kGates * hidden) + unit);
 
     const int direction = keep(p.reverse ? -1 : 1);
     int t = p.reverse ? int(p.steps) - 1 : 0;
-    StepRows before, now = timeline.at(t);
+    StepRows before, now = timeline.at(t), next;
+    if (p.steps > 1) next = timeline.at(t + direction);
+    int parity = 0;  // of the step
+    __syncwarp();
+    copy_ahead(now, 0);
+    if (p.steps > 2) timeline.copy_ahead(t + 2 * direction, offsets_to);
+    end_group();
     for (int left = int(p.steps) - 1; left >= 0; --left) {
       t += direction;
-      StepRows next;
-      if (left > 0) next = timeline.at(t);
-
-      Scalar inputs[kElements][kGates];
-#pragma unroll
-      for (int i = 0; i < kElements; ++i) {
-        if (my_row + kStride * i < now.rows && real_unit) {
-          const Scalar* x = x_at + (now.offset + kStride * i) * (kGates * hidden);
-#pragma unroll
-          for (int g = 0; g < kGates; ++g) inputs[i][g] = x[g * hidden];
-        }
-      }
+      copy_ahead(next, parity ^ 1);
+      if (left > 2) timeline.copy_ahead(t + 2 * direction, offsets_to + (parity ^ 1) * kOffsetsOfStep);
+      end_group();
 
       const char* const h_at = keep(y_at + before.offset * row_bytes);
       const int last_row = now.rows - 1;
-      const auto source = [&](int row) {
+      const auto aim = [&](Flight<kPart>& f, int row) {
         row = min(row, last_row);
-        return (row < before.rows ? h_at : h0_at) + int64_t(row) * row_bytes;
+        f.recurrent = row < before.rows;
+        f.at = (f.recurrent ? h_at : h0_at) + int64_t(row) * row_bytes;
       };
       Sum* sums = all_sums + (sums_out + buffer);
-      const auto multiply = [&](Piece(&h)[kChunks], const char* at, int row) {
-        Accumulator acc[kMT][4];
-        const bool recurrent = min(row, last_row) < before.rows;
-        for (bool complete = inbox.template complete<Math::kExact>(at, h, recurrent, p, t - direction);;
-             complete = true) {
+      Flight<kPart> flights[kTiles];
+      // The product of one or two tiles of rows; where packets leave a register, those of the next tiles are asked for.
+      const auto multiply = [&](auto tiles, int next_tile) {
+        constexpr int n = decltype(tiles)::value, kSplit = kOverlap ? 2 / n : 1;  // chains of mma side by side
+        Accumulator acc[n][kSplit][kMT][4] = {};
+        bool more[n];
+#pragma unroll
+        for (int i = 0; i < n; ++i) more[i] = next_tile + 8 * i < now.rows;
+        unrolled<kChunks / kPart>([&](auto portion) {
+          constexpr int begin = decltype(portion)::value * kPart, next = (begin + kPart) % kChunks;
+          if constexpr (n == 2)
+            inbox.template settle<begin>(p, t - direction, flights[0], flights[kTiles - 1]);
+          else
+            inbox.template settle<begin>(p, t - direction, flights[0]);
+          if constexpr (next == 0)
+#pragma unroll
+            for (int i = 0; i < n; ++i)
+              if (more[i]) aim(flights[i], next_tile + 8 * i + (lane >> 2));
+          const auto fetch = [&](auto index) {
+            constexpr int c = decltype(index)::value;
+            unrolled<n>([&](auto tile) {
+              constexpr int i = decltype(tile)::value;
+              if (next > 0 || more[i]) inbox.template fetch<next + c>(flights[i].at, flights[i].p[c]);
+            });
+          };
+          unrolled<kPart>([&](auto index) {
+            constexpr int c = decltype(index)::value;
+#pragma unroll
+            for (int i = 0; i < n; ++i) Math::prepare(flights[i].p[c]);
+#pragma unroll
+            for (int part = 0; part < Math::kParts; ++part)
+#pragma unroll
+              for (int i = 0; i < n; ++i)
+#pragma unroll
+                for (int m = 0; m < kMT; ++m)
+                  Math::multiply_part(part, acc[i][(c * Math::kParts + part) % kSplit][m], weights[begin + c][2 * m],
+                                      weights[begin + c][2 * m + 1], flights[i].p[c]);
+            if constexpr (kOverlap) fetch(index);
+          });
+          if constexpr (!kOverlap) unrolled<kPart>(fetch);
+        });
+#pragma unroll
+        for (int i = 0; i < n; ++i) {
 #pragma unroll
           for (int m = 0; m < kMT; ++m)
 #pragma unroll
-            for (int j = 0; j < 4; ++j) acc[m][j] = 0;
+            for (int j = 0; j < 4 * (kSplit - 1); ++j) acc[i][0][m][j] += acc[i][kSplit - 1][m][j];
 #pragma unroll
-          for (int c = 0; c < kChunks; ++c) {
-            Math::prepare(h[c]);
-#pragma unroll
-            for (int m = 0; m < kMT; ++m) Math::multiply(acc[m], weights[c][2 * m], weights[c][2 * m + 1], h[c]);
-          }
-          if (complete || !any_nan(acc[0])) break;
-          inbox.await(at, recurrent, p, t - direction);
-          inbox.template fetch<0, kChunks>(at, h);
+          for (int a = 0; a < kAccs; ++a)
+            if (h_gate<Cell>(a) < 0)  // zeros times an infinite h0 are NaN
+              acc[i][0][a / 2][2 * (a % 2)] = acc[i][0][a / 2][2 * (a % 2) + 1] = 0;
+          Sums::store(sums, acc[i][0]);
+          sums += 8 * kWarps * kForwardUnits;
         }
-#pragma unroll
-        for (int a = 0; a < kAccs; ++a)
-          if (h_gate<Cell>(a) < 0)  // zeros times an infinite h0 are NaN
-            acc[a / 2][2 * (a % 2)] = acc[a / 2][2 * (a % 2) + 1] = 0;
-        Sums::store(sums, acc);
-        sums += 8 * kWarps * kForwardUnits;
       };
-      if constexpr (kChunks <= 4) {
-        // Two tiles in flight: the packets of the next one travel while this one is multiplied.
-        Piece even[kChunks], odd[kChunks];
-        const char *even_at = source(lane >> 2), *odd_at;
-        if (now.rows > 0) inbox.template fetch<0, kChunks>(even_at, even);
-        for (int row = lane >> 2, tile = 0; tile < now.rows; tile += 16, row += 16) {
-          if (tile + 8 < now.rows) {
-            odd_at = source(row + 8);
-            inbox.template fetch<0, kChunks>(odd_at, odd);
-          }
-          multiply(even, even_at, row);
-          if (tile + 8 < now.rows) {
-            if (tile + 16 < now.rows) {
-              even_at = source(row + 16);
-              inbox.template fetch<0, kChunks>(even_at, even);
-            }
-            multiply(odd, odd_at, row + 8);
-          }
+      if (now.rows > 0) {
+        aim(flights[0], lane >> 2);
+        inbox.first(flights[0], p, t - direction);
+        if (kTiles > 1 && now.rows > 8) {
+          aim(flights[kTiles - 1], 8 + (lane >> 2));
+          unrolled<kPart>([&](auto index) {
+            inbox.template fetch<decltype(index)::value>(flights[kTiles - 1].at, flights[kTiles - 1].p[index.value]);
+          });
         }
-      } else {
+      }
 #pragma unroll 1
-        for (int row = lane >> 2, tile = 0; tile < now.rows; tile += 8, row += 8) {
-          Piece packets[kChunks];
-          const char* at = source(row);
-          inbox.template fetch<0, kChunks>(at, packets);
-          multiply(packets, at, row);
+      for (int tile = 0; tile < now.rows; tile += 8 * kTiles) {
+        if (kTiles > 1 && tile + 8 < now.rows) {
+          multiply(Constant<kTiles>(), tile + 8 * kTiles);
+        } else {
+          multiply(Constant<1>(), tile + 8 * kTiles);
         }
       }
       __syncthreads();
+      await_groups<1>();
 
       if (with_resets) {
 #pragma unroll
         for (int i = 0; i < kElements; ++i) {
           const int row = my_row + kStride * i;
-          if (row < now.rows && p.resets[now.offset + row]) {
+          if (row < now.rows && reset_stage[parity * stage_rows + row]) {
             h_carried[i] = c[i] = 0;
             Sums::clear(all_sums + (sums_in + buffer) + i * kStride * kWarps * kForwardUnits);
           }
         }
       }
+      Pack<Scalar, kSavedOrOne<Cell>> saved[kElements] = {};
+      const auto store = [&](int i) {  // nobody waits for this
+        const int row = my_row + kStride * i;
+        if (row >= now.rows || !real_unit) return;
+        const int64_t at = (now.offset + kStride * i) * hidden + in_slice;
+        if constexpr (Cell::kSaved > 0)
+          if (p.gates) reinterpret_cast<Pack<Scalar, Cell::kSaved>*>(static_cast<Scalar*>(p.gates))[at] = saved[i];
+        if constexpr (Cell::kHasCellState)
+          if (p.cells) static_cast<Accumulator*>(p.cells)[at] = c[i];
+        if (row >= next.rows) {
+          static_cast<Scalar*>(p.h_n)[in_batch + i * kStride * hidden] = narrow<Scalar>(h_carried[i]);
+          if constexpr (Cell::kHasCellState)
+            static_cast<Scalar*>(p.c_n)[in_batch + i * kStride * hidden] = narrow<Scalar>(c[i]);
+        }
+      };
 #pragma unroll
       for (int i = 0; i < kElements; ++i) {
         const int row = my_row + kStride * i;
         if (4 * warp + kStride * i < now.rows) {  // the same for the whole warp: lanes of missing rows help to gather
-          Accumulator acc[kAccs], h, c_now = 0, saved[kSavedOrOne<Cell>];
+          Accumulator acc[kAccs], h, c_now = 0, kept[kSavedOrOne<Cell>];
+          const Scalar* const inputs = stage + (parity * stage_size + row * kForwardUnits) + (threadIdx.x & 7);
+          Scalar x[kGates];
+#pragma unroll
+          for (int g = 0; g < kGates; ++g) x[g] = inputs[g * stage_rows * kForwardUnits];
 #pragma unroll
           for (int a = 0; a < kAccs; ++a) {
             constexpr auto gate = [](int acc) { return x_gate<Cell>(acc); };
-            acc[a] = gate(a) >= 0 ? bias[a] + widen(inputs[i][gate(a) >= 0 ? gate(a) : 0]) : bias[a];
+            acc[a] = gate(a) >= 0 ? bias[a] + widen(x[gate(a) >= 0 ? gate(a) : 0]) : bias[a];
           }
           advance<Cell, Accumulator>(all_sums + (sums_in + buffer) + i * kStride * kWarps * kForwardUnits, acc,
-                                     h_carried[i], c[i], h, c_now, saved);
+                                     h_carried[i], c[i], h, c_now, kept);
           const Scalar stored = mailbox::encode(narrow<Scalar>(real_unit ? h : Accumulator(0)));
           const Piece packet = gather(stored);
-          if (row < now.rows) {
-            const int64_t at = (now.offset + kStride * i) * hidden + in_slice;
-            if (sends) {
-              const int64_t y_index = kWhole ? at : (now.offset + row) * pitch + unit;
-              mailbox::put(static_cast<Scalar*>(p.y) + y_index, packet);
-            }
-            if (real_unit) {
-              c[i] = c_now;
-              h_carried[i] = widen(stored);
-              if constexpr (Cell::kSaved > 0)
-                if (p.gates)
-                  store_pack<Scalar, Accumulator, Cell::kSaved>(static_cast<Scalar*>(p.gates) + at * Cell::kSaved,
-                                                                saved);
-              if constexpr (Cell::kHasCellState)
-                if (p.cells) static_cast<Accumulator*>(p.cells)[at] = c_now;
-              if (row >= next.rows) {
-                static_cast<Scalar*>(p.h_n)[in_batch + i * kStride * hidden] = stored;
-                if constexpr (Cell::kHasCellState)
-                  static_cast<Scalar*>(p.c_n)[in_batch + i * kStride * hidden] = narrow<Scalar>(c_now);
-              }
-            }
+          if (row < now.rows && sends) {
+            const int64_t at =
+                kWhole ? (now.offset + kStride * i) * hidden + in_slice : (now.offset + row) * pitch + unit;
+            mailbox::put(static_cast<Scalar*>(p.y) + at, packet);
           }
+          if (row < now.rows && real_unit) {
+            c[i] = c_now;
+            h_carried[i] = widen(stored);
+#pragma unroll
+            for (int k = 0; k < Cell::kSaved; ++k) saved[i].v[k] = narrow<Scalar>(kept[k]);
+          }
+          if constexpr (!kLate) store(i);
         }
       }
+      if constexpr (kLate) unrolled<kElements>([&](auto index) { store(index.value); });
       buffer = buffer_sums - buffer;
       before = now;
       now = next;
+      next = left > 1 ? timeline.copied(t + direction, offset_stage + parity * kOffsetsOfStep) : StepRows();
+      parity ^= 1;
     }
   }
 }

@@ -23,7 +23,7 @@ __device__ __forceinline__ void accumulate(Accumulator (&acc)[kTiles][kRows / 2]
     for (int tile = 0; tile < kTiles; ++tile) {
       Math::prepare(right[tile]);
 #pragma unroll
-      for (int r = 0; r < kRows; r += 2) Math::multiply(acc[tile][r / 2], left[r], left[r + 1], right[tile]);
+      for (int r = 0; r < kRows; r += 2) multiply_all<Math>(acc[tile][r / 2], left[r], left[r + 1], right[tile]);
     }
   };
   const auto row_of_a = [&](int r) { return kGaps && a[r] == nullptr ? b[0] : a[r]; };

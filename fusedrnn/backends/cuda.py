@@ -394,7 +394,12 @@ def forward(
         if chosen.algorithm == "persistent":
             pitch = _round_up(hidden, _per_packet(x.dtype))
             y = _mailbox(x, rows, pitch)
-            hoisted = product(x_rows, w_ih.t(), b_ih)
+            gates_of = (-1, hidden)
+            w_in = _padded(w_ih.unflatten(0, gates_of).mT, pitch).mT.flatten(0, 1) if pitch != hidden else w_ih
+            b_in = b_ih if b_ih is None or pitch == hidden else _padded(b_ih.unflatten(0, gates_of), pitch).flatten()
+            hoisted = product(x_rows, w_in.t(), b_in)
+            if resets is not None:
+                state0["resets"] = resets.to(torch.int32).contiguous()
             tensors = {
                 "x": hoisted, "h0": _padded(h0, pitch), **state0, "w_hh": _padded(w_hh, pitch), "b_hh": bias, "y": y,
                 **outputs, "offsets_device": _offsets(batch_sizes, x.device),
@@ -474,6 +479,8 @@ def backward(
             pitch = _round_up(hidden, _per_packet(x.dtype))
             box = _mailbox(x, rows, count * pitch)
             tensors |= {
+                "dy": None if dy is None else _padded(rows_of(dy), pitch), "y": _padded(y_rows, pitch),
+                "resets": None if resets is None else resets.to(torch.int32).contiguous(),
                 "w_hh_t": _padded(w_hh.unflatten(0, (-1, hidden)).permute(2, 0, 1), pitch), "dgates": box,
                 "offsets_device": _offsets(batch_sizes, x.device),
             }  # fmt: skip

@@ -19,8 +19,9 @@ MOST_CHUNKS = {
 }
 # Slices that a group of blocks takes one after another before step is the better plan.
 MOST_ROUNDS = 4
-# Static shared memory of the backward kernel: two buffers of partial sums, then the staged packets of an accumulator.
+# Shared memory of the backward kernel: two buffers of partial sums, then the staged packets of an accumulator.
 BACKWARD_SUMS, STAGED_ELEMENTS = 2 * WARPS * BACKWARD_ROWS * (BACKWARD_UNITS + 4) * 4, WARPS * 4 * BACKWARD_UNITS
+OFFSETS = WARPS * 16  # bytes of a step's offsets, copied ahead by every warp
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -101,8 +102,10 @@ def _persistent(problem: Problem, chip: Chip) -> Plan | str:
     most_rows = BACKWARD_ROWS if problem.backward else FORWARD_ROWS
     # Two buffers of a row's partial sums; accumulators are kept in pairs.
     sums = 2 * WARPS * FORWARD_UNITS * (accumulators + accumulators % 2) * 4
+    # Of a row, copied ahead: the gates of its units and a reset.
+    row = sums + 2 * (len(CELLS[problem.cell].gates) * FORWARD_UNITS * size + 4)
     if not problem.backward:
-        most_rows = min(most_rows, chip.shared_per_block // sums // 8 * 8)
+        most_rows = min(most_rows, (chip.shared_per_block - 2 * OFFSETS) // row // 8 * 8)
     groups = min(most_groups, -(-problem.batch // 8))
     # Thinner slices keep more of the chip at work once H is large.
     while blocks * groups < 48 and problem.hidden >= 512 and groups < min(most_groups, problem.batch):
@@ -115,9 +118,13 @@ def _persistent(problem: Problem, chip: Chip) -> Plan | str:
             return f"a batch of {problem.batch} takes {slices}, more than {MOST_ROUNDS}"
         slice_rows = -(-problem.batch // (groups * rounds))
     groups = min(groups, -(-problem.batch // slice_rows))
-    shared = sums * (-(-slice_rows // 8) * 8)
+    shared = row * (-(-slice_rows // 8) * 8) + 2 * OFFSETS
     if problem.backward:
-        shared = BACKWARD_SUMS + STAGED_ELEMENTS * accumulators * size
+        # Copied ahead: of two units a thread what is saved, dy, h, h', dcells and c'; resets.
+        ahead = 32 * WARPS * 2 * ((len(CELLS[problem.cell].saved) + 3) * size + 8) + BACKWARD_ROWS * 4 + OFFSETS
+        shared = BACKWARD_SUMS + STAGED_ELEMENTS * accumulators * size + 2 * ahead
+    if shared > chip.shared_per_block:
+        return f"a block needs {shared} bytes of shared memory, {chip.name} has {chip.shared_per_block}"
     slices = -(-problem.batch // slice_rows)
     why = (
         f"W_hh stays in registers: {blocks} x {groups} blocks on {chip.multiprocessors} multiprocessors, "

@@ -76,7 +76,8 @@ Unit find_unit(const Instruction& I) {
 }
 
 Unit unit_of(const Instruction& I) { return Unit(I.unit & 15); }
-CopyStep copy_of(const Instruction& I) { return CopyStep(I.unit >> 4); }
+CopyStep copy_of(const Instruction& I) { return CopyStep(I.unit >> 4 & 7); }
+bool is_movable(const Instruction& I) { return I.unit >> 7; }
 
 bool writes_first(const Instruction& I) {
   const Operand::Kind kind = I.op[0].kind;
@@ -107,7 +108,24 @@ u8 unit_number(const Instruction& I) {
   int step = 0;
   for (int k = 1; k < 5; k++)
     if (I.entry && !strcmp(I.entry->opcode, kSteps[k])) step = k;
-  return int(find_unit(I)) | step << 4;
+  const Unit unit = find_unit(I);
+  bool movable = false;  // ptxas may start it anywhere in its basic block
+  switch (unit) {
+    case Unit::Free:
+    case Unit::Alu:
+    case Unit::Wide:
+    case Unit::Predicate:
+    case Unit::Special:
+    case Unit::Shuffle:
+    case Unit::Matrix:
+    case Unit::Shared:
+    case Unit::Load:
+      movable = !step && writes_first(I);
+      break;
+    default:
+      break;
+  }
+  return int(unit) | step << 4 | int(movable) << 7;
 }
 
 Timing::Timing(double load_ns, double store_ns) : load(load_ns * kCyclesPerNs), store(store_ns * kCyclesPerNs) {}
@@ -125,6 +143,7 @@ void Timing::start_block(Block& b, double time) {
 void Timing::stop_block(Block& b) {
   for (const WarpClock& c : b.clock->warps) {
     end = std::max(end, c.time);
+    for (const Ready& r : c.registers) end = std::max(end, r.at);  // what nobody used
     rounds += c.rounds;
     most_rounds = std::max(most_rounds, c.rounds);
     warps++;
@@ -158,11 +177,15 @@ double Timing::start(Warp& w, const Instruction& I) {
     for (double landed : c.groups) busy(landed, Unit::Hbm);
     busy(c.pending, Unit::Hbm);
   }
-  if (unit != Unit::Free) busy(b.issue[w.index % 4], Unit::Alu);
+  if (unit != Unit::Free && b.issue[w.index % 4] > c.time)
+    charge(w, I, b.issue[w.index % 4], Unit::Alu), busy(c.time, Unit::Alu);
   if (unit == Unit::Matrix) busy(b.matrix[w.index % 4], Unit::Matrix);
   if (unit == Unit::Special) busy(b.special[w.index % 4], Unit::Special);
   if (unit == Unit::Shuffle) busy(b.shuffle, Unit::Shuffle);
   if (unit == Unit::Shared) busy(b.shared, Unit::Shared);
+  c.start = at;
+  c.why = why;
+  if (is_movable(I)) return c.time;
   charge(w, I, at, why);
   return at;
 }
@@ -191,13 +214,15 @@ void Timing::after(Warp& w, const Instruction& I, u32 mask) {
   WarpClock& c = *w.clock;
   BlockClock& b = *w.block->clock;
   const Unit unit = unit_of(I);
-  const double at = c.time;
+  const double at = std::max(c.start, c.time);
   Ready result{at + cost(unit).latency, 0, 0, unit};
   sources(I, [&](u32 r) { result.round = std::max(result.round, c.registers[r].round); });
   const bool is_copy = copy_of(I) == CopyStep::Copy;
+  // Of what came late, the cause is what it waited for.
+  if (at > c.time && (unit == Unit::Alu || unit == Unit::Wide || unit == Unit::Predicate)) result.unit = c.why;
   if (unit != Unit::Free) {
-    b.issue[w.index % 4] = at + 1;
-    c.time = at + 1;
+    b.issue[w.index % 4] = c.time + 1;
+    c.time++;
   }
   switch (unit) {
     case Unit::Branch:

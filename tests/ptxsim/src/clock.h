@@ -55,7 +55,9 @@ struct Ready {
 };
 
 struct WarpClock {
-  double time = 0;
+  double time = 0;        // its next instruction cannot be issued before
+  double start = 0;       // of the instruction at hand
+  Unit why = Unit::Free;  // it waits until then
   std::vector<Ready> registers;
   std::deque<double> groups;  // cp.async: when a group has landed
   double pending = 0;         // of the group not yet committed
