@@ -351,11 +351,11 @@ def test_planted_bugs_are_caught(bug, tmp_path, monkeypatch, poisoned):
     sentinel = 0x7FFF if "sentinel" in bug else -1
     if bug == "none":
         check_persistent(monkeypatch)
-        check_persistent(monkeypatch, hidden=776)
+        check_persistent(monkeypatch, hidden=1024)
     else:
         with pytest.raises((AssertionError, RuntimeError)):
             # Rows of that many units take several packets a lane.
-            check_persistent(monkeypatch, sentinel, 776 if "forgets" in bug else 40)
+            check_persistent(monkeypatch, sentinel, 1024 if "forgets" in bug else 40)
 
 
 @simulated
