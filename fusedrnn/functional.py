@@ -3,7 +3,6 @@
 import contextlib
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -123,8 +122,7 @@ def _check_lengths(lengths, x: Tensor, batch: int, batch_sizes: Tensor | None) -
         raise RuntimeError(f"lengths must have shape [B] = [{batch}], got {list(lengths.shape)}")
     if lengths.layout != torch.strided:
         raise RuntimeError(f"lengths must be a dense tensor, got layout {lengths.layout}")
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack()
-    if lengths.device.type == "cpu" and lengths.numel() and not traced and not _under_transform():
+    if lengths.device.type == "cpu" and lengths.numel() and not _traced():
         low, high = lengths.aminmax()
         if low < 0 or high > x.shape[0]:
             raise RuntimeError(
@@ -188,6 +186,13 @@ def _may_need_gradient(tensors: Sequence[Tensor | None]) -> bool:
 def _under_transform() -> bool:
     """Whether a transform of torch.func is on: its tensors do not tell what the ones they stand for require."""
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _traced() -> bool:
+    """Whether a value must not be read."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0 or _under_transform()
 
 
 def _has_tangent(tensors: Sequence[Tensor | None]) -> bool:
@@ -296,7 +301,8 @@ def _stack(
             f"{num_layers} layers and {directions} directions, got {len(weights)}"
         )
     carried = _carried_dtype(h0 if c0 is None else c0)
-    input, h0, c0, *weights = _distinct(ops.autocast(input.device.type, input, h0, c0, *weights))
+    as_given = input, h0, c0, *weights
+    input, h0, c0, *weights = _distinct(ops.autocast(input.device.type, *as_given))
     dtype, device = input.dtype, input.device
     for k, t in enumerate((h0, *weights) if c0 is None else (h0, *weights, c0)):
         if t.dtype != dtype or t.device != device:
@@ -329,23 +335,20 @@ def _stack(
                 batch_sizes, resets, return_all_states, recompute,
             )  # fmt: skip
             chosen = trials.tuned(given, chosen, not _under_transform() and _may_need_gradient(tensors))
-    if chosen.backend == "torch":
-        beyond = [
-            name
-            for name, wanted in (
-                ("resets", resets is not None),
-                ("return_all_states", return_all_states),
-                ("recompute", recompute and (chosen.asked or chosen.instead)),
-                ("record_gates", any(thread == threading.get_ident() for thread, _ in _recorders)),
-            )
-            if wanted
-        ]
-        if beyond and chosen.instead:
-            chosen = replace(chosen, backend=chosen.instead)
-        elif beyond:
-            verb = "need" if len(beyond) > 1 else "needs"
-            raise RuntimeError(f"{' and '.join(beyond)} {verb} a kernel of fusedrnn: {chosen.why}")
-    if chosen.backend == "torch":
+    runs = chosen.backend
+    if runs == "torch":
+        options = {
+            "resets": resets is not None,
+            "return_all_states": return_all_states,
+            "recompute": recompute and (chosen.asked or bool(chosen.instead)),
+            "lengths under a transform or a trace": lengths is not None and _traced(),
+        }
+        if lengths is not None and not options["lengths under a transform or a trace"]:
+            options["a length of 0"] = bool((lengths == 0).any())
+        runs = _torch_or_instead(chosen, [name for name, wanted in options.items() if wanted], as_given)
+    if runs == "torch":
+        # Autocast is torch's own too.
+        input, h0, c0, *weights = _distinct(as_given)
         return *_torch_layers(
             cell, input, h0, c0, weights, bias, num_layers, dropout, training, bidirectional, batch_first,
             batch_sizes, lengths, padding_value,
@@ -374,7 +377,7 @@ def _stack(
                 direction == 1,
             )  # fmt: skip
             y, h, c, cells = recurrence(
-                cell, given, chosen.backend, chosen.algorithm, recompute, return_all_states, layer, padding
+                cell, given, runs, chosen.algorithm, recompute, return_all_states, layer, padding
             )
             ys.append(y)
             h_n.append(h)
@@ -465,7 +468,8 @@ def one_step(
 
         return onnx.one_step(cell, input, h0, c0, w_ih, w_hh, b_ih, b_hh)
     carried = _carried_dtype(h0 if c0 is None else c0)
-    input, h0, c0, *weights = _distinct(ops.autocast(input.device.type, input, h0, c0, w_ih, w_hh, b_ih, b_hh))
+    as_given = input, h0, c0, w_ih, w_hh, b_ih, b_hh
+    input, h0, c0, *weights = _distinct(ops.autocast(input.device.type, *as_given))
     for what, t in (("hidden", h0), ("cell state", c0), *(("parameter", w) for w in weights)):
         if t is not None:
             _check_same(input, t, what)
@@ -479,18 +483,16 @@ def one_step(
         backend=backend,
         algorithm=algorithm,
     )
-    if chosen.backend == "torch" and any(thread == threading.get_ident() for thread, _ in _recorders):
-        if not chosen.instead:
-            raise RuntimeError(f"record_gates needs a kernel of fusedrnn: {chosen.why}")
-        chosen = replace(chosen, backend=chosen.instead)
-    if chosen.backend == "torch":
+    runs = _torch_or_instead(chosen, [], as_given) if chosen.backend == "torch" else chosen.backend
+    if runs == "torch":
+        input, h0, c0, *weights = _distinct(as_given)
         result = getattr(torch._VF, f"{cell.name}_cell")(input, h0 if c0 is None else (h0, c0), *weights)
         return (result, None) if c0 is None else result
     algorithm = chosen.algorithm
-    if algorithm == "auto" and "step" in ops.BACKEND_ALGORITHMS[chosen.backend]:
+    if algorithm == "auto" and "step" in ops.BACKEND_ALGORITHMS[runs]:
         algorithm = "step"
     given = Inputs(input.unsqueeze(0), h0, c0, *weights, None, None, None, False)
-    _, h, c, _ = recurrence(cell, given, chosen.backend, algorithm)
+    _, h, c, _ = recurrence(cell, given, runs, algorithm)
     if carried is not None and cell.name in ("lstm", "gru"):
         h, c = h.to(carried), c.to(carried)
     return h, c if cell.has_cell_state else None
@@ -659,6 +661,19 @@ def _distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     return found
 
 
+def _torch_or_instead(chosen: planning.Choice, beyond: list[str], tensors: Sequence[Tensor | None]) -> str:
+    """What runs a call with options ``beyond`` torch's own op. Raises RuntimeError where nothing does."""
+    if any(thread == threading.get_ident() for thread, _ in _recorders):
+        beyond = [*beyond, "record_gates"]
+    if chosen.instead and (beyond or torch.compiler.is_compiling() or _under_transform() or _has_tangent(tensors)):
+        # Compiled, torch's op is as many operations as there are steps; transforms know little of it.
+        return chosen.instead
+    if beyond:
+        verb = "need" if len(beyond) > 1 else "needs"
+        raise RuntimeError(f"{' and '.join(beyond)} {verb} a kernel of fusedrnn: {chosen.why}")
+    return "torch"
+
+
 def _torch_layers(
     cell, input, h0, c0, weights, bias, num_layers, dropout, training, bidirectional, batch_first, batch_sizes, lengths,
     padding_value,
@@ -667,9 +682,9 @@ def _torch_layers(
 
     It wants the lengths on the host, and none to be 0.
     """
-    steps = input.shape[1 if batch_first else 0]
     order = None
     if lengths is not None:
+        steps = input.shape[1 if batch_first else 0]
         packed = rnn_utils.pack_padded_sequence(input, lengths.cpu(), batch_first, enforce_sorted=False)
         input, batch_sizes, order, back = packed
         h0, c0 = (None if s is None else s.index_select(1, order) for s in (h0, c0))

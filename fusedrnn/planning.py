@@ -26,6 +26,10 @@ from fusedrnn.cells import CELL_OF_MODE
 from fusedrnn.ops import ALGORITHMS, BACKEND_ALGORITHMS, BACKENDS, DTYPES, no_such_algorithm
 
 ENVIRONMENT_VARIABLE = "FUSEDRNN_BACKEND"
+LOST = (
+    "Lost is its speed; resets, return_all_states, recompute, record_gates, a length of 0, torch.compile and the "
+    "transforms of torch.func run in the reference, a loop of torch's operations"
+)
 # What can be asked for: the op's backends, and torch's own op.
 NAMES = (*BACKENDS, "torch")
 
@@ -63,7 +67,7 @@ class Choice:
     """A backend ("torch" means torch's own op), an algorithm, the reason in words, and the backend's own plan.
 
     ``asked``: a backend or algorithm was asked for. ``timed``: it was the fastest on this card, see fusedrnn.tune.
-    ``instead``: what runs where torch's op cannot do what is asked, since the kernels are wrong here.
+    ``instead``: what runs where torch's op cannot do what is asked, and the kernels are wrong here or none is built.
     """
 
     backend: str
@@ -123,7 +127,7 @@ def decide(problem: Problem, machine: Machine, backend: str | None = None, algor
         return Choice(backend, algorithm, f"backend {backend!r} was asked for")
     if problem.device_type == "meta":
         return Choice("reference", algorithm, "meta tensors have no data: only shapes are computed")
-    order = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton")}.get(problem.device_type, ())
+    order = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}.get(problem.device_type, ())
     reasons = []
     for name in order:
         reason = unsupported(name, problem, machine)
@@ -137,7 +141,12 @@ def decide(problem: Problem, machine: Machine, backend: str | None = None, algor
         reasons.append(f"{name} cannot: {reason}")
     if not order:
         reasons.append(f"fusedrnn has no kernel for device {problem.device_type!r}")
-    return Choice("torch", "auto", "torch's own op runs: " + "; ".join(reasons))
+    why, instead = "torch's own op runs: " + "; ".join(reasons), None
+    if problem.device_type == "cpu" and unsupported("reference", problem, machine) is None:
+        why, instead = f"{why}. {LOST}", "reference"
+    if algorithm != "auto":
+        why = f"{why}; {no_such_algorithm('torch', algorithm)}"
+    return Choice("torch", "auto", why, instead=instead)
 
 
 @functools.cache
@@ -313,8 +322,7 @@ def _cached_choice(cell, input_size, hidden_size, proj_size, dtype, device, back
         _capability(device.index) if device.type == "cuda" and torch.version.cuda else None,
     )
     choice = decide(problem, machine_with(device), backend, algorithm)
-    fell_back = choice.backend == "torch" or (choice.backend == "reference" and device.type != "meta")
-    if backend is None and (fell_back or (algorithm or "auto") != choice.algorithm):
+    if backend is None and (choice.backend == "torch" or (algorithm or "auto") != choice.algorithm):
         _tell_once(f"fusedrnn: {choice.why}")
     return replace(choice, asked=backend is not None or algorithm is not None)
 

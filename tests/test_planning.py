@@ -4,12 +4,13 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 
 import pytest
 import torch
 
 import fusedrnn
-from fusedrnn import functional, planning
+from fusedrnn import _build, functional, planning
 from fusedrnn.backends import common
 from fusedrnn.cells import CELLS
 from fusedrnn.planning import Choice, Machine, Problem, check_choice, choose, decide, unsupported
@@ -46,9 +47,13 @@ def test_old_gpu_takes_torchs_op_and_says_why():
     assert "compute capability 8.0 or newer, got 7.5" in choice.why
 
 
-def test_without_extension_the_cpu_takes_the_reference():
+def test_without_extension_the_cpu_takes_torchs_op():
     choice = decide(problem("cpu"), NOTHING_BUILT)
-    assert choice == Choice("reference", "auto", "reference runs because cpu cannot: not built")
+    why = f"torch's own op runs: cpu cannot: not built. {planning.LOST}"
+    assert choice == Choice("torch", "auto", why, instead="reference")
+    choice = decide(problem("cpu"), NOTHING_BUILT, None, "persistent")
+    assert choice.why == f"{why}; algorithm 'persistent' of backend 'torch' cannot run: it has auto"
+    assert decide(problem("cpu", torch.complex64), NOTHING_BUILT).instead is None
 
 
 def test_gpu_backends_on_cpu_tensors_only_where_simulated():
@@ -143,6 +148,112 @@ def test_torchs_own_op_can_be_asked_for(kind, monkeypatch):
         getattr(fusedrnn, kind)(3, 4, backend="torch", algorithm="step")(x)
 
 
+@pytest.mark.parametrize("calls", ["_small_calls", "_calls"])
+def test_calls_past_the_dispatcher_obey_the_environment(calls, monkeypatch):
+    """Torch's own op in bfloat16 rounds at every step, which tells it from ours."""
+    if getattr(_build, calls) is None:
+        pytest.skip(f"{calls} is not there with this torch: only the way through Python is checked")
+    monkeypatch.setattr(_build, "_calls", getattr(_build, calls))
+    layer = fusedrnn.LSTM(3, 16).bfloat16()
+    x = torch.randn(20, 2, 3).bfloat16()
+    with torch.no_grad():
+        zeros = x.new_zeros(1, 2, 16)
+        theirs = torch.lstm(x, (zeros, zeros), layer._weights(), True, 1, 0.0, False, False, False)[0]
+        ours = layer(x)[0]
+        assert not torch.equal(ours, theirs)
+        monkeypatch.setenv("FUSEDRNN_BACKEND", "torch")
+        assert torch.equal(layer(x)[0], theirs)
+
+
+@pytest.fixture
+def nothing_built(monkeypatch):
+    """As in an installation without compiled code."""
+    monkeypatch.setattr(planning, "machine", lambda: NOTHING_BUILT)
+    monkeypatch.setattr(functional, "direct", lambda *arguments: None)
+    monkeypatch.setattr(planning, "_told", set())
+    planning._cached_choice.cache_clear()
+    yield
+    planning._cached_choice.cache_clear()
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """What computed: "torch" or the op's backend."""
+    found, recurrence, theirs = [], functional.recurrence, functional._torch_layers
+    run = lambda cell, inputs, backend, *rest: (found.append(backend), recurrence(cell, inputs, backend, *rest))[1]
+    monkeypatch.setattr(functional, "recurrence", run)
+    monkeypatch.setattr(functional, "_torch_layers", lambda *a: (found.append("torch"), theirs(*a))[1])
+    return found
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_without_compiled_code(kind, nothing_built, ran):
+    """Torch's op wherever it can do what is asked, else the reference; told once."""
+    ours, theirs = (
+        getattr(fusedrnn, kind)(3, 4, 2, batch_first=True),
+        getattr(torch.nn, kind)(3, 4, 2, batch_first=True),
+    )
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 5, 3, requires_grad=True)
+    packed = torch.nn.utils.rnn.pack_padded_sequence(x.detach(), [5, 2], batch_first=True)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always", RuntimeWarning)
+        for _ in range(2):
+            y, twin = ours(x)[0], theirs(x)[0]
+            assert torch.equal(y, twin)
+            assert torch.equal(*(torch.autograd.grad(t.sum(), x)[0] for t in (y, twin)))
+        assert torch.equal(ours(packed)[0].data, theirs(packed)[0].data)
+        with torch.autocast("cpu", torch.bfloat16):
+            y, twin = ours(x)[0], theirs(x)[0]
+        assert y.dtype == twin.dtype
+        assert torch.equal(y, twin)
+        padded = torch.nn.utils.rnn.pad_packed_sequence(theirs(packed)[0], batch_first=True)[0]
+        assert torch.equal(ours(x, lengths=torch.tensor([5, 2]))[0], padded)
+        assert ran == ["torch"] * 5
+        cell, single = getattr(fusedrnn, f"{kind}Cell")(3, 4), getattr(torch.nn, f"{kind}Cell")(3, 4)
+        single.load_state_dict(cell.state_dict())
+        got, want = cell(x[:, 0]), single(x[:, 0])
+        assert torch.equal(got[0] if kind == "LSTM" else got, want[0] if kind == "LSTM" else want)
+        assert ran == ["torch"] * 5
+    assert [str(w.message) for w in warned] == [f"fusedrnn: {fusedrnn.plan(ours, 2).why}"]
+
+    ran.clear()
+    want = theirs(x)[0]
+    lengths = torch.tensor([5, 0])
+    resets = torch.zeros(2, 5, dtype=torch.bool)
+    for got in (
+        ours(x, resets=resets)[0],
+        ours(x, return_all_states=True)[0],
+        fusedrnn.record_gates(ours, x)[0][0],
+        torch.func.vmap(lambda x: ours(x)[0])(x.detach().unsqueeze(0))[0],
+        torch.func.jvp(lambda x: ours(x)[0], (x,), (x,))[0],
+        torch.compile(ours, backend="eager", fullgraph=True)(x)[0],
+    ):
+        torch.testing.assert_close(got, want)
+    assert set(ran) == {"reference"}
+    assert torch.equal(ours(x, lengths=lengths)[0][1], torch.zeros(5, 4))
+    ours.recompute = True
+    torch.testing.assert_close(ours(x)[0], want)
+    assert set(ran) == {"reference"}
+    with (
+        pytest.raises(RuntimeError, match="backend 'cpu' was asked for but cannot run: not built"),
+        fusedrnn.backend("cpu"),
+    ):
+        ours(x)
+    explained = fusedrnn.explain(
+        kind.lower() if kind != "RNN" else "rnn_tanh", steps=5, batch=2, input_size=3, hidden_size=4, device="cpu"
+    )
+    assert (explained.backend, explained.why) == ("torch", fusedrnn.plan(ours, 2).why)
+
+
+def test_lengths_that_torchs_op_cannot_take():
+    layer = fusedrnn.GRU(3, 4, backend="torch")
+    with pytest.raises(RuntimeError, match="a length of 0 needs a kernel of fusedrnn: backend 'torch' was asked for"):
+        layer(torch.randn(5, 2, 3), lengths=torch.tensor([5, 0]))
+    with pytest.raises(RuntimeError, match="lengths under a transform or a trace needs a kernel"):
+        torch.func.vmap(lambda n: layer(torch.ones(5, 2, 3), lengths=n)[0])(torch.tensor([[5, 1]]))
+
+
 def test_cudnn_has_gradients_in_training_only(monkeypatch):
     """A layer in eval whose gradient is wanted: the flag is set, dropout stays off."""
     calls = []
@@ -153,7 +264,9 @@ def test_cudnn_has_gradients_in_training_only(monkeypatch):
 
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
-            functional._torch_layers(CELLS["lstm"], OnCuda(), None, 0, [], True, 2, 0.5, False, False, False, None)
+            functional._torch_layers(
+                CELLS["lstm"], OnCuda(), None, 0, [], True, 2, 0.5, False, False, False, None, None, 0.0
+            )
     assert [(dropout, training) for *_, dropout, training, _, _ in calls] == [(0.0, True), (0.5, False)]
 
 
