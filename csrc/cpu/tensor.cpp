@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <string_view>
 
 extern "C" int omp_in_parallel();
 
@@ -39,7 +40,12 @@ void check_torch(AOTITorchError error, const char* what) {
   static const auto message =
       reinterpret_cast<Message>(dlsym(RTLD_DEFAULT, "torch_exception_get_what_without_backtrace"));
   const char* text = message ? message() : nullptr;
-  if (text && *text) fail(text);
+  if (text && *text) {
+    // Of an error of Python, the message alone.
+    std::string_view said(text), prefix("RuntimeError: ");
+    said = said.substr(0, said.find("\n\nAt:\n"));
+    fail(said.starts_with(prefix) ? said.substr(prefix.size()) : said);
+  }
   fail("fusedrnn: torch refused ", std::string(what).substr(0, std::string(what).find('(')));
 }
 
