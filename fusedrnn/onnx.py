@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from fusedrnn import functional, ops
-from fusedrnn.backends.common import Inputs
 from fusedrnn.cells import CELL_OF_MODE, CELLS, Cell
 
 # Which of torch's gates stands where in ONNX.
@@ -238,6 +237,15 @@ def one_step(
     return h.squeeze(0), None if c is None else c.squeeze(0)
 
 
+class _Several(list):
+    """Outputs of an op that returns them as a list: the exporter names what a node takes out of others' outputs."""
+
+    name: str | None = None
+
+    def producer(self) -> None:
+        """No node: each of the outputs has its own."""
+
+
 def translation_table(program: torch.export.ExportedProgram) -> dict[Callable, Callable]:
     """``torch.onnx.export(program, ..., custom_translation_table=fusedrnn.onnx.translation_table(program))``
 
@@ -249,16 +257,17 @@ def translation_table(program: torch.export.ExportedProgram) -> dict[Callable, C
         RuntimeError: the program uses what no node gives: c after every step, or the gates.
     """
     for node in program.graph.nodes:
-        if node.target is ops.sequence:
-            used = [user for user in node.users if user.users and user.args[1] >= 3]
+        if node.target is ops.sequence_op:
+            # Gates, and of the list of states after every step each.
+            taken = {user.args[1]: user.users for user in node.users}
+            used = [*taken.get(2, ()), *(user for item in taken.get(3, ()) for user in item.users)]
             _check(CELLS[node.args[0]], None, False, None, return_all_states=bool(used))
 
     import onnx
     from onnxscript import opset18 as op
 
     def sequence(*arguments):
-        cell, arguments = CELLS[arguments[0]], arguments[1:]
-        given = Inputs(*arguments[: len(Inputs._fields)])
+        cell, given = CELLS[arguments[0]], ops._of_sequence(arguments)[0]
         _check(cell, None, given.w_hr is not None, given.resets)
         if given.batch_sizes is not None:
             raise RuntimeError("no ONNX operator computes this layer: it takes packed data; export it with lengths=")
@@ -283,10 +292,10 @@ def translation_table(program: torch.export.ExportedProgram) -> dict[Callable, C
         )
         # For the c of a cell that has none, and what only a gradient reads.
         nothing = op.Constant(value=onnx.helper.make_tensor("", onnx.TensorProto.FLOAT, [0], []))
-        finals = [op.Squeeze(t, [0]) for t in finals]
-        return (op.Squeeze(y, [1]), *finals, *(nothing for _ in range(4 - len(finals))))
+        finals = _Several(op.Squeeze(t, [0]) for t in finals)
+        return op.Squeeze(y, [1]), finals, nothing, _Several(nothing for _ in finals[1:])
 
-    return {ops.sequence: sequence}
+    return {ops.sequence_op: sequence}
 
 
 def load_weights(module: nn.Module, model, nodes: str | Sequence[str] | None = None) -> nn.Module:

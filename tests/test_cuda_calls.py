@@ -123,7 +123,7 @@ def test_resets_of_a_packed_sequence_are_recorded(card, directions):
     with card():
         x = torch.empty(sum(SIZES), 3, device=CUDA)
         masks = functional._masks(
-            torch.empty(len(SIZES), 7, dtype=torch.bool, device=CUDA), x, 7, torch.tensor(SIZES), True, directions
+            torch.empty(len(SIZES), 7, dtype=torch.bool, device=CUDA), x, 7, torch.tensor(SIZES), True, directions, None
         )
     assert [m.shape[0] for m in masks] == [sum(SIZES)] * directions
 
