@@ -77,9 +77,8 @@ pictures: $(INSTALLED)
 	$(PY) docs/draw.py
 
 # FUSEDRNN_CUDA=0 and FUSEDRNN_BUILD=0 leave out what they leave out of an installation.
-# One wheel for every torch and Python that are supported; device code for drivers of CUDA 12 and later where its
-# compiler, the extra cuda-wheel, is installed.
-WHEEL_NVRTC = $(if $(wildcard $(VENV)/.fusedrnn-extra-cuda-wheel),FUSEDRNN_NVRTC=12)
+# One wheel for every torch and Python that are supported, with device code for drivers of CUDA 12 and later.
+WHEEL_NVRTC = $(if $(filter 0,$(FUSEDRNN_CUDA)),,FUSEDRNN_NVRTC=12)
 dist: $(TORCH_STAMP) $(VENV)/.fusedrnn-extra-dist $(if $(filter 0,$(FUSEDRNN_CUDA)),,$(VENV)/.fusedrnn-extra-cuda-wheel)
 	$(PY) -m build --no-isolation --sdist $(ARGS)
 	FUSEDRNN_BUILD=0 $(PY) -m build --no-isolation --wheel $(ARGS)

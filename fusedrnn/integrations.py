@@ -115,22 +115,23 @@ def _count_flops(counter: ModuleType) -> None:
         return
 
     @counter.register_flop_formula(ops.sequence)
-    def sequence_flop(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, *_, **__) -> int:
+    def sequence_flop(cell, x, states, w_ih, w_hh, b_ih, b_hh, w_hr, *_, **__) -> int:
         return 2 * _multiplications(cell, x, w_ih, w_hh, w_hr)
 
     @counter.register_flop_formula(ops.sequence_backward)
-    def sequence_backward_flop(cell, dy, dh_n, dc_n, dcells, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, *rest, **__):
+    def sequence_backward_flop(cell, dy, dfinals, devery, x, states, w_ih, w_hh, b_ih, b_hh, w_hr, *rest, **__) -> int:
         needs, rows = rest[-1], _multiplications(cell, x, (1, 1), (0, 0))
+        of_x, (of_w_ih, of_w_hh, _, _, of_w_hr) = needs[0], needs[-5:]
         hidden_part = w_hh[0] * w_hh[1] + (w_hr[0] * w_hr[1] if w_hr is not None else 0)
-        weights = needs[4] * w_hh[0] * w_hh[1] + (w_hr[0] * w_hr[1] if w_hr is not None and needs[7] else 0)
-        return 2 * rows * (hidden_part + weights + (needs[0] + needs[3]) * w_ih[0] * w_ih[1])
+        weights = of_w_hh * w_hh[0] * w_hh[1] + (w_hr[0] * w_hr[1] if w_hr is not None and of_w_hr else 0)
+        return 2 * rows * (hidden_part + weights + (of_x + of_w_ih) * w_ih[0] * w_ih[1])
 
 
 def _shapes(call: Callable) -> Callable:
     """A counter of multiplications from the inputs of the op, whose shapes ``call`` tells."""
 
     def count(inputs, outputs) -> int:
-        x, w_ih, w_hh, w_hr = (call(inputs[k]) for k in (1, 4, 5, 8))
+        x, w_ih, w_hh, w_hr = (call(inputs[k]) for k in (1, 3, 4, 7))
         return _multiplications("", x, w_ih, w_hh, w_hr)
 
     return count

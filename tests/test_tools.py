@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
+from torch.utils.flop_counter import FlopCounterMode
 
 import fusedrnn
 from fusedrnn import integrations
@@ -260,6 +261,26 @@ def test_counters(name):
     gates = {"LSTM": 4, "GRU": 3, "RNN": 1}[name.removesuffix("Cell")]
     products = x.shape[:-1].numel() * gates * 4 * (3 + 4)
     assert got[4] == of_products == products  # what counts ops
+
+
+@pytest.mark.parametrize("name, proj_size", [*((name, 0) for name in NAMES), ("LSTM", 2)])
+def test_flop_counter(name, proj_size):
+    """The matrix products of forward, and those of backward as torch counts a product's: one for each gradient."""
+    gates = {"LSTM": 4, "GRU": 3, "RNN": 1}[name.removesuffix("Cell")]
+    I, H, P, rows = 3, 4, proj_size or 4, 2 if name in CELLS else 10
+    module = getattr(fusedrnn, name)(I, H, **({"proj_size": proj_size} if proj_size else {}))
+    x = torch.randn(2, I) if name in CELLS else torch.randn(5, 2, I)
+    of_x, of_h, of_projection = gates * H * I, gates * H * P, H * P if proj_size else 0
+    for with_dx in (False, True):
+        x = x.detach().requires_grad_(with_dx)
+        with FlopCounterMode(display=False) as forward:
+            y = module(x)
+        y = y[0] if isinstance(y, tuple) else y
+        assert forward.get_total_flops() == 2 * rows * (of_x + of_h + of_projection)
+        with FlopCounterMode(display=False) as backward:
+            y.sum().backward()
+        want = 2 * rows * ((1 + with_dx) * of_x + 2 * (of_h + of_projection))
+        assert backward.get_total_flops() == want
 
 
 class Classifier(nn.Module):
