@@ -228,7 +228,8 @@ def exporting_to_onnx() -> bool:
 def check_packed_export(batch_sizes: Tensor) -> None:
     """Raises in an export that packs: torch has no size for what comes out of that."""
     unbacked = torch.fx.experimental.symbolic_shapes.free_unbacked_symbols
-    if exporting_to_onnx() or unbacked(batch_sizes):
+    # Dynamo of torch 2.11 takes every compilation for an export, and cannot trace that function.
+    if exporting_to_onnx() or (not torch.compiler.is_dynamo_compiling() and unbacked(batch_sizes)):
         raise RuntimeError(
             "torch.export and torch.onnx.export(dynamo=True) cannot export packed sequences: call the layer on the "
             "padded batch with lengths=, or export to ONNX with dynamo=False"
