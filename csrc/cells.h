@@ -1,9 +1,18 @@
 // Every cell's pointwise forward and backward, written once for host and device.
 //
 // T is float or double, or on the CPU a SIMD vector of them: sigmoid(T) and tanh(T) are found by overload.
-// A cell has kGates gates (torch's order), kAccumulators pre-activation sums, kSaved arrays kept for backward.
+// A cell has kGates gates (torch's order), kAccumulators pre-activation sums, kSaved arrays kept for backward, kStates
+// states, of which the first is h, kParameters numbers of each unit and kInputs of each unit and step.
 // Gate g of x W_ih^T goes into accumulator x_acc(g), gate g of h W_hh^T into h_acc(g); an accumulator that only
 // h feeds starts from b_hh alone.
+//
+//   forward   acc[kAccumulators], prev[kStates], parameters, inputs -> next[kStates], saved[kSaved]
+//   backward  d[kStates], the whole gradients of the new states; saved, next, prev, parameters, inputs
+//             -> dacc, dprev[kStates], of which dprev[0] is only what reaches h past the product, dparameters, dinputs
+//   output    h before a projection, from what was saved
+//
+// What the flags say is not used need not be there: next[0] without kUsesH, prev[0] without kUsesHPrev (in forward as
+// well); without kDirectH dprev[0] is not written.
 #pragma once
 
 #ifndef __CUDACC_RTC__  // NVRTC has no headers, and needs none
@@ -43,47 +52,46 @@ struct Lstm {
   static constexpr int kGates = 4;         // i f g o
   static constexpr int kAccumulators = 4;  // i f g o
   static constexpr int kSaved = 4;         // i f g o, after the activation
-  static constexpr bool kHasCellState = true;
+  static constexpr int kStates = 2;        // h c
+  static constexpr int kParameters = 0, kInputs = 0;
   static constexpr bool kUsesH = false;      // backward reads its own output h
   static constexpr bool kUsesHPrev = false;  // forward and backward read h_prev beyond the matmul
   static constexpr bool kDirectH = false;    // backward has a dh_prev besides dacc W_hh
   FUSEDRNN_HD static constexpr int x_acc(int gate) { return gate; }
   FUSEDRNN_HD static constexpr int h_acc(int gate) { return gate; }
 
-  // acc[kAccumulators], saved[kSaved]
   template <typename T>
-  FUSEDRNN_HD static void forward(const T* acc, T /*h_prev*/, T c_prev, T& h, T& c, T* saved) {
+  FUSEDRNN_HD static void forward(const T* acc, const T* prev, const T* /*parameters*/, const T* /*inputs*/, T* next,
+                                  T* saved) {
     const T i = sigmoid(acc[0]);
     const T f = sigmoid(acc[1]);
     const T g = tanh(acc[2]);
     const T o = sigmoid(acc[3]);
-    c = f * c_prev + i * g;
-    h = o * tanh(c);
+    next[1] = f * prev[1] + i * g;
+    next[0] = o * tanh(next[1]);
     saved[0] = i;
     saved[1] = f;
     saved[2] = g;
     saved[3] = o;
   }
 
-  // dc arrives from the following step (or dc_n); dh is the whole gradient of the unprojected h.
   template <typename T>
-  FUSEDRNN_HD static void backward(T dh, T dc, const T* saved, T /*h*/, T /*h_prev*/, T c_prev, T c, T* dacc,
-                                   T& /*dh_prev*/, T& dc_prev) {
+  FUSEDRNN_HD static void backward(const T* d, const T* saved, const T* next, const T* prev, const T* /*parameters*/,
+                                   const T* /*inputs*/, T* dacc, T* dprev, T* /*dparameters*/, T* /*dinputs*/) {
     const T one = T(1.0f);
     const T i = saved[0], f = saved[1], g = saved[2], o = saved[3];
-    const T tanh_c = tanh(c);
-    const T dc_total = dc + dh * o * (one - tanh_c * tanh_c);
+    const T tanh_c = tanh(next[1]);
+    const T dc_total = d[1] + d[0] * o * (one - tanh_c * tanh_c);
     dacc[0] = dc_total * g * i * (one - i);
-    dacc[1] = dc_total * c_prev * f * (one - f);
+    dacc[1] = dc_total * prev[1] * f * (one - f);
     dacc[2] = dc_total * i * (one - g * g);
-    dacc[3] = dh * tanh_c * o * (one - o);
-    dc_prev = dc_total * f;
+    dacc[3] = d[0] * tanh_c * o * (one - o);
+    dprev[1] = dc_total * f;
   }
 
-  // The unprojected output, rebuilt from what was saved.
   template <typename T>
-  FUSEDRNN_HD static T output(const T* saved, T c) {
-    return saved[3] * tanh(c);
+  FUSEDRNN_HD static T output(const T* saved, const T* next) {
+    return saved[3] * tanh(next[1]);
   }
 };
 
@@ -93,7 +101,7 @@ struct Gru {
   static constexpr int kGates = 3;         // r z n
   static constexpr int kAccumulators = 4;  // r z nx nh
   static constexpr int kSaved = 4;         // r z n after the activation, nh before
-  static constexpr bool kHasCellState = false;
+  static constexpr int kStates = 1, kParameters = 0, kInputs = 0;
   static constexpr bool kUsesH = false;
   static constexpr bool kUsesHPrev = true;
   static constexpr bool kDirectH = true;
@@ -101,11 +109,12 @@ struct Gru {
   FUSEDRNN_HD static constexpr int h_acc(int gate) { return gate == 2 ? 3 : gate; }
 
   template <typename T>
-  FUSEDRNN_HD static void forward(const T* acc, T h_prev, T /*c_prev*/, T& h, T& /*c*/, T* saved) {
+  FUSEDRNN_HD static void forward(const T* acc, const T* prev, const T* /*parameters*/, const T* /*inputs*/, T* next,
+                                  T* saved) {
     const T r = sigmoid(acc[0]);
     const T z = sigmoid(acc[1]);
     const T n = tanh(acc[2] + r * acc[3]);
-    h = n + z * (h_prev - n);
+    next[0] = n + z * (prev[0] - n);
     saved[0] = r;
     saved[1] = z;
     saved[2] = n;
@@ -113,16 +122,17 @@ struct Gru {
   }
 
   template <typename T>
-  FUSEDRNN_HD static void backward(T dh, T /*dc*/, const T* saved, T /*h*/, T h_prev, T /*c_prev*/, T /*c*/, T* dacc,
-                                   T& dh_prev, T& /*dc_prev*/) {
+  FUSEDRNN_HD static void backward(const T* d, const T* saved, const T* /*next*/, const T* prev,
+                                   const T* /*parameters*/, const T* /*inputs*/, T* dacc, T* dprev, T* /*dparameters*/,
+                                   T* /*dinputs*/) {
     const T one = T(1.0f);
     const T r = saved[0], z = saved[1], n = saved[2], nh = saved[3];
-    const T dn = dh * (one - z) * (one - n * n);
+    const T dn = d[0] * (one - z) * (one - n * n);
     dacc[0] = dn * nh * r * (one - r);
-    dacc[1] = dh * (h_prev - n) * z * (one - z);
+    dacc[1] = d[0] * (prev[0] - n) * z * (one - z);
     dacc[2] = dn;
     dacc[3] = dn * r;
-    dh_prev = dh * z;
+    dprev[0] = d[0] * z;
   }
 };
 
@@ -130,19 +140,22 @@ template <bool kTanh>
 struct Rnn {
   static constexpr const char* kName = kTanh ? "rnn_tanh" : "rnn_relu";
   static constexpr int kGates = 1, kAccumulators = 1, kSaved = 0;
-  static constexpr bool kHasCellState = false, kUsesH = true, kUsesHPrev = false, kDirectH = false;
+  static constexpr int kStates = 1, kParameters = 0, kInputs = 0;
+  static constexpr bool kUsesH = true, kUsesHPrev = false, kDirectH = false;
   FUSEDRNN_HD static constexpr int x_acc(int gate) { return gate; }
   FUSEDRNN_HD static constexpr int h_acc(int gate) { return gate; }
 
   template <typename T>
-  FUSEDRNN_HD static void forward(const T* acc, T /*h_prev*/, T /*c_prev*/, T& h, T& /*c*/, T* /*saved*/) {
-    h = kTanh ? tanh(acc[0]) : relu(acc[0]);
+  FUSEDRNN_HD static void forward(const T* acc, const T* /*prev*/, const T* /*parameters*/, const T* /*inputs*/,
+                                  T* next, T* /*saved*/) {
+    next[0] = kTanh ? tanh(acc[0]) : relu(acc[0]);
   }
 
   template <typename T>
-  FUSEDRNN_HD static void backward(T dh, T /*dc*/, const T* /*saved*/, T h, T /*h_prev*/, T /*c_prev*/, T /*c*/,
-                                   T* dacc, T& /*dh_prev*/, T& /*dc_prev*/) {
-    dacc[0] = kTanh ? dh * (T(1.0f) - h * h) : relu_backward(dh, h);
+  FUSEDRNN_HD static void backward(const T* d, const T* /*saved*/, const T* next, const T* /*prev*/,
+                                   const T* /*parameters*/, const T* /*inputs*/, T* dacc, T* /*dprev*/,
+                                   T* /*dparameters*/, T* /*dinputs*/) {
+    dacc[0] = kTanh ? d[0] * (T(1.0f) - next[0] * next[0]) : relu_backward(d[0], next[0]);
   }
 };
 using RnnTanh = Rnn<true>;

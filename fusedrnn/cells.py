@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -19,10 +18,16 @@ class Cell:
     """What a recurrent cell is made of.
 
     ``x_acc[g]`` and ``h_acc[g]`` name the accumulator that gate g's input and hidden part are added to;
-    they differ only where a cell needs the two parts apart. ``forward(acc, h_prev, c_prev)`` returns
-    (h, c, saved); ``backward(dh, dc, saved, h, h_prev, c_prev, c)`` returns (dacc, dh_prev, dc_prev), where
-    dh_prev is only what reaches h_prev past the matmul. All tensors are [rows, H]; c is None for a cell
-    without a cell state. ``has_direct`` tells whether dh_prev is ever more than zeros.
+    they differ only where a cell needs the two parts apart. ``states`` are h and others of H units each, ``parameters``
+    per-unit vectors [H], ``inputs`` per-step tensors. All of these are tuples of tensors in
+
+    - ``forward(acc, prev, parameters, inputs)``, which returns (next, saved): the states after the step, and what is
+      kept for backward;
+    - ``backward(d, saved, next, prev, parameters, inputs)``, which returns (dacc, dprev, dparameters, dinputs). d are
+      the whole gradients of the new states, dprev[0] is only what reaches h past the matmul, and dparameters is for
+      each row.
+
+    Tensors are [rows, H], parameters [H]. ``has_direct`` tells whether dprev[0] is ever more than zeros.
     """
 
     name: str
@@ -32,55 +37,62 @@ class Cell:
     x_acc: tuple[int, ...]
     h_acc: tuple[int, ...]
     saved: tuple[str, ...]
-    has_cell_state: bool
     forward: Callable
     backward: Callable
+    states: tuple[str, ...] = ("h",)
+    parameters: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
     has_direct: bool = False
 
+    @property
+    def has_cell_state(self) -> bool:
+        """Whether there is a state beside h."""
+        return len(self.states) > 1
 
-def _lstm_forward(acc: list[Tensor], h_prev: Tensor, c_prev: Tensor):
+
+def _lstm_forward(acc, prev, parameters, inputs):
     i, f, g, o = acc[0].sigmoid(), acc[1].sigmoid(), acc[2].tanh(), acc[3].sigmoid()
-    c = f * c_prev + i * g
-    return o * c.tanh(), c, (i, f, g, o)
+    c = f * prev[1] + i * g
+    return (o * c.tanh(), c), (i, f, g, o)
 
 
-def _lstm_backward(dh, dc, saved, h, h_prev, c_prev, c):
+def _lstm_backward(d, saved, next, prev, parameters, inputs):
     i, f, g, o = saved
-    tanh_c = c.tanh()
-    dc = dc + dh * o * (1 - tanh_c * tanh_c)
+    tanh_c = next[1].tanh()
+    dc = d[1] + d[0] * o * (1 - tanh_c * tanh_c)
     dacc = (
         dc * g * i * (1 - i),
-        dc * c_prev * f * (1 - f),
+        dc * prev[1] * f * (1 - f),
         dc * i * (1 - g * g),
-        dh * tanh_c * o * (1 - o),
+        d[0] * tanh_c * o * (1 - o),
     )
-    return dacc, torch.zeros_like(dh), dc * f
+    return dacc, (torch.zeros_like(dc), dc * f), (), ()
 
 
-def _gru_forward(acc, h_prev, c_prev):
+def _gru_forward(acc, prev, parameters, inputs):
     r, z = acc[0].sigmoid(), acc[1].sigmoid()
     n = (acc[2] + r * acc[3]).tanh()
-    return n + z * (h_prev - n), None, (r, z, n, acc[3])
+    return (n + z * (prev[0] - n),), (r, z, n, acc[3])
 
 
-def _gru_backward(dh, dc, saved, h, h_prev, c_prev, c):
+def _gru_backward(d, saved, next, prev, parameters, inputs):
     r, z, n, nh = saved
-    dn = dh * (1 - z) * (1 - n * n)
-    dz = dh * (h_prev - n) * z * (1 - z)
+    dn = d[0] * (1 - z) * (1 - n * n)
+    dz = d[0] * (prev[0] - n) * z * (1 - z)
     dr = dn * nh * r * (1 - r)
-    return (dr, dz, dn, dn * r), dh * z, None
+    return (dr, dz, dn, dn * r), (d[0] * z,), (), ()
 
 
 def _rnn_forward(activation):
-    return lambda acc, h_prev, c_prev: (activation(acc[0]), None, ())
+    return lambda acc, prev, parameters, inputs: ((activation(acc[0]),), ())
 
 
-def _rnn_tanh_backward(dh, dc, saved, h, h_prev, c_prev, c):
-    return (dh * (1 - h * h),), torch.zeros_like(dh), None
+def _rnn_tanh_backward(d, saved, next, prev, parameters, inputs):
+    return (d[0] * (1 - next[0] * next[0]),), (torch.zeros_like(d[0]),), (), ()
 
 
-def _rnn_relu_backward(dh, dc, saved, h, h_prev, c_prev, c):
-    return (torch.where(h <= 0, 0, dh),), torch.zeros_like(dh), None
+def _rnn_relu_backward(d, saved, next, prev, parameters, inputs):
+    return (torch.where(next[0] <= 0, 0, d[0]),), (torch.zeros_like(d[0]),), (), ()
 
 
 CELLS: dict[str, Cell] = {
@@ -94,9 +106,9 @@ CELLS: dict[str, Cell] = {
             x_acc=(0, 1, 2, 3),
             h_acc=(0, 1, 2, 3),
             saved=("i", "f", "g", "o"),
-            has_cell_state=True,
             forward=_lstm_forward,
             backward=_lstm_backward,
+            states=("h", "c"),
         ),
         Cell(
             name="gru",
@@ -106,7 +118,6 @@ CELLS: dict[str, Cell] = {
             x_acc=(0, 1, 2),
             h_acc=(0, 1, 3),
             saved=("r", "z", "n", "nh"),
-            has_cell_state=False,
             forward=_gru_forward,
             backward=_gru_backward,
             has_direct=True,
@@ -120,7 +131,6 @@ CELLS: dict[str, Cell] = {
                 x_acc=(0,),
                 h_acc=(0,),
                 saved=(),
-                has_cell_state=False,
                 forward=_rnn_forward(activation),
                 backward=backward,
             )

@@ -30,69 +30,71 @@ def tanh(b_x):
 
 
 @triton.jit
-def lstm_forward(b_acc, b_h_prev, b_c_prev):
+def lstm_forward(b_acc, b_prev, b_parameters, b_inputs):
     b_i = sigmoid(b_acc[0])
     b_f = sigmoid(b_acc[1])
     b_g = tanh(b_acc[2])
     b_o = sigmoid(b_acc[3])
-    b_c = b_f * b_c_prev + b_i * b_g
-    return b_o * tanh(b_c), b_c, (b_i, b_f, b_g, b_o)
+    b_c = b_f * b_prev[1] + b_i * b_g
+    return (b_o * tanh(b_c), b_c), (b_i, b_f, b_g, b_o)
 
 
 @triton.jit
-def lstm_backward(b_dh, b_dc, b_saved, b_h, b_h_prev, b_c_prev, b_c):
+def lstm_backward(b_d, b_saved, b_next, b_prev, b_parameters, b_inputs):
     b_i, b_f, b_g, b_o = b_saved
-    b_tanh_c = tanh(b_c)
-    b_dc += b_dh * b_o * (1.0 - b_tanh_c * b_tanh_c)
+    b_tanh_c = tanh(b_next[1])
+    b_dc = b_d[1] + b_d[0] * b_o * (1.0 - b_tanh_c * b_tanh_c)
     b_di = b_dc * b_g * b_i * (1.0 - b_i)
-    b_df = b_dc * b_c_prev * b_f * (1.0 - b_f)
+    b_df = b_dc * b_prev[1] * b_f * (1.0 - b_f)
     b_dg = b_dc * b_i * (1.0 - b_g * b_g)
-    b_do = b_dh * b_tanh_c * b_o * (1.0 - b_o)
-    return (b_di, b_df, b_dg, b_do), b_dh, b_dc * b_f
+    b_do = b_d[0] * b_tanh_c * b_o * (1.0 - b_o)
+    return (b_di, b_df, b_dg, b_do), (b_d[0], b_dc * b_f), (), ()
 
 
 @triton.jit
-def gru_forward(b_acc, b_h_prev, b_c_prev):
+def gru_forward(b_acc, b_prev, b_parameters, b_inputs):
     b_r = sigmoid(b_acc[0])
     b_z = sigmoid(b_acc[1])
     b_n = tanh(b_acc[2] + b_r * b_acc[3])
-    return b_n + b_z * (b_h_prev - b_n), b_c_prev, (b_r, b_z, b_n, b_acc[3])
+    return (b_n + b_z * (b_prev[0] - b_n),), (b_r, b_z, b_n, b_acc[3])
 
 
 @triton.jit
-def gru_backward(b_dh, b_dc, b_saved, b_h, b_h_prev, b_c_prev, b_c):
+def gru_backward(b_d, b_saved, b_next, b_prev, b_parameters, b_inputs):
     b_r, b_z, b_n, b_nh = b_saved
-    b_dn = b_dh * (1.0 - b_z) * (1.0 - b_n * b_n)
-    b_dz = b_dh * (b_h_prev - b_n) * b_z * (1.0 - b_z)
+    b_dn = b_d[0] * (1.0 - b_z) * (1.0 - b_n * b_n)
+    b_dz = b_d[0] * (b_prev[0] - b_n) * b_z * (1.0 - b_z)
     b_dr = b_dn * b_nh * b_r * (1.0 - b_r)
-    return (b_dr, b_dz, b_dn, b_dn * b_r), b_dh * b_z, b_dc
+    return (b_dr, b_dz, b_dn, b_dn * b_r), (b_d[0] * b_z,), (), ()
 
 
 @triton.jit
-def rnn_tanh_forward(b_acc, b_h_prev, b_c_prev):
-    return tanh(b_acc[0]), b_c_prev, ()
+def rnn_tanh_forward(b_acc, b_prev, b_parameters, b_inputs):
+    return (tanh(b_acc[0]),), ()
 
 
 @triton.jit
-def rnn_tanh_backward(b_dh, b_dc, b_saved, b_h, b_h_prev, b_c_prev, b_c):
-    return (b_dh * (1.0 - b_h * b_h),), b_dh, b_dc
+def rnn_tanh_backward(b_d, b_saved, b_next, b_prev, b_parameters, b_inputs):
+    return (b_d[0] * (1.0 - b_next[0] * b_next[0]),), (b_d[0],), (), ()
 
 
 @triton.jit
-def rnn_relu_forward(b_acc, b_h_prev, b_c_prev):
-    return tl.where(b_acc[0] < 0, 0.0, b_acc[0]), b_c_prev, ()
+def rnn_relu_forward(b_acc, b_prev, b_parameters, b_inputs):
+    return (tl.where(b_acc[0] < 0, 0.0, b_acc[0]),), ()
 
 
 @triton.jit
-def rnn_relu_backward(b_dh, b_dc, b_saved, b_h, b_h_prev, b_c_prev, b_c):
-    return (tl.where(b_h <= 0, 0.0, b_dh),), b_dh, b_dc
+def rnn_relu_backward(b_d, b_saved, b_next, b_prev, b_parameters, b_inputs):
+    return (tl.where(b_next[0] <= 0, 0.0, b_d[0]),), (b_d[0],), (), ()
 
 
 class CellKernels(NamedTuple):
     """A cell's pointwise functions; its sizes are in fusedrnn.cells.
 
-    forward: (accumulators, h_prev, c_prev) -> h, c, saved.
-    backward: (dh, dc, saved, h, h_prev, c_prev, c) -> gradients of the accumulators, dh_prev past the matmul, dc_prev.
+    forward: (accumulators, states before, parameters, inputs) -> states, saved.
+    backward: (gradients of the states, saved, states, states before, parameters, inputs) -> gradients of the
+    accumulators, of the states before (of h only what does not pass the matmul), of parameters and inputs.
+    All of these are tuples of blocks; the states begin with h.
     """
 
     forward: object

@@ -94,14 +94,17 @@ def sequence_forward_kernel(
                 if b_hh is not None:
                     b_acc += b_bias[a]
             b_accs = b_accs + (b_acc,)
-        b_h_new, b_c_new, b_saved = FORWARD(b_accs, b_h.to(ACC), b_c)
-        b_h_new = b_h_new.to(y.dtype.element_ty)
+        b_prev = (b_h.to(ACC),)
+        if c0 is not None:
+            b_prev = b_prev + (b_c,)
+        b_next, b_saved = FORWARD(b_accs, b_prev, (), ())
+        b_h_new = b_next[0].to(y.dtype.element_ty)
         b_h = tl.where(m_row, b_h_new, b_h)
         tl.store(y + i_row * H + o_state, b_h_new, mask=m_row)
         if c0 is not None:
-            b_c = tl.where(m_row, b_c_new, b_c)
+            b_c = tl.where(m_row, b_next[1], b_c)
             if cells is not None:
-                tl.store(cells + i_row * H + o_state, b_c_new, mask=m_row)
+                tl.store(cells + i_row * H + o_state, b_next[1], mask=m_row)
         if gates is not None:
             S: tl.constexpr = len(b_saved)
             for s in tl.static_range(S):
@@ -180,30 +183,34 @@ def sequence_backward_kernel(
         b_dh_all = b_dh
         if dy is not None:
             b_dh_all += tl.load(dy + i_row * H + o_state, mask=m_row, other=0.0).to(ACC)
-        b_c = b_dc
-        b_c_prev = b_dc
-        if cells is not None:
-            if dcells is not None:
-                b_dc += tl.load(dcells + i_row * H + o_state, mask=m_row, other=0.0)
-            b_c = tl.load(cells + i_row * H + o_state, mask=m_row, other=0.0)
-            b_c_prev = tl.load(c0 + o_state, mask=m_first, other=0.0).to(ACC)
-            b_c_prev += tl.load(cells + i_prev * H + o_state, mask=m_prev, other=0.0)
         b_h = b_dh_all
         b_h_prev = b_dh_all
         if USE_H:
             b_h = tl.load(y + i_row * H + o_state, mask=m_row, other=0.0).to(ACC)
             b_h_prev = tl.load(h0 + o_state, mask=m_first, other=0.0).to(ACC)
             b_h_prev += tl.load(y + i_prev * H + o_state, mask=m_prev, other=0.0).to(ACC)
+        b_d = (b_dh_all,)
+        b_next = (b_h,)
+        b_prev = (b_h_prev,)
+        if cells is not None:
+            if dcells is not None:
+                b_dc += tl.load(dcells + i_row * H + o_state, mask=m_row, other=0.0)
+            b_c = tl.load(cells + i_row * H + o_state, mask=m_row, other=0.0)
+            b_c_prev = tl.load(c0 + o_state, mask=m_first, other=0.0).to(ACC)
+            b_c_prev += tl.load(cells + i_prev * H + o_state, mask=m_prev, other=0.0)
+            b_d = (b_dh_all, b_dc)
+            b_next = (b_h, b_c)
+            b_prev = (b_h_prev, b_c_prev)
         b_saved = ()
         for s in tl.static_range(S):
             p_gate = gates + (i_row + i_b) * (S * H) + s * H + o_u
             b_saved = b_saved + (tl.load(p_gate, mask=m_row, other=0.0).to(ACC),)
 
-        b_dacc, b_direct, b_dc_prev = BACKWARD(b_dh_all, b_dc, b_saved, b_h, b_h_prev, b_c_prev, b_c)
+        b_dacc, b_dprev, _, _ = BACKWARD(b_d, b_saved, b_next, b_prev, (), ())
 
         b_dh_prev = tl.zeros((BU, BB), ACC)
         if HAS_DIRECT:
-            b_dh_prev += b_direct
+            b_dh_prev += b_dprev[0]
         for a in tl.static_range(A):
             b_da = b_dacc[a].to(dgates.dtype.element_ty)
             tl.store(dgates + (i_row + i_b) * (A * H) + a * H + o_u, b_da, mask=m_row)
@@ -211,9 +218,12 @@ def sequence_backward_kernel(
                 b_dh_prev = tl.dot(b_w[a], b_da, b_dh_prev, input_precision=PRECISION, out_dtype=ACC)
         if resets is not None:
             b_dh_prev = tl.where(m_kept, b_dh_prev, 0.0)
-            b_dc_prev = tl.where(m_kept, b_dc_prev, 0.0)
         b_dh = tl.where(m_row, b_dh_prev, b_dh)
-        b_dc = tl.where(m_row, b_dc_prev, b_dc)
+        if cells is not None:
+            b_dc_prev = b_dprev[1]
+            if resets is not None:
+                b_dc_prev = tl.where(m_kept, b_dc_prev, 0.0)
+            b_dc = tl.where(m_row, b_dc_prev, b_dc)
     tl.store(dh0 + o_state, b_dh.to(dh0.dtype.element_ty), mask=m_state)
     if cells is not None:
         tl.store(dc0 + o_state, b_dc.to(dc0.dtype.element_ty), mask=m_state)

@@ -90,23 +90,24 @@ def step_forward_kernel(
         m_kept = m_out & (tl.load(resets + i_row + o_b, mask=o_b < n, other=0) == 0)
     o_out = o_b.to(tl.int64) * H + o_u
     b_h_prev = tl.load(p_h[None, :] + o_u, mask=m_out & (o_u < P), other=0.0).to(ACC)
-    b_c_prev = b_h_prev
+    b_prev = (b_h_prev,)
     if cells is not None:
         b_c_prev = tl.load(c0 + o_out, mask=m_kept & (o_b >= n_prev), other=0.0).to(ACC)
         p_c_prev = cells + tl.cast(i_cell_prev, tl.int64) * H + o_out
         b_c_prev += tl.load(p_c_prev, mask=m_kept & (o_b < n_prev), other=0.0)
+        b_prev = (b_h_prev, b_c_prev)
 
-    b_h, b_c, b_saved = FORWARD(unstack(b_acc, A, BU, BB), b_h_prev, b_c_prev)
+    b_next, b_saved = FORWARD(unstack(b_acc, A, BU, BB), b_prev, (), ())
 
-    b_h = b_h.to(h.dtype.element_ty)
+    b_h = b_next[0].to(h.dtype.element_ty)
     tl.store(h + tl.cast(i_h, tl.int64) * H + o_out, b_h, mask=m_out)
     if cells is not None:
-        tl.store(cells + tl.cast(i_cell, tl.int64) * H + o_out, b_c, mask=m_out)
+        tl.store(cells + tl.cast(i_cell, tl.int64) * H + o_out, b_next[1], mask=m_out)
     if n_next < n:
         if h_n is not None:
             tl.store(h_n + o_out, b_h, mask=m_last)
         if cells is not None:
-            tl.store(c_n + o_out, b_c.to(c_n.dtype.element_ty), mask=m_last)
+            tl.store(c_n + o_out, b_next[1].to(c_n.dtype.element_ty), mask=m_last)
     if gates is not None:
         S: tl.constexpr = len(b_saved)
         p_gates = gates + tl.cast(i_row, tl.int64) * (S * H) + o_b.to(tl.int64) * (S * H) + o_u
@@ -198,10 +199,17 @@ def step_backward_kernel(
         b_dh += tl.load(dh_n + o_out, mask=m_last, other=0.0).to(ACC)
     if dh is not None:
         b_dh += tl.load(dh + tl.cast(i_dc_next, tl.int64) * H + o_out, mask=m_next, other=0.0)
-    b_dc = tl.zeros((BU, BB), ACC)
-    b_c = b_dc
-    b_c_prev = b_dc
+    b_h = b_dh
+    b_h_prev = b_dh
+    if USE_H:
+        b_h = tl.load(y + o_row, mask=m_out, other=0.0).to(ACC)
+        b_h_prev = tl.load(h0 + o_out, mask=m_first & m_kept, other=0.0).to(ACC)
+        b_h_prev += tl.load(y + o_prev, mask=m_prev & m_kept, other=0.0).to(ACC)
+    b_d = (b_dh,)
+    b_next = (b_h,)
+    b_prev = (b_h_prev,)
     if cells is not None:
+        b_dc = tl.zeros((BU, BB), ACC)
         b_dc += tl.load(dc + tl.cast(i_dc_next, tl.int64) * H + o_out, mask=m_next, other=0.0)
         if dc_n is not None:
             b_dc += tl.load(dc_n + o_out, mask=m_last, other=0.0).to(ACC)
@@ -210,28 +218,28 @@ def step_backward_kernel(
         b_c = tl.load(cells + o_row, mask=m_out, other=0.0)
         b_c_prev = tl.load(c0 + o_out, mask=m_first & m_kept, other=0.0).to(ACC)
         b_c_prev += tl.load(cells + o_prev, mask=m_prev & m_kept, other=0.0)
-    b_h = b_dh
-    b_h_prev = b_dh
-    if USE_H:
-        b_h = tl.load(y + o_row, mask=m_out, other=0.0).to(ACC)
-        b_h_prev = tl.load(h0 + o_out, mask=m_first & m_kept, other=0.0).to(ACC)
-        b_h_prev += tl.load(y + o_prev, mask=m_prev & m_kept, other=0.0).to(ACC)
+        b_d = (b_dh, b_dc)
+        b_next = (b_h, b_c)
+        b_prev = (b_h_prev, b_c_prev)
     b_saved = ()
     for s in tl.static_range(S):
         p_gate = gates + (i_row + i_b) * (S * H) + s * H + o_u
         b_saved = b_saved + (tl.load(p_gate, mask=m_out, other=0.0).to(ACC),)
 
-    b_dacc, b_dh, b_dc = BACKWARD(b_dh, b_dc, b_saved, b_h, b_h_prev, b_c_prev, b_c)
+    b_dacc, b_dprev, _, _ = BACKWARD(b_d, b_saved, b_next, b_prev, (), ())
 
-    if resets is not None:
-        b_dh = tl.where(m_kept, b_dh, 0.0)
-        b_dc = tl.where(m_kept, b_dc, 0.0)
     for a in tl.static_range(A):
         p_dgate = dgates + (i_row + i_b) * (A * H) + a * H + o_u
         tl.store(p_dgate, b_dacc[a].to(dgates.dtype.element_ty), mask=m_out)
     if cells is not None:
+        b_dc = b_dprev[1]
+        if resets is not None:
+            b_dc = tl.where(m_kept, b_dc, 0.0)
         tl.store(dc + tl.cast(i_dc, tl.int64) * H + o_out, b_dc, mask=m_prev)
         tl.store(dc0 + o_out, b_dc.to(dc0.dtype.element_ty), mask=m_first)
     if dh is not None:
+        b_dh = b_dprev[0]
+        if resets is not None:
+            b_dh = tl.where(m_kept, b_dh, 0.0)
         tl.store(dh + tl.cast(i_dc, tl.int64) * H + o_out, b_dh, mask=m_prev)
         tl.store(dh0 + o_out, b_dh.to(dh0.dtype.element_ty), mask=m_first)

@@ -280,6 +280,7 @@ struct Skeleton {
   static constexpr int kG = Cell::kGates;
   static constexpr int kA = Cell::kAccumulators;
   static constexpr int kS = Cell::kSaved;
+  static constexpr int kN = Cell::kStates;
   static constexpr int kPlain = 2;  // vectors of a panel whose columns are units or outputs, not gates
   static constexpr bool kWide = sizeof(E) == sizeof(O);  // products take h and dgates where they are stored
 
@@ -360,8 +361,8 @@ struct Skeleton {
 template <typename Cell, typename E>
 struct ForwardRun : Skeleton<Cell, E> {
   using Base = Skeleton<Cell, E>;
-  using Base::batch, Base::hidden, Base::kA, Base::kG, Base::kPlain, Base::kS, Base::kWide, Base::kWidth, Base::out,
-      Base::padded, Base::projected, Base::steps;
+  using Base::batch, Base::hidden, Base::kA, Base::kG, Base::kN, Base::kPlain, Base::kS, Base::kWide, Base::kWidth,
+      Base::out, Base::padded, Base::projected, Base::steps;
   using C = typename Base::C;
   using O = typename Base::O;
   using V = typename Base::V;
@@ -424,7 +425,7 @@ struct ForwardRun : Skeleton<Cell, E> {
     for (int64_t b = thread; b < batch; b += threads) {
       memcpy(static_cast<E*>(p.h_n) + b * out, static_cast<const E*>(p.y) + this->edge_row(b, false) * out,
              out * sizeof(E));
-      if constexpr (Cell::kHasCellState) {
+      if constexpr (kN > 1) {
         for (int64_t u = 0; u < hidden; u += kWidth) {
           store(static_cast<E*>(p.c_n) + b * hidden + u, load(c + b * padded + u), hidden - u);
         }
@@ -450,7 +451,7 @@ struct ForwardRun : Skeleton<Cell, E> {
         add_bias(Cell::x_acc(g) * padded + u, p.b_ih, g * hidden + u, hidden - u);
         add_bias(Cell::h_acc(g) * padded + u, p.b_hh, g * hidden + u, hidden - u);
       }
-      if constexpr (Cell::kHasCellState) {
+      if constexpr (kN > 1) {
         const E* c0 = static_cast<const E*>(p.c0);
         for (int64_t b = 0; b < batch; ++b) store(c + b * padded + u, load<C>(c0 + b * hidden + u, hidden - u));
       }
@@ -552,7 +553,7 @@ struct ForwardRun : Skeleton<Cell, E> {
 
   void apply_cell(int64_t t, int64_t s, int64_t b, int64_t u, const O* before, const V* sums_x, const V* sums) {
     const int64_t row = this->offset(t) + b, count = hidden - u;
-    V acc[kA], saved[kS > 0 ? kS : 1], h_new, c_new;
+    V acc[kA], saved[kS > 0 ? kS : 1], prev[kN], next[kN];
     FUSEDRNN_UNROLL
     for (int a = 0; a < kA; ++a) acc[a] = load(bias + a * padded + u);
     FUSEDRNN_UNROLL
@@ -562,24 +563,21 @@ struct ForwardRun : Skeleton<Cell, E> {
     }
     FUSEDRNN_UNROLL
     for (int g = 0; g < kG; ++g) acc[Cell::h_acc(g)] = acc[Cell::h_acc(g)] + sums[g];
-    V h_prev(C(0)), c_prev(C(0));
-    if constexpr (Cell::kUsesHPrev) h_prev = load<C>(before + u, count);
-    if constexpr (Cell::kHasCellState) {
-      if (!this->reset(row)) c_prev = load(c + b * padded + u);
-    }
-    Cell::forward(acc, h_prev, c_prev, h_new, c_new, saved);
-    if constexpr (Cell::kHasCellState) {
-      store(c + b * padded + u, c_new);
-      if (p.cells) store(static_cast<C*>(p.cells) + row * hidden + u, c_new, count);
+    if constexpr (Cell::kUsesHPrev) prev[0] = load<C>(before + u, count);
+    if constexpr (kN > 1) prev[1] = this->reset(row) ? V(C(0)) : load(c + b * padded + u);
+    Cell::template forward<V>(acc, prev, nullptr, nullptr, next, saved);
+    if constexpr (kN > 1) {
+      store(c + b * padded + u, next[1]);
+      if (p.cells) store(static_cast<C*>(p.cells) + row * hidden + u, next[1], count);
     }
     if (p.gates) {
       FUSEDRNN_UNROLL
       for (int i = 0; i < kS; ++i) store(static_cast<E*>(p.gates) + (row * kS + i) * hidden + u, saved[i], count);
     }
     if (projected) {
-      store(h + b * padded + u, h_new);
+      store(h + b * padded + u, next[0]);
     } else {
-      emit(row, s, b, u, h_new, count);
+      emit(row, s, b, u, next[0], count);
     }
   }
 
@@ -607,8 +605,8 @@ struct ForwardRun : Skeleton<Cell, E> {
 template <typename Cell, typename E>
 struct BackwardRun : Skeleton<Cell, E> {
   using Base = Skeleton<Cell, E>;
-  using Base::batch, Base::hidden, Base::kA, Base::kG, Base::kPlain, Base::kS, Base::kWide, Base::kWidth, Base::out,
-      Base::padded, Base::projected, Base::steps;
+  using Base::batch, Base::hidden, Base::kA, Base::kG, Base::kN, Base::kPlain, Base::kS, Base::kWide, Base::kWidth,
+      Base::out, Base::padded, Base::projected, Base::steps;
   using C = typename Base::C;
   using O = typename Base::O;
   using V = typename Base::V;
@@ -792,7 +790,7 @@ struct BackwardRun : Skeleton<Cell, E> {
     for (int v = 0; v < kPlain; ++v, u += kWidth) {
       if (p.dy) __builtin_prefetch(static_cast<const E*>(p.dy) + row * out + u);
       for (int i = 0; i < kS; ++i) __builtin_prefetch(static_cast<const E*>(p.gates) + (row * kS + i) * hidden + u);
-      if (Cell::kHasCellState && b < this->rows_at(previous)) {
+      if (kN > 1 && b < this->rows_at(previous)) {
         __builtin_prefetch(static_cast<const C*>(p.cells) + (this->offset(previous) + b) * hidden + u);
       }
     }
@@ -837,31 +835,31 @@ struct BackwardRun : Skeleton<Cell, E> {
     const int64_t previous = this->before(t);
     const bool carried = b < this->rows_at(previous), reset = this->reset(row);
     const int64_t row_before = carried ? this->offset(previous) + b : 0;
-    V saved[kS > 0 ? kS : 1], dacc[kA], dh_prev(C(0)), dc_prev(C(0));
-    V h(C(0)), h_prev(C(0)), c(C(0)), c_prev(C(0)), dc_after(C(0));
+    V saved[kS > 0 ? kS : 1], dacc[kA], d[kN], next[kN], prev[kN], dprev[kN];
+    d[0] = dh;
     FUSEDRNN_UNROLL
     for (int i = 0; i < kS; ++i) {
       saved[i] = load<C>(static_cast<const E*>(p.gates) + (row * kS + i) * hidden + u, count);
     }
-    if constexpr (Cell::kHasCellState) {
-      c = load<C>(static_cast<const C*>(p.cells) + row * hidden + u, count);
-      c_prev = carried ? load<C>(static_cast<const C*>(p.cells) + row_before * hidden + u, count)
-                       : load<C>(static_cast<const E*>(p.c0) + b * hidden + u, count);
-      if (reset) c_prev = V(C(0));
-      dc_after = load(dc + b * padded + u);
-      if (p.dcells) dc_after = dc_after + load<C>(static_cast<const C*>(p.dcells) + row * hidden + u, count);
-      if (projected) store(static_cast<E*>(p.h) + row * hidden + u, Cell::output(saved, c), count);
+    if constexpr (kN > 1) {
+      next[1] = load<C>(static_cast<const C*>(p.cells) + row * hidden + u, count);
+      prev[1] = carried ? load<C>(static_cast<const C*>(p.cells) + row_before * hidden + u, count)
+                        : load<C>(static_cast<const E*>(p.c0) + b * hidden + u, count);
+      if (reset) prev[1] = V(C(0));
+      d[1] = load(dc + b * padded + u);
+      if (p.dcells) d[1] = d[1] + load<C>(static_cast<const C*>(p.dcells) + row * hidden + u, count);
+      if (projected) store(static_cast<E*>(p.h) + row * hidden + u, Cell::output(saved, next), count);
     }
-    if constexpr (Cell::kUsesH) h = load<C>(static_cast<const E*>(p.y) + row * hidden + u, count);
+    if constexpr (Cell::kUsesH) next[0] = load<C>(static_cast<const E*>(p.y) + row * hidden + u, count);
     if constexpr (Cell::kUsesHPrev) {
-      h_prev = load<C>(
+      prev[0] = load<C>(
           carried ? static_cast<const E*>(p.y) + row_before * hidden + u : static_cast<const E*>(p.h0) + b * hidden + u,
           count);
-      if (reset) h_prev = V(C(0));
+      if (reset) prev[0] = V(C(0));
     }
-    Cell::backward(dh, dc_after, saved, h, h_prev, c_prev, c, dacc, dh_prev, dc_prev);
-    if constexpr (Cell::kHasCellState) store(dc + b * padded + u, reset ? V(C(0)) : dc_prev);
-    if constexpr (Cell::kDirectH) store(dh_direct + b * padded + u, reset ? V(C(0)) : dh_prev);
+    Cell::template backward<V>(d, saved, next, prev, nullptr, nullptr, dacc, dprev, nullptr, nullptr);
+    if constexpr (kN > 1) store(dc + b * padded + u, reset ? V(C(0)) : dprev[1]);
+    if constexpr (Cell::kDirectH) store(dh_direct + b * padded + u, reset ? V(C(0)) : dprev[0]);
     FUSEDRNN_UNROLL
     for (int a = 0; a < kA; ++a) {
       store(static_cast<E*>(p.dgates) + (row * kA + a) * hidden + u, dacc[a], count);
@@ -886,7 +884,7 @@ struct BackwardRun : Skeleton<Cell, E> {
       this->groups(batch, thread, threads,
                    [&](int64_t first, int64_t stride, int64_t count) { start(thread, outs, first, stride, count); });
     }
-    if constexpr (Cell::kHasCellState) {
+    if constexpr (kN > 1) {
       if (!p.dc0) return;
       for (int64_t b = thread; b < batch; b += threads) {
         for (int64_t u = 0; u < hidden; u += kWidth) {

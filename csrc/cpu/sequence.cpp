@@ -24,7 +24,7 @@ struct CellEntry {
 
 template <typename Cell>
 CellEntry entry(CellKind kind) {
-  CellEntry e{Cell::kName, kind, Cell::kGates, Cell::kAccumulators, Cell::kSaved, Cell::kHasCellState, {}, {}};
+  CellEntry e{Cell::kName, kind, Cell::kGates, Cell::kAccumulators, Cell::kSaved, Cell::kStates > 1, {}, {}};
   for (int g = 0; g < Cell::kGates; ++g) {
     e.x_acc.push_back(Cell::x_acc(g));
     e.h_acc.push_back(Cell::h_acc(g));

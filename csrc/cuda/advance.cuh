@@ -38,6 +38,8 @@ template <typename Cell>
 constexpr int kMTiles = (Cell::kAccumulators + 1) / 2;
 template <typename Cell>
 constexpr int kSavedOrOne = Cell::kSaved > 0 ? Cell::kSaved : 1;
+template <typename Cell>
+constexpr bool kHasCellState = Cell::kStates > 1;
 
 // Partial sums of a forward block in shared memory: [row][warp][unit], all accumulators of a (row, unit) side
 // by side. Units are permuted by row so that neither the stores nor the loads of a quarter warp meet in a
@@ -141,8 +143,13 @@ template <typename Cell, typename Accumulator>
 __device__ __forceinline__ void advance(const typename ForwardSums<Cell, Accumulator>::Sum* at, Accumulator* acc,
                                         Accumulator h_prev, Accumulator c_prev, Accumulator& h, Accumulator& c,
                                         Accumulator* saved) {
+  static_assert(Cell::kStates <= 2 && Cell::kParameters == 0 && Cell::kInputs == 0, "not in these kernels yet");
   ForwardSums<Cell, Accumulator>::add_up(at, acc);
-  Cell::forward(acc, h_prev, c_prev, h, c, saved);
+  const Accumulator prev[2] = {h_prev, c_prev};
+  Accumulator next[2];
+  Cell::template forward<Accumulator>(acc, prev, nullptr, nullptr, next, saved);
+  h = next[0];
+  if constexpr (kHasCellState<Cell>) c = next[1];
 }
 
 // What a thread knows of its two units of a row in a backward step.
@@ -163,10 +170,11 @@ __device__ __forceinline__ void advance_back(const Accumulator* at, bool recurre
   if (recurrent) BackwardSums<Accumulator>::add_up(at, u.dh);
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
-    Accumulator dacc[Cell::kAccumulators];
-    u.dh_prev[j] = u.dc_prev[j] = 0;
-    Cell::backward(u.dh[j], u.dc[j], u.saved[j], u.h[j], u.h_prev[j], u.c_prev[j], u.c[j], dacc, u.dh_prev[j],
-                   u.dc_prev[j]);
+    const Accumulator d[2] = {u.dh[j], u.dc[j]}, next[2] = {u.h[j], u.c[j]}, prev[2] = {u.h_prev[j], u.c_prev[j]};
+    Accumulator dacc[Cell::kAccumulators], dprev[2] = {};
+    Cell::template backward<Accumulator>(d, u.saved[j], next, prev, nullptr, nullptr, dacc, dprev, nullptr, nullptr);
+    u.dh_prev[j] = dprev[0];
+    u.dc_prev[j] = dprev[1];
 #pragma unroll
     for (int a = 0; a < Cell::kAccumulators; ++a) u.dacc[a][j] = dacc[a];
   }

@@ -158,7 +158,7 @@ __device__ __forceinline__ void persistent_backward(const FusedrnnBackward& p) {
       if constexpr (Cell::kUsesHPrev)
         if (row < then.rows)
           copy_async<sizeof(Two)>(twos_to + buffer + 2 * kTwos, static_cast<const Scalar*>(p.y) + padded_then);
-      if constexpr (Cell::kHasCellState) {
+      if constexpr (kHasCellState<Cell>) {
         if (p.dcells) copy_wide(wide_to + buffer, static_cast<const Accumulator*>(p.dcells) + at);
         if (row < then.rows) copy_wide(wide_to + buffer + kWide, static_cast<const Accumulator*>(p.cells) + at_then);
       }
@@ -242,7 +242,7 @@ __device__ __forceinline__ void persistent_backward(const FusedrnnBackward& p) {
               u.dh[j] += more[j];
               u.dc[j] = 0;
             }
-            if constexpr (Cell::kHasCellState) {
+            if constexpr (kHasCellState<Cell>) {
               load_two(static_cast<const Accumulator*>(p.cells) + now.offset * hidden + in_slice, u.c);
               if (p.dc_n) load_two(static_cast<const Scalar*>(p.dc_n) + in_batch, u.dc);
             }
@@ -250,7 +250,7 @@ __device__ __forceinline__ void persistent_backward(const FusedrnnBackward& p) {
 #pragma unroll
             for (int j = 0; j < 2; ++j) u.dh[j] += dh_carried[j];
           }
-          if constexpr (Cell::kHasCellState) {
+          if constexpr (kHasCellState<Cell>) {
             if (row < next.rows)
               read_two(wide_of(parity, 1), u.c_prev);
             else
@@ -280,7 +280,7 @@ __device__ __forceinline__ void persistent_backward(const FusedrnnBackward& p) {
 #pragma unroll
               for (int j = 0; j < 2; ++j) u.c_prev[j] = u.h_prev[j] = 0;
             }
-            if (Cell::kHasCellState && p.dcells) {
+            if (kHasCellState<Cell> && p.dcells) {
               Accumulator more[2];
               read_two(wide_of(parity, 0), more);
 #pragma unroll
@@ -313,7 +313,7 @@ __device__ __forceinline__ void persistent_backward(const FusedrnnBackward& p) {
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
             if (!real[j]) continue;
-            if constexpr (Cell::kHasCellState)
+            if constexpr (kHasCellState<Cell>)
               static_cast<Scalar*>(p.dc0)[in_batch + j] = narrow<Scalar>(reset ? Accumulator(0) : u.dc_prev[j]);
             if constexpr (Cell::kDirectH)
               static_cast<Accumulator*>(p.dh_direct)[in_batch + j] = reset ? Accumulator(0) : u.dh_prev[j];

@@ -118,7 +118,7 @@ __device__ __forceinline__ void persistent_forward(const FusedrnnForward& p) {
     for (int i = 0; i < kElements; ++i) {
       c[i] = h_carried[i] = 0;
       if (my_row + kStride * i < limit && real_unit) {
-        if constexpr (Cell::kHasCellState)
+        if constexpr (kHasCellState<Cell>)
           c[i] = widen(static_cast<const Scalar*>(p.c0)[in_batch + i * kStride * hidden]);
         if constexpr (Cell::kUsesHPrev)
           h_carried[i] = widen(static_cast<const Scalar*>(p.h0)[(first + my_row + kStride * i) * pitch + unit]);
@@ -244,11 +244,11 @@ __device__ __forceinline__ void persistent_forward(const FusedrnnForward& p) {
         const int64_t at = (now.offset + kStride * i) * hidden + in_slice;
         if constexpr (Cell::kSaved > 0)
           if (p.gates) reinterpret_cast<Pack<Scalar, Cell::kSaved>*>(static_cast<Scalar*>(p.gates))[at] = saved[i];
-        if constexpr (Cell::kHasCellState)
+        if constexpr (kHasCellState<Cell>)
           if (p.cells) static_cast<Accumulator*>(p.cells)[at] = c[i];
         if (row >= next.rows) {
           static_cast<Scalar*>(p.h_n)[in_batch + i * kStride * hidden] = narrow<Scalar>(h_carried[i]);
-          if constexpr (Cell::kHasCellState)
+          if constexpr (kHasCellState<Cell>)
             static_cast<Scalar*>(p.c_n)[in_batch + i * kStride * hidden] = narrow<Scalar>(c[i]);
         }
       };

@@ -39,7 +39,7 @@ __device__ __forceinline__ void step_backward(const BackwardStep<typename Arithm
       if (recurrent) u.dh[j] += static_cast<const Accumulator*>(p.dh_direct)[in_batch];
     if constexpr (Cell::kSaved > 0)
       load_pack<Scalar, Accumulator, Cell::kSaved>(static_cast<const Scalar*>(p.gates) + at * Cell::kSaved, u.saved[j]);
-    if constexpr (Cell::kHasCellState) {
+    if constexpr (kHasCellState<Cell>) {
       u.c[j] = static_cast<const Accumulator*>(p.cells)[at];
       if (!reset)
         u.c_prev[j] = goes_on ? static_cast<const Accumulator*>(p.cells)[at_next]
@@ -67,7 +67,7 @@ __device__ __forceinline__ void step_backward(const BackwardStep<typename Arithm
     for (int a = 0; a < kAccs; ++a)
       static_cast<Scalar*>(p.dgates)[(step.offset + row) * kAccs * hidden + a * hidden + unit + j] =
           narrow<Scalar>(u.dacc[a][j]);
-    if constexpr (Cell::kHasCellState) {
+    if constexpr (kHasCellState<Cell>) {
       static_cast<Accumulator*>(p.state)[in_batch] = u.dc_prev[j];
       if (!goes_on) static_cast<Scalar*>(p.dc0)[in_batch] = narrow<Scalar>(u.dc_prev[j]);
     }

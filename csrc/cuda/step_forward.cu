@@ -77,7 +77,7 @@ __device__ __forceinline__ void step_forward(
     add_bias(p.b_ih, Constant<true>());
     add_bias(p.b_hh, Constant<false>());
     const bool joined = row < p.before_rows;
-    if constexpr (Cell::kHasCellState) c_prev = joined ? p.c_before[at] : Accumulator(widen(p.c0[at]));
+    if constexpr (kHasCellState<Cell>) c_prev = joined ? p.c_before[at] : Accumulator(widen(p.c0[at]));
     if constexpr (Cell::kUsesHPrev) h_prev = widen((joined ? p.h_before : p.h0)[at]);
     if (p.resets && p.resets[row]) h_prev = c_prev = 0;
     advance<Cell, Accumulator>(sums + Sums::place(local, 0, threadIdx.x & 7), sum, h_prev, c_prev, h, c, saved);
@@ -85,10 +85,10 @@ __device__ __forceinline__ void step_forward(
     p.h[at] = stored;
     if constexpr (Cell::kSaved > 0)
       if (p.gates) store_pack<Scalar, Accumulator, Cell::kSaved>(p.gates + at * Cell::kSaved, saved);
-    if constexpr (Cell::kHasCellState) p.c[at] = c;
+    if constexpr (kHasCellState<Cell>) p.c[at] = c;
     if (row >= p.next_rows) {
       if (p.h_n) p.h_n[at] = stored;
-      if constexpr (Cell::kHasCellState) p.c_n[at] = narrow<Scalar>(c);
+      if constexpr (kHasCellState<Cell>) p.c_n[at] = narrow<Scalar>(c);
     }
   }
 }

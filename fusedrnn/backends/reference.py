@@ -73,7 +73,8 @@ def recurrence(cell: Cell, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | Non
         for part, slots in ((gx, cell.x_acc), (gh, cell.h_acc)):
             for gate, slot in zip(part, slots, strict=True):
                 acc[slot] = gate if acc[slot] is None else acc[slot] + gate
-        h, c, saved = cell.forward(acc, h.to(acc_dtype), c)
+        (h, *others), saved = cell.forward(acc, (h.to(acc_dtype), *(() if c is None else (c,))), (), ())
+        c = others[0] if others else None
         h = (h if w_hr is None else product(h, w_hr.t())).to(dtype)
         ys[t], cs[t], saves[t] = h, c, torch.cat(saved, 1).to(dtype) if saved else None
     y = torch.cat(ys).view(*x.shape[:-1], h0.shape[1])
@@ -153,15 +154,16 @@ def backward(
         dy_total[t] = dh
         if w_hr_acc is not None:
             dh = product(dh, w_hr_acc)
-        dacc, dh, dc = cell.backward(
-            dh,
-            dc,
+        has_c = dc is not None
+        dacc, (dh, *others), _, _ = cell.backward(
+            (dh, dc) if has_c else (dh,),
             [s[at] for s in gates],
-            h[at],
-            h_prev[at],
-            None if c_prev is None else c_prev[at],
-            None if c is None else c[at],
+            (h[at], c[at]) if has_c else (h[at],),
+            (h_prev[at], c_prev[at]) if has_c else (h_prev[at],),
+            (),
+            (),
         )
+        dc = others[0] if has_c else None
         dgates[t] = torch.cat(dacc, 1).to(dtype)
         through = product(torch.cat([dacc[a] for a in cell.h_acc], 1).to(dtype).to(acc_dtype), w_hh_acc)
         dh = through if w_hr_acc is not None else dh + through
