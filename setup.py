@@ -29,8 +29,9 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 # GCC 12 takes the undefined pass-through operands of its own intrinsics for a fault.
 AVX512 = [*AVX2, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-Wno-uninitialized"]
 CAPABILITY_FLAGS = {"recurrence_avx2.cpp": AVX2, "recurrence_avx512.cpp": AVX512, "recurrence_amx.cpp": AVX512}
-FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
-         "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # fmt: skip
+FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
+         "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi", "-Wno-maybe-uninitialized",
+         "-Wno-unknown-warning-option"]  # fmt: skip
 GPUS = [*Path("/dev").glob("nvidia[0-9]*"), *Path("/dev").glob("dxg")]
 sys.path.insert(0, str(ROOT / "csrc" / "cuda"))
 import device_code  # noqa: E402
@@ -111,8 +112,9 @@ class BuildExt(build_ext):
     def finalize_options(self):
         super().finalize_options()
         if torch is not None:
-            # Kept between builds, also editable ones, and apart for every torch and Python.
-            tag = f"torch-{torch.__version__}-{sys.implementation.cache_tag}"
+            # Kept between builds, also editable ones, and apart for every torch, Python and compiler.
+            compiler = re.sub(r"[^\w.+-]", "_", os.environ.get("CXX", "").strip())
+            tag = f"torch-{torch.__version__}-{sys.implementation.cache_tag}{compiler and f'-{compiler}'}"
             self.build_temp = str(ROOT / "build" / tag)
 
     def build_extension(self, ext):

@@ -1,12 +1,17 @@
 // Matrices repacked into panels, [depth][vectors][W lanes]: what a kernel streams once from front to back.
 #pragma once
 
-#include <omp.h>
 #include <stdint.h>
 #include <stdlib.h>
 
 #include "recurrence.h"
 #include "simd.h"
+
+// What GCC makes of "#pragma omp parallel", called by name: every compiler then shares the threads of the OpenMP that
+// torch brings. LLVM's has these functions too.
+extern "C" void GOMP_parallel(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+extern "C" int omp_get_thread_num();
+extern "C" int omp_get_num_threads();
 
 namespace fusedrnn::FUSEDRNN_CAPABILITY {
 
@@ -64,8 +69,8 @@ FUSEDRNN_COLD void pack_columns(P* panel, const E* weight, int64_t stride, int64
 template <typename F>
 void in_parallel(int threads, F f) {
   if (threads == 1) return f(0, 1);
-#pragma omp parallel num_threads(threads)
-  f(omp_get_thread_num(), omp_get_num_threads());
+  const auto body = [](void* data) { (*static_cast<F*>(data))(omp_get_thread_num(), omp_get_num_threads()); };
+  GOMP_parallel(body, &f, static_cast<unsigned>(threads), 0);
 }
 
 }  // namespace fusedrnn::FUSEDRNN_CAPABILITY

@@ -7,9 +7,15 @@
 #include <immintrin.h>
 #endif
 
+#include <utility>
+
 #define FUSEDRNN_INLINE inline __attribute__((always_inline))
 #define FUSEDRNN_COLD __attribute__((noinline))
+#if defined(__clang__)
+#define FUSEDRNN_UNROLL _Pragma("unroll 16")
+#else
 #define FUSEDRNN_UNROLL _Pragma("GCC unroll 16")
+#endif
 
 namespace fusedrnn::FUSEDRNN_CAPABILITY {
 
@@ -85,7 +91,7 @@ FUSEDRNN_INLINE Reduced<C> reduce(Vec<C> x) {
   constexpr double kFactorial[] = {1,    1,     2,      6,       24,       120,       720,
                                    5040, 40320, 362880, 3628800, 39916800, 479001600, 6227020800};
   typename V::Raw p = C(1.0 / kFactorial[F::kTerms]) - typename V::Raw{};
-#pragma GCC unroll 16
+  FUSEDRNN_UNROLL
   for (int k = F::kTerms - 1; k >= 2; --k) p = p * r + C(1.0 / kFactorial[k]);
   p = (p * r) * r + r;
   const typename V::RawInt scale =
@@ -305,23 +311,29 @@ FUSEDRNN_INLINE Vec<C> rounded(Vec<C> x) {
   }
 }
 
+// Of the lanes of a and of b: with kHigh every second block of kBlock lanes, else the others, those of a first of each
+// two. The indices are constants, which is all that clang takes.
+template <int kBlock, bool kHigh, typename V, int... l>
+FUSEDRNN_INLINE typename V::Raw blocks(V a, V b, std::integer_sequence<int, l...>) {
+  constexpr int kWidth = sizeof...(l), kSkip = kHigh ? kBlock : 0;
+#if defined(__clang__)
+  return __builtin_shufflevector(a.v, b.v, (l & kBlock ? kWidth + l - kBlock + kSkip : l + kSkip)...);
+#else
+  return __builtin_shuffle(a.v, b.v, typename V::RawInt{(l & kBlock ? kWidth + l - kBlock + kSkip : l + kSkip)...});
+#endif
+}
+
 // rows[i] lane j <-> rows[j] lane i: swap the off-diagonal blocks of size kBlock, 1, 2, 4 and so on.
 template <int kBlock, int kWidth, typename V>
 FUSEDRNN_INLINE void transpose(V* rows) {
   if constexpr (kBlock < kWidth) {
-    using Raw = typename V::Raw;
-    typename V::RawInt low, high;
-#pragma GCC unroll 16
-    for (int l = 0; l < kWidth; ++l) {
-      low[l] = l & kBlock ? kWidth + l - kBlock : l;
-      high[l] = l & kBlock ? kWidth + l : l + kBlock;
-    }
-#pragma GCC unroll 16
+    constexpr std::make_integer_sequence<int, kWidth> kLanes;
+    FUSEDRNN_UNROLL
     for (int i = 0; i < kWidth; ++i) {
       if (i & kBlock) continue;
-      const Raw a = rows[i].v, b = rows[i + kBlock].v;
-      rows[i].v = __builtin_shuffle(a, b, low);
-      rows[i + kBlock].v = __builtin_shuffle(a, b, high);
+      const V a = rows[i], b = rows[i + kBlock];
+      rows[i] = blocks<kBlock, false>(a, b, kLanes);
+      rows[i + kBlock] = blocks<kBlock, true>(a, b, kLanes);
     }
     transpose<kBlock * 2, kWidth>(rows);
   }
@@ -333,16 +345,11 @@ FUSEDRNN_INLINE V fold(V* rows) {
   if constexpr (kBlock == kWidth) {
     return rows[0];
   } else {
-    typename V::RawInt low, high;
-#pragma GCC unroll 16
-    for (int l = 0; l < kWidth; ++l) {
-      low[l] = l & kBlock ? kWidth + l - kBlock : l;
-      high[l] = l & kBlock ? kWidth + l : l + kBlock;
-    }
-#pragma GCC unroll 16
+    constexpr std::make_integer_sequence<int, kWidth> kLanes;
+    FUSEDRNN_UNROLL
     for (int i = 0; i < kWidth; i += 2 * kBlock) {
-      const typename V::Raw a = rows[i].v, b = rows[i + kBlock].v;
-      rows[i].v = __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+      const V a = rows[i], b = rows[i + kBlock];
+      rows[i] = blocks<kBlock, false>(a, b, kLanes) + blocks<kBlock, true>(a, b, kLanes);
     }
     return fold<kBlock * 2, kWidth>(rows);
   }
