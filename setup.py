@@ -8,18 +8,30 @@ torch and every Python that are supported; FUSEDRNN_CUDA=0 leaves CUDA out; TORC
 architectures; MAX_JOBS limits how many files are compiled at once.
 """
 
+import base64
+import hashlib
 import json
 import os
 import platform
 import re
 import shutil
 import sys
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.command.editable_wheel import editable_wheel
+
+# What comes with a new environment may be older; it would complain about pyproject.toml, which it cannot read.
+if int(setuptools.__version__.split(".")[0]) < 77:
+    sys.exit(
+        f"fusedrnn is built with setuptools 77 or later, and this is {setuptools.__version__}.\n"
+        'Run `pip install "setuptools>=77"` first, then `pip install --no-build-isolation .`'
+    )
 
 ROOT = Path(__file__).resolve().parent
 CAPABILITIES = ("portable", "avx2", "avx512", "amx") if platform.machine() in ("x86_64", "AMD64") else ("portable",)
@@ -104,6 +116,25 @@ class BuildPy(build_py):
                     target = folder / "csrc" / path.relative_to(ROOT / "csrc")
                     target.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(path, target)
+
+
+class EditableWheel(editable_wheel):
+    """Puts the clone on the path, behind all else. A script in the folder above finds the clone's folder, which may be
+    called fusedrnn as well; without this Python takes that for the package, an empty one.
+    """
+
+    def run(self):
+        super().run()
+        for path in Path(self.dist_dir).glob(f"fusedrnn-{VERSION}-*editable*.whl"):
+            with zipfile.ZipFile(path) as wheel:
+                files = {name: wheel.read(name) for name in wheel.namelist()}
+            name, text = "__editable___fusedrnn_clone.pth", f"{ROOT}\n".encode()
+            digest = base64.urlsafe_b64encode(hashlib.sha256(text).digest()).decode().rstrip("=")
+            record = next(n for n in files if n.endswith(".dist-info/RECORD"))
+            files |= {name: text, record: files[record] + f"{name},sha256={digest},{len(text)}\n".encode()}
+            with zipfile.ZipFile(path, "w") as wheel:
+                for name, content in files.items():
+                    wheel.writestr(name, content)
 
 
 class BuildExt(build_ext):
@@ -245,5 +276,5 @@ setup(
     ext_modules=extensions,
     # One wheel for every CPython, where nothing in it is for one only.
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if len(extensions) == 1 else {},
-    cmdclass={"build_ext": BuildExt, "build_py": BuildPy},
+    cmdclass={"build_ext": BuildExt, "build_py": BuildPy, "editable_wheel": EditableWheel},
 )

@@ -152,6 +152,40 @@ def test_setup_without_torch_says_what_to_do(checkout, tmp_path):
     assert "pip install --no-build-isolation ." in done.stderr
 
 
+def test_setup_with_an_old_setuptools_says_what_to_do(checkout, tmp_path):
+    """As pip's stock one: pyproject.toml is read after setup.py has begun."""
+    (tmp_path / "sitecustomize.py").write_text("import setuptools; setuptools.__version__ = '65.5.1'\n")
+    code = "from setuptools import build_meta; build_meta.get_requires_for_build_wheel()"
+    done = python("-c", code, folder=checkout, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    assert "setuptools 77 or later, and this is 65.5.1" in done.stderr
+    assert 'pip install "setuptools>=77"' in done.stderr
+
+
+def test_an_editable_install_is_found_from_the_folder_above(checkout, tmp_path):
+    """There the clone's folder looks like a package of that name."""
+    clone = checkout.rename(checkout.with_name("fusedrnn"))
+    code = f"from setuptools import build_meta; build_meta.build_editable({str(tmp_path)!r})"
+    done = python("-c", code, folder=clone, FUSEDRNN_BUILD="0")
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "installed")
+        (record,) = (name for name in archive.namelist() if name.endswith("RECORD"))
+        recorded = {line.split(",")[0] for line in archive.read(record).decode().splitlines()}
+        assert recorded == set(archive.namelist())
+    code = f"""if True:
+        import site
+        site.addsitedir({str(tmp_path / "installed")!r})
+        import fusedrnn, fusedrnn.kernels, fusedrnn.benchmarks
+        print(fusedrnn.LSTM, fusedrnn.__file__)
+    """
+    # Without site: no other installation comes in between.
+    paths = os.pathsep.join(path for path in sys.path if path.endswith("site-packages"))
+    done = python("-S", "-c", code, folder=clone.parent, PYTHONPATH=paths, FUSEDRNN_SIMULATE="0")
+    assert done.stdout.split()[-1] == str(clone / "fusedrnn" / "__init__.py"), done.stderr
+
+
 @pytest.mark.skipif(not _build.loaded(), reason=f"the C++ extension: {_build.why_not_loaded()}")
 def test_an_extension_of_other_sources_says_what_to_do(checkout):
     for name in ("_C.abi3.so", "libfusedrnn.so"):
