@@ -7,9 +7,10 @@
 torch.Size([5, 3, 16])
 """
 
-from fusedrnn import functional, integrations
+from fusedrnn import functional, integrations, zoo
 from fusedrnn._build import build_info
 from fusedrnn.convert import ConversionEntry, conversion_report, convert, revert
+from fusedrnn.definition import cell
 from fusedrnn.explain import explain
 from fusedrnn.gates import record_gates
 from fusedrnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
@@ -28,6 +29,7 @@ __all__ = [
     "Timing",
     "backend",
     "build_info",
+    "cell",
     "conversion_report",
     "convert",
     "explain",
@@ -37,4 +39,5 @@ __all__ = [
     "record_gates",
     "revert",
     "tune",
+    "zoo",
 ]
