@@ -35,6 +35,8 @@ if int(setuptools.__version__.split(".")[0]) < 77:
 
 ROOT = Path(__file__).resolve().parent
 CAPABILITIES = ("portable", "avx2", "avx512", "amx") if platform.machine() in ("x86_64", "AMD64") else ("portable",)
+if platform.machine() in ("aarch64", "arm64"):
+    CAPABILITIES = ("portable", "neon")
 if sys.platform != "linux":  # whose permission the tile registers need
     CAPABILITIES = tuple(c for c in CAPABILITIES if c != "amx")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]

@@ -53,6 +53,9 @@ const Candidate* candidates(int* count) {
 #endif
   static const Candidate table[] = {
       {&portable::kernels, true},
+#ifdef FUSEDRNN_HAS_NEON
+      {&neon::kernels, true},  // every 64-bit Arm has it
+#endif
 #ifdef FUSEDRNN_HAS_AVX2
       {&avx2::kernels, has_avx2},
 #endif
@@ -138,6 +141,9 @@ const Kernels& kernels() {
 
 const char* compiled_capabilities() {
   return "portable"
+#ifdef FUSEDRNN_HAS_NEON
+         " neon"
+#endif
 #ifdef FUSEDRNN_HAS_AVX2
          " avx2"
 #endif

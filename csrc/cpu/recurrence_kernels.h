@@ -40,7 +40,11 @@ constexpr bool kTiles = FUSEDRNN_TILES;
 template <typename E>
 using Operand = std::conditional_t<kTiles, E, typename Compute<E>::Type>;
 // What panels of weights hold: half the bytes, where widening takes an instruction or two.
-constexpr bool kWidensHalf = FUSEDRNN_VECTOR_BYTES > 16;
+#if FUSEDRNN_VECTOR_BYTES > 16 || defined(FUSEDRNN_NEON)
+constexpr bool kWidensHalf = true;
+#else
+constexpr bool kWidensHalf = false;
+#endif
 template <typename E>
 using Packed = std::conditional_t<std::is_same_v<E, Half> && !kWidensHalf, float, E>;
 
@@ -59,6 +63,8 @@ class Barrier {
       if (spins < 1000) {
 #if defined(__x86_64__)
         __builtin_ia32_pause();
+#elif defined(__aarch64__)
+        asm volatile("yield");
 #endif
       } else {
         sched_yield();
@@ -74,7 +80,7 @@ class Barrier {
 // How many rows of a batch go through a panel at once: what the registers hold.
 template <int kVectors>
 constexpr int max_rows() {
-#if FUSEDRNN_VECTOR_BYTES == 64
+#if FUSEDRNN_MANY_REGISTERS
   return kVectors >= 3 ? 6 : 8;
 #elif FUSEDRNN_VECTOR_BYTES == 32
   return kVectors >= 3 ? 3 : 4;
@@ -232,7 +238,7 @@ FUSEDRNN_COLD void dot(Vec<C> (*partial)[Vec<C>::kWidth], int unit, const R* con
 // How many rows a row of a weight is read for at once; kDotUnits of its rows run side by side.
 constexpr int kDotRows = 4;
 template <int kRows>
-constexpr int kDotUnits = FUSEDRNN_VECTOR_BYTES == 64 ? (kRows == 1 ? 8 : 16 / kRows) : (kRows > 2 ? 2 : 4);
+constexpr int kDotUnits = FUSEDRNN_MANY_REGISTERS ? (kRows == 1 ? 8 : 16 / kRows) : (kRows > 2 ? 2 : 4);
 
 template <int kRows, typename C, typename E, typename R>
 FUSEDRNN_INLINE void dot_rows(int64_t count, Vec<C>* sums, int64_t stride, const R* const* rows, const E* const* weight,

@@ -6,11 +6,21 @@
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
+#if defined(FUSEDRNN_NEON)
+#include <arm_neon.h>
+#endif
 
 #include <utility>
 
 #define FUSEDRNN_INLINE inline __attribute__((always_inline))
 #define FUSEDRNN_COLD __attribute__((noinline))
+// What tiles of sums are measured by: 16 registers of vectors, or 32.
+#if FUSEDRNN_VECTOR_BYTES == 64 || defined(FUSEDRNN_NEON)
+#define FUSEDRNN_MANY_REGISTERS 1
+#else
+#define FUSEDRNN_MANY_REGISTERS 0
+#endif
+
 #if defined(__clang__)
 #define FUSEDRNN_UNROLL _Pragma("unroll 16")
 #else
@@ -183,6 +193,8 @@ FUSEDRNN_INLINE Vec<float> load(const Bfloat16* p) {
 #elif FUSEDRNN_VECTOR_BYTES == 32 && defined(__AVX2__)
   const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return Vec<float>((Vec<float>::Raw)_mm256_slli_epi32(bits, 16));
+#elif defined(FUSEDRNN_NEON)
+  return Vec<float>((Vec<float>::Raw)vshll_n_u16(vld1_u16(&p->bits), 16));
 #else
   const RawHalf bits = *reinterpret_cast<const RawHalfUnaligned*>(p);
   return Vec<float>((Vec<float>::Raw)(__builtin_convertvector(bits, RawWord) << 16));
@@ -211,6 +223,8 @@ FUSEDRNN_INLINE void store_exact(P* p, Vec<C> x) {
 FUSEDRNN_INLINE void store_exact(Bfloat16* p, Vec<float> x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)x.v, 16)));
 }
+#elif defined(FUSEDRNN_NEON)
+FUSEDRNN_INLINE void store_exact(Bfloat16* p, Vec<float> x) { vst1_u16(&p->bits, vshrn_n_u32((uint32x4_t)x.v, 16)); }
 #endif
 
 FUSEDRNN_INLINE Vec<float> load(const Half* p) {
@@ -218,6 +232,8 @@ FUSEDRNN_INLINE Vec<float> load(const Half* p) {
   return Vec<float>((Vec<float>::Raw)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 #elif FUSEDRNN_VECTOR_BYTES == 32 && defined(__F16C__)
   return Vec<float>((Vec<float>::Raw)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(FUSEDRNN_NEON)
+  return Vec<float>((Vec<float>::Raw)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits))));
 #else
   const RawWord bits = __builtin_convertvector((RawHalf) * reinterpret_cast<const RawHalfUnaligned*>(p), RawWord);
   const RawWord magnitude = (bits & 0x7fff) << 13;
@@ -233,6 +249,8 @@ FUSEDRNN_INLINE void store(Half* p, Vec<float> x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)x.v, _MM_FROUND_TO_NEAREST_INT));
 #elif FUSEDRNN_VECTOR_BYTES == 32 && defined(__F16C__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)x.v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(FUSEDRNN_NEON)
+  vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)x.v)));
 #else
   const RawWord sign = (RawWord)x.v & 0x80000000u;
   const RawWord a = (RawWord)x.v ^ sign;
