@@ -16,7 +16,7 @@ from torch import nn
 import fusedrnn
 from fusedrnn import build_info, planning, record_gates
 from fusedrnn.backends import cuda
-from fusedrnn.cells import CELLS
+from fusedrnn.cells import BUILT_IN
 from fusedrnn.ops import DTYPES
 from fusedrnn.selftest import selftest
 
@@ -87,7 +87,7 @@ def run_explain(arguments: argparse.Namespace) -> int:
 
 def _add_explain(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("cell", nargs="?", default="lstm", type=str.lower, choices=tuple(CELLS), help="default: %(default)s")
+    add("cell", nargs="?", default="lstm", type=str.lower, choices=BUILT_IN, help="default: %(default)s")
     add("-T", "--steps", type=int, default=100, help="default: %(default)s")
     add("-B", "--batch", type=int, default=16, help="default: %(default)s")
     add("-I", "--input", type=int, help="input size (default: the hidden size)")

@@ -1,6 +1,7 @@
 """Loads the C++ extension when the package is imported, and remembers why it could not."""
 
 import contextlib
+import ctypes
 import importlib
 import json
 import platform
@@ -80,6 +81,28 @@ _calls = _load_calls()
 def loaded() -> bool:
     """Whether the C++ extension is there, and with it the backend "cpu"."""
     return _extension is not None
+
+
+def add_cell(path: Path) -> str:
+    """Makes the cell of a compiled file (csrc/cpu/recurrence.h, OwnCell) known to backend "cpu"; returns its name.
+
+    Raises:
+        RuntimeError: there is no C++ extension, the file holds no cell, or one that does not fit.
+    """
+    if _extension is None:
+        raise RuntimeError(f"backend 'cpu' has no cells: {_why_not}")
+    library = ctypes.CDLL(str(Path(__file__).with_name("libfusedrnn.so")))
+    try:
+        table = ctypes.CDLL(str(path)).fusedrnn_cell
+    except (OSError, AttributeError) as error:
+        raise RuntimeError(f"{path} holds no cell: {error}") from None
+    table.restype, table.argtypes = ctypes.c_void_p, []
+    library.fusedrnn_add_cell.restype, library.fusedrnn_add_cell.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
+    cell = table()
+    why = library.fusedrnn_add_cell(cell)
+    if why is not None:
+        raise RuntimeError(f"the cell of {path} cannot be used: {why.decode()}")
+    return ctypes.cast(cell, ctypes.POINTER(ctypes.c_char_p))[1].decode()
 
 
 def why_not_loaded() -> str:

@@ -5,6 +5,7 @@ fused gradient's own backward, which differentiates the reference recurrence (to
 anybody asks is not guessed from the grad mode, which is on inside every torch.func.grad.
 """
 
+import dataclasses
 import inspect
 
 import torch
@@ -95,7 +96,8 @@ class RecurrenceBackwardFunction(torch.autograd.Function):
         if recompute and CELLS[cell].saved:
             grads = Gradients(dy, dh_n, dc_n, dcells)
             return recomputing.gradient(cell, grads, inputs, y, cells, backend, algorithm, needs)
-        return ops.sequence_backward(cell, dy, dh_n, dc_n, dcells, *inputs, y, gates, cells, backend, algorithm, needs)
+        given = (dy, dh_n, dc_n, dcells, *inputs.plain, y, gates, cells)
+        return ops.sequence_backward(cell, *given, backend, algorithm, needs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -106,40 +108,144 @@ class RecurrenceBackwardFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         *given, batch_sizes, resets = ctx.saved_tensors
-        outputs_grads, inputs = given[:4], given[4:]
-        present = [k for k, t in enumerate(inputs) if t is not None]
-        wanted = [k for k in present if ctx.needs[k]]
-        arrived = [k for k, g in enumerate(outputs_grads) if g is not None]
-        if all(grads[k] is None for k in wanted):
+        if all(grads[k] is None for k, need in enumerate(ctx.needs) if need):
             return (None,) * 23
 
-        def recurrence(*tensors: Tensor):
-            args: list[Tensor | None] = [None] * _DIFFERENTIABLE
-            for k, t in zip(present, tensors, strict=True):
-                args[k] = t
-            y, h_n, c_n, _, cells = reference.recurrence(
-                CELLS[ctx.cell], Inputs(*args, batch_sizes, resets, ctx.reverse)
-            )
-            outputs = (y, h_n, c_n, None if cells is None else cells.view(*y.shape[:-1], -1))
-            return tuple(outputs[k] for k in arrived)
+        def inputs_of(args) -> Inputs:
+            return Inputs(*args, batch_sizes, resets, ctx.reverse)
 
-        def gradient(*tensors: Tensor):
-            _, pullback = torch.func.vjp(recurrence, *tensors[len(arrived) :])
-            found = dict(zip(present, pullback(tensors[: len(arrived)]), strict=True))
-            return tuple(found[k] for k in wanted)
-
-        primals = (*(outputs_grads[k] for k in arrived), *(inputs[k] for k in present))
-        _, pullback = torch.func.vjp(gradient, *primals)
-        cotangents = tuple(torch.zeros_like(inputs[k]) if grads[k] is None else grads[k] for k in wanted)
-        second = pullback(cotangents)
-        result: list[Tensor | None] = [None] * 23
-        for place, g in zip([*arrived, *(4 + k for k in present)], second, strict=True):
-            result[place] = g if ctx.needs_input_grad[place] else None
-        return tuple(result)
+        second = _second(ctx.cell, inputs_of, given[:4], given[4:], ctx.needs, grads)
+        return tuple(g if ctx.needs_input_grad[k] else None for k, g in enumerate((*second, *(None,) * 11)))
 
     @staticmethod
     def vmap(info, in_dims, *args):
         return batching.sequence_backward(RecurrenceBackwardFunction.apply, 0, info, in_dims, *args)
+
+
+def _second(cell: str, inputs_of, outputs_grads, inputs, needs, grads) -> list[Tensor | None]:
+    """The gradient of a gradient, of the outputs' gradients and of the inputs, by the reference recurrence.
+
+    ``grads`` are the gradients of the gradients of ``inputs``, of which ``needs`` tells which were computed;
+    ``inputs_of`` makes Inputs of a list like ``inputs``.
+    """
+    present = [k for k, t in enumerate(inputs) if t is not None]
+    wanted = [k for k in present if needs[k]]
+    arrived = [k for k, g in enumerate(outputs_grads) if g is not None]
+
+    def recurrence(*tensors: Tensor):
+        args: list[Tensor | None] = [None] * len(inputs)
+        for k, t in zip(present, tensors, strict=True):
+            args[k] = t
+        y, h_n, finals, _, every = reference.recurrence(CELLS[cell], inputs_of(args))
+        every = [t.view(*y.shape[:-1], -1) for t in every]
+        outputs = (y, h_n, *(finals[:1] or [None]), *(every[:1] or [None]), *finals[1:], *every[1:])
+        return tuple(outputs[k] for k in arrived)
+
+    def gradient(*tensors: Tensor):
+        _, pullback = torch.func.vjp(recurrence, *tensors[len(arrived) :])
+        found = dict(zip(present, pullback(tensors[: len(arrived)]), strict=True))
+        return tuple(found[k] for k in wanted)
+
+    primals = (*(outputs_grads[k] for k in arrived), *(inputs[k] for k in present))
+    _, pullback = torch.func.vjp(gradient, *primals)
+    cotangents = tuple(torch.zeros_like(inputs[k]) if grads[k] is None else grads[k] for k in wanted)
+    result: list[Tensor | None] = [None] * (len(outputs_grads) + len(inputs))
+    places = [*arrived, *(len(outputs_grads) + k for k in present)]
+    for place, g in zip(places, pullback(cotangents), strict=True):
+        result[place] = g
+    return result
+
+
+class CellFunction(torch.autograd.Function):
+    """RecurrenceFunction for a cell of any number of states, parameters and inputs: takes an ops.Call and its tensors.
+
+    Dynamo understands no ``forward(*tensors)``: what is compiled calls the op, whose gradient this is.
+    """
+
+    @staticmethod
+    def forward(call, *tensors):
+        return ops.run(dataclasses.replace(call, keep_states=True), *tensors)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.call, *tensors = inputs
+        _, _, _, gates, cells, *more = output
+        every = (cells, *more[ctx.call.others :])
+        ctx.mark_non_differentiable(gates, *(() if ctx.call.keep_states else every))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, output[0], gates, *every)
+
+    @staticmethod
+    def backward(ctx, dy, dh_n, dc_n, _dgates, dcells, *more):
+        call, tensors = ctx.call, ctx.saved_tensors
+        dothers_n, dothers = more[: call.others], more[call.others :]
+        if not call.keep_states:
+            dcells, dothers = None, (None,) * call.others
+        if not CELLS[call.cell].has_cell_state:
+            dc_n = dcells = None
+        grads = (dy, dh_n, dc_n, dcells, *dothers_n, *dothers)
+        if all(g is None for g in grads):
+            return (None,) * (1 + call.given)
+        needs = [t is not None and ctx.needs_input_grad[1 + k] for k, t in enumerate(tensors[: call.given - 2])]
+        gradient = CellBackwardFunction
+        found = (gradient.apply if torch.is_grad_enabled() else gradient.forward)(call, needs, *grads, *tensors)
+        return None, *(g if need else None for g, need in zip(found, needs, strict=True)), None, None
+
+    @staticmethod
+    def vmap(info, in_dims, call, *tensors):
+        # Every state is an output of forward, whatever was asked for.
+        call = dataclasses.replace(call, keep_states=True)
+        return batching.cell(CellFunction.apply, call, info, in_dims[1:], *tensors)
+
+
+class CellBackwardFunction(torch.autograd.Function):
+    """The fused gradient of CellFunction: takes its ops.Call, needs, and what ops.packed_backward gives."""
+
+    @staticmethod
+    def forward(call, needs, *tensors):
+        if not call.keep_gates and CELLS[call.cell].saved:
+            given = tensors[call.gradients : call.gradients + call.given]
+            y, _, *every = tensors[call.gradients + call.given :]
+            gates = recomputing.gates_of_cell(call, call.unpacked(given), y, every)
+            tensors = (*tensors[: call.gradients], *given, y, gates, *every)
+        return ops.run_backward(call, needs, *tensors)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.call, ctx.needs, *tensors = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors[: ctx.call.gradients + ctx.call.given])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        call, tensors = ctx.call, ctx.saved_tensors
+        *inputs, batch_sizes, resets = tensors[call.gradients :]
+        count = len(ctx.needs_input_grad)
+        if all(grads[k] is None for k, need in enumerate(ctx.needs) if need):
+            return (None,) * count
+
+        def inputs_of(args) -> Inputs:
+            return call.unpacked((*args, batch_sizes, resets))
+
+        second = (None, None, *_second(call.cell, inputs_of, tensors[: call.gradients], inputs, ctx.needs, grads))
+        second = (*second, *(None,) * (count - len(second)))
+        return tuple(g if need else None for g, need in zip(second, ctx.needs_input_grad, strict=True))
+
+    @staticmethod
+    def vmap(info, in_dims, call, needs, *tensors):
+        return batching.cell_backward(CellBackwardFunction.apply, call, needs, info, in_dims[2:], *tensors)
+
+
+def apply_cell(cell: str, inputs: Inputs, backend: str, algorithm: str, recompute: bool, keep_states: bool) -> tuple:
+    """What ops.run returns, recorded for autograd."""
+    call = ops.Call.of(cell, inputs, backend, algorithm, not recompute, keep_states)
+    return CellFunction.apply(call, *ops.packed(inputs))
+
+
+def apply_cell_backward(cell: str, grads, inputs: Inputs, saved, backend: str, algorithm: str, needs) -> tuple:
+    """What ops.run_backward returns, recorded for autograd."""
+    call = ops.Call.of(cell, inputs, backend, algorithm, True, True)
+    return CellBackwardFunction.apply(call, needs, *ops.packed_backward(grads, inputs, saved))
 
 
 for _function in (RecurrenceFunction, RecurrenceBackwardFunction):

@@ -4,6 +4,7 @@ Where no weight is mapped, and no gradient of one is wanted for each sample, the
 call with V*B samples. Otherwise (an ensemble of weights, per-sample gradients, packed data) one call for each of the V.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -30,6 +31,29 @@ def sequence_backward(call: Callable, first: int, info, in_dims, *args):
     axes = (None,) * first + _GRADIENTS + _INPUTS + _SAVED
     joins = args[first + len(_GRADIENTS) + _BATCH_SIZES] is None and not any(args[-1][3:])
     return _mapped(call, axes, _INPUT_GRADIENTS, joins, info.batch_size, in_dims, args)
+
+
+def cell(run: Callable, call, info, in_dims, *tensors):
+    """The vmap rule of ops.run."""
+    others = (*(0,) * call.others, *(1,) * (call.others * call.keep_states))
+    joins = tensors[call.given - 2] is None
+    one, axes = functools.partial(run, call), _axes_of(call)
+    return _mapped(one, axes, (*_OUTPUTS, *others), joins, info.batch_size, in_dims, tensors)
+
+
+def cell_backward(run: Callable, call, needs, info, in_dims, *tensors):
+    """The vmap rule of ops.run_backward."""
+    axes = (*_GRADIENTS, *(0,) * call.others, *(1,) * call.others, *_axes_of(call), *_SAVED, *(1,) * call.others)
+    first = 8 + call.others
+    joins = tensors[call.gradients + call.given - 2] is None
+    joins = joins and not any(needs[3:8]) and not any(needs[first : first + call.parameters])
+    one, out_axes = functools.partial(run, call, needs), _axes_of(call)[:-2]
+    return _mapped(one, axes, out_axes, joins, info.batch_size, in_dims, tensors)
+
+
+def _axes_of(call) -> tuple[int | None, ...]:
+    """Where B stands in the tensors of a call."""
+    return (*_INPUTS[:8], *(0,) * call.others, *(None,) * call.parameters, *(1,) * call.inputs, *_INPUTS[8:10])
 
 
 def _mapped(call, axes: Sequence[int | None], out_axes, joins: bool, count: int, in_dims, args):

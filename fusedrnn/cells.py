@@ -144,6 +144,29 @@ CELLS: dict[str, Cell] = {
 
 CELL_OF_MODE: dict[str, Cell] = {cell.mode: cell for cell in CELLS.values()}
 
+# Those that every backend has. Others are added while the process runs.
+BUILT_IN = tuple(CELLS)
+_kernels: dict[str, frozenset[str]] = {name: frozenset(("reference", "cpu", "triton", "cuda")) for name in BUILT_IN}
+
+
+def register(cell: Cell, *backends: str) -> None:
+    """Adds a cell to the table, or kernels to it: ``backends`` beside the reference have it now.
+
+    A cell takes the place of one of its name, whose kernels are forgotten, unless it is the same.
+
+    Raises:
+        ValueError: a built-in cell has that name.
+    """
+    if cell.name in BUILT_IN:
+        raise ValueError(f"a cell's name must not be a built-in one's, got {cell.name!r}")
+    before = _kernels[cell.name] if CELLS.get(cell.name) == cell else frozenset(("reference",))
+    CELLS[cell.name], _kernels[cell.name] = cell, before | {*backends}
+
+
+def kernels_of(cell: str) -> frozenset[str]:
+    """The backends that have a cell."""
+    return _kernels.get(cell, frozenset())
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of gate math, carried state and saved c: float64 for float64, else float32."""

@@ -1,6 +1,7 @@
 """Recurrent layers as functions: layers, directions, dropout between layers, packed sequences."""
 
 import contextlib
+import dataclasses
 import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils import rnn as rnn_utils
 
 from fusedrnn import _build, ops, planning, trials
-from fusedrnn.autograd import EagerRecurrenceFunction, RecurrenceFunction
+from fusedrnn.autograd import CellFunction, EagerRecurrenceFunction, RecurrenceFunction
 from fusedrnn.backends import reference
 from fusedrnn.backends.common import Inputs, neighbours, sizes_on
 from fusedrnn.cells import CELLS, Cell
@@ -98,17 +99,18 @@ class Padding(NamedTuple):
         x, resets = inputs.x, inputs.resets
         if inputs.reverse:
             x, resets = self.turn(x), None if resets is None else self.turn(resets)
+            inputs = inputs._replace(inputs=tuple(self.turn(t) for t in inputs.inputs))
         outside = ~self.inside
         return inputs._replace(x=x, resets=outside if resets is None else resets | outside, reverse=False)
 
-    def after(self, inputs: Inputs, y: Tensor, c_n: Tensor, gates: Tensor, cells: Tensor) -> tuple[Tensor, ...]:
-        """What the op would have returned for the inputs as they came; c must be kept."""
-        h_n = self.at_end(y, inputs.h0)
-        c_n = c_n if inputs.c0 is None else self.at_end(cells, inputs.c0)
-        y, gates, cells = (self.cut(t) if t.dim() == 3 else t for t in (y, gates, cells))
+    def after(self, inputs: Inputs, y: Tensor, finals: list[Tensor], gates: Tensor, every: list[Tensor]) -> tuple:
+        """What the op would have returned for the inputs as they came; states must be kept."""
+        ends = [self.at_end(states, start) for states, start in zip(every, inputs.states0)]
+        finals = [self.at_end(y, inputs.h0), *(ends or finals[1:])]
+        y, gates, *every = (self.cut(t) if t.dim() == 3 else t for t in (y, gates, *every))
         if inputs.reverse:
-            y, gates, cells = (self.turn(t) if t.dim() == 3 else t for t in (y, gates, cells))
-        return y, h_n, c_n, gates, cells
+            y, gates, *every = (self.turn(t) if t.dim() == 3 else t for t in (y, gates, *every))
+        return y, finals, gates, every
 
 
 def _check_lengths(lengths, x: Tensor, batch: int, batch_sizes: Tensor | None) -> Tensor:
@@ -142,25 +144,46 @@ def recurrence(
     padding: Padding | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One direction of one layer: y, h_n, c_n, cells. Saves for backward only when a gradient will be asked for."""
+    y, finals, every = recurrence_of_states(cell, inputs, backend, algorithm, recompute, keep_cells, layer, padding)
+    return y, finals[0], finals[1], every[0]
+
+
+def recurrence_of_states(
+    cell: Cell,
+    inputs: Inputs,
+    backend: str,
+    algorithm: str,
+    recompute: bool = False,
+    keep_cells: bool = False,
+    layer: int = 0,
+    padding: Padding | None = None,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The same for any number of states: y, the final ones, and what every state after h was at each step.
+
+    An empty tensor stands for the c of a cell of one state, and for states that were not kept.
+    """
     given = inputs
     if padding is not None:
         inputs, keep_cells = padding.before(inputs), True
     mine = [callback for thread, callback in _recorders if thread == threading.get_ident()] if _recorders else []
-    tensors = inputs[:8]
+    others = len(inputs.others)
+    tensors = ops.differentiable(inputs) if inputs.special else inputs[:8]
     if _has_tangent(tensors):
         backend = "reference"
-        y, h_n, c_n, gates, cells = _in_plain_torch(cell, inputs)
+        outputs = _in_plain_torch(cell, inputs)
+    elif inputs.special:
+        outputs = _any_cell(cell, inputs, backend, algorithm, recompute and not mine, bool(mine), keep_cells, tensors)
     elif _may_need_gradient(tensors):
         special = torch.compiler.is_compiling() or _under_transform()
-        y, h_n, c_n, gates, cells = (RecurrenceFunction if special else EagerRecurrenceFunction).apply(
-            *inputs, cell.name, backend, algorithm, recompute and not mine, keep_cells
+        outputs = (RecurrenceFunction if special else EagerRecurrenceFunction).apply(
+            *inputs.plain, cell.name, backend, algorithm, recompute and not mine, keep_cells
         )
     else:
-        y, h_n, c_n, gates, cells = ops.sequence(
-            cell.name, *inputs, backend, algorithm, bool(mine), bool(mine) or keep_cells
-        )
+        outputs = ops.sequence(cell.name, *inputs.plain, backend, algorithm, bool(mine), bool(mine) or keep_cells)
+    y, h_n, c_n, gates, cells = outputs[:5]
+    finals, every = [h_n, c_n, *outputs[5 : 5 + others]], [cells, *outputs[5 + others :]]
     if padding is not None:
-        y, h_n, c_n, gates, cells = padding.after(given, y, c_n, gates, cells)
+        y, finals, gates, every = padding.after(given, y, finals, gates, every)
     for callback in mine:
         callback(
             cell,
@@ -168,11 +191,22 @@ def recurrence(
             int(given.reverse),
             y.detach(),
             ops.gates_in_torch_order(gates, cell.name, backend).detach() if cell.saved else None,
-            cells.detach() if cell.has_cell_state else None,
+            every[0].detach() if cell.has_cell_state else None,
             inputs.batch_sizes,
             None if padding is None else padding.lengths,
         )
-    return y, h_n, c_n, cells
+    return y, finals, every
+
+
+def _any_cell(cell, inputs, backend, algorithm, recompute, keep_gates, keep_states, tensors) -> tuple[Tensor, ...]:
+    """What ops.run returns, recorded for autograd where a gradient may be asked for."""
+    gradient = _may_need_gradient(tensors)
+    keep_gates = not recompute if gradient else keep_gates
+    call = ops.Call.of(cell.name, inputs, backend, algorithm, keep_gates, keep_states or keep_gates)
+    if torch.compiler.is_compiling() or not gradient:
+        # Compiled, it is the op that has the gradient: Dynamo does not look into it.
+        return ops.run(call, *ops.packed(inputs))
+    return CellFunction.apply(dataclasses.replace(call, keep_states=keep_states), *ops.packed(inputs))
 
 
 def _may_need_gradient(tensors: Sequence[Tensor | None]) -> bool:
@@ -208,12 +242,7 @@ def _in_plain_torch(cell: Cell, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor,
     if inputs.batch_sizes is not None:
         ops.check_batch_sizes(inputs.batch_sizes, inputs.x.shape[0], inputs.h0.shape[0])
     with ops.without_autocast(inputs.x):
-        y, h_n, c_n, gates, cells = reference.recurrence(cell, inputs)
-    none = y.new_empty(0)
-    gates, cells = (
-        t.view(*y.shape[:-1], t.shape[-1]) if t is not None and t.dim() == 2 else none for t in (gates, cells)
-    )
-    return y, h_n, none if c_n is None else c_n, gates, cells
+        return reference.forward(cell, inputs, "auto", True, True)
 
 
 @_build.constant_when_compiled

@@ -3,24 +3,29 @@
 ``fusedrnn::sequence`` runs one direction of one layer over a whole sequence, ``fusedrnn::sequence_backward``
 is its gradient. libfusedrnn.so (csrc/cpu/op.cpp) defines them with their kernels for CPU tensors, answers backend "cpu"
 itself and hands every other backend to the ``_python`` twin of the op; without that library, and on other devices, the
-router below is the kernel. :func:`sequence` and :func:`sequence_backward` call them for the cells there are today.
+router below is the kernel. :func:`sequence` and :func:`sequence_backward` call them for cells of one or two states.
 
 Shapes: T steps, B batch, I input, H hidden, P output (P = H without projection), G gates, A accumulators,
 S saved arrays (fusedrnn.cells), N rows of packed data. x is [T, B, I], or [N, I] with ``batch_sizes`` [T]
 (int64, on the CPU, as in PackedSequence). Where ``resets`` (bool, [T, B] or [N]) is true, the step starts from zero
-states, in either direction. ``states`` and ``final_states`` are h [B, P], then c [B, H] of a cell that has one. Of the
+states, in either direction. ``states`` and ``final_states`` are h [B, P], then the cell's other ones [B, H]. Of the
 outputs, gates [T, B, S*H] are kept with ``keep_gates`` (else an empty tensor), and ``every_state`` with ``keep_states``
 (else an empty list): of every state after h, which is y, its value after each step, [T, B, H] in the accumulation
 dtype. every_state is differentiable, gates are not. ``needs`` says of which inputs the gradient is wanted: x, each
-state, w_ih, w_hh, b_ih, b_hh, w_hr; another's is an empty tensor.
+state, w_ih, w_hh, b_ih, b_hh, w_hr, each parameter, each input; another's is an empty tensor.
 
-No backend serves ``parameters`` (per-unit vectors), ``inputs`` (per-step tensors), ``lengths``, ``reset_states`` and
-``heads`` other than 1 yet: the schema has room for them, so that programs saved now can be loaded later; they raise.
+``parameters`` are the cell's vectors [H], ``inputs`` its tensors of every step, [T, B, H] or [N, H]. With ``heads`` n
+the units are in n groups, and W_hh [G*H, H / n] takes a unit's gates from the h of its own group: of the rows of a gate
+those of group k are multiplied by columns k H / n to (k + 1) H / n of h.
+
+No backend serves ``lengths`` and ``reset_states`` yet: the schema has room for them, so that programs saved now can be
+loaded later; they raise.
 """
 
 import contextlib
 import functools
 import importlib
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -91,7 +96,8 @@ def check_sequence(cell: str, inputs: Inputs, backend: str, algorithm: str) -> N
         raise RuntimeError(no_such_algorithm(backend, algorithm))
     spec = CELLS[cell]
     gates = len(spec.gates)
-    x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, resets, _ = inputs
+    x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, resets, _ = inputs.plain
+    heads = inputs.heads
 
     def check(ok: bool, message: str) -> None:
         if not ok:
@@ -112,7 +118,9 @@ def check_sequence(cell: str, inputs: Inputs, backend: str, algorithm: str) -> N
         w_hh.shape[0] % gates == 0 and w_hh.shape[0] > 0,
         f"w_hh's first dimension must be {gates} * hidden_size, got {w_hh.shape[0]}",
     )
-    hidden, out = w_hh.shape[0] // gates, w_hh.shape[1]
+    check(heads >= 1, f"heads must be positive, got {heads}")
+    hidden, out = w_hh.shape[0] // gates, w_hh.shape[1] * heads
+    check(hidden % heads == 0, f"heads must divide hidden_size, {hidden}, got {heads}")
     check(h0.dim() == 2, f"h0 must have 2 dimensions, got {h0.dim()}")
     batch = h0.shape[0]
     check_dims("w_ih", w_ih, gates * hidden, x.shape[-1])
@@ -121,13 +129,33 @@ def check_sequence(cell: str, inputs: Inputs, backend: str, algorithm: str) -> N
         if bias is not None:
             check_dims(name, bias, gates * hidden)
     if w_hr is not None:
-        check(spec.has_cell_state, f"w_hr (projection) exists only for the LSTM, not for {cell}")
+        check(cell == "lstm", f"w_hr (projection) exists only for the LSTM, not for {cell}")
+        check(heads == 1, f"w_hr (projection) goes with one head, got {heads}")
         check_dims("w_hr", w_hr, out, hidden)
     else:
-        check(out == hidden, f"w_hh must have shape [{gates * hidden}, {hidden}], got {list(w_hh.shape)}")
+        check(out == hidden, f"w_hh must have shape [{gates * hidden}, {hidden // heads}], got {list(w_hh.shape)}")
     check((c0 is not None) == spec.has_cell_state, f"c0 must {'' if spec.has_cell_state else 'not '}be given")
+    for name, given, want in (
+        ("states", 1 + len(inputs.states0), len(spec.states)),
+        ("parameters", len(inputs.parameters), len(spec.parameters)),
+        ("inputs", len(inputs.inputs), len(spec.inputs)),
+    ):
+        check(given == want, f"{cell} has {want} {name}, got {given}")
     if c0 is not None:
         check_dims("c0", c0, batch, hidden)
+    named = [
+        *(zip(spec.states[2:], inputs.others, strict=True)),
+        *(zip(spec.parameters, inputs.parameters, strict=True)),
+        *(zip(spec.inputs, inputs.inputs, strict=True)),
+    ]
+    for k, (name, t) in enumerate(named):
+        check(t is not None, f"{name} must be a Tensor, got None")
+        if k < len(inputs.others):
+            check_dims(name, t, batch, hidden)
+        elif k < len(inputs.others) + len(inputs.parameters):
+            check_dims(name, t, hidden)
+        else:
+            check_dims(name, t, *x.shape[:-1], hidden)
     if batch_sizes is None:
         check(x.shape[0] > 0, "Expected sequence length to be larger than 0 in RNN")
         check(x.shape[1] == batch, f"h0 must have batch size {x.shape[1]}, got {batch}")
@@ -152,6 +180,7 @@ def check_sequence(cell: str, inputs: Inputs, backend: str, algorithm: str) -> N
         ("b_ih", b_ih),
         ("b_hh", b_hh),
         ("w_hr", w_hr),
+        *named,
     ):
         if t is not None:
             check(t.dtype == x.dtype, f"{name} must have the dtype of x, {x.dtype}, got {t.dtype}")
@@ -207,20 +236,15 @@ def _inputs(
     """The op's inputs, of a cell that there is today."""
     if cell not in CELLS:
         raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {cell!r}")
-    want = 1 + CELLS[cell].has_cell_state
+    want = len(CELLS[cell].states)
     if len(states) != want:
         raise RuntimeError(f"fusedrnn::sequence: {cell} has {want} states, got {len(states)}")
-    for name, given in (
-        ("parameters", bool(parameters)),
-        ("inputs", bool(inputs)),
-        ("lengths", lengths is not None),
-        ("reset_states", bool(reset_states)),
-        ("heads", heads != 1),
-    ):
+    for name, given in (("lengths", lengths is not None), ("reset_states", bool(reset_states))):
         if given:
             raise RuntimeError(f"fusedrnn::sequence: the cell {cell} takes no {name}")
     h0, c0 = (*states, None)[:2]
-    return Inputs(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, resets, reverse)
+    more = tuple(states[2:]), tuple(parameters or ()), tuple(inputs or ()), heads
+    return Inputs(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, resets, reverse, *more)
 
 
 def _of_sequence(arguments) -> tuple[Inputs, str, str, bool, bool]:
@@ -229,39 +253,54 @@ def _of_sequence(arguments) -> tuple[Inputs, str, str, bool, bool]:
 
 
 def _of_backward(arguments) -> tuple[Gradients, Inputs, Saved, str, str, list[bool]]:
-    """The arguments of the op sequence_backward after the cell, in groups; needs as in Inputs, with one for c0."""
+    """The arguments of the op sequence_backward after the cell, in groups; needs are in the order of
+    :func:`differentiable`.
+    """
     cell, dy, dfinals, devery, *rest = arguments
     inputs, (y, gates, every, backend, algorithm, needs) = _inputs(cell, *rest[:15]), rest[15:]
-    states = 1 + (inputs.c0 is not None)
+    states = 1 + len(inputs.states0)
     for name, given, want in (
         ("dfinal_states", dfinals, states),
         ("devery_state", devery, states - 1),
         ("every_state", every, states - 1),
-        ("needs", needs, 6 + states),
+        ("needs", needs, 6 + states + len(inputs.parameters) + len(inputs.inputs)),
     ):
         if len(given) != want:
             hint = " (was forward run with keep_gates and keep_states?)" if name == "every_state" else ""
             raise RuntimeError(f"fusedrnn::sequence_backward: {name} must have {want} entries, got {len(given)}{hint}")
     if inputs.c0 is None:
         needs = [*needs[:2], False, *needs[2:]]
+    else:
+        needs = [*needs[:3], *needs[1 + states : 6 + states], *needs[3 : 1 + states], *needs[6 + states :]]
     dh_n, dc_n = (*dfinals, None)[:2]
     cells = every[0] if every else y.new_empty(0, dtype=accumulation_dtype(y.dtype))
-    return Gradients(dy, dh_n, dc_n, (*devery, None)[0]), inputs, Saved(y, gates, cells), backend, algorithm, needs
+    grads = Gradients(dy, dh_n, dc_n, (*devery, None)[0], tuple(dfinals[2:]), tuple(devery[1:]))
+    return grads, inputs, Saved(y, gates, cells, tuple(every[1:])), backend, algorithm, needs
 
 
-def _outputs(inputs: Inputs, keep_states: bool, y, h_n, c_n, gates, cells):
-    """What the op sequence returns."""
-    has_c = inputs.c0 is not None
-    return y, [h_n, c_n] if has_c else [h_n], gates, [cells] if has_c and keep_states else []
+def differentiable(inputs: Inputs) -> tuple[Tensor | None, ...]:
+    """What has a gradient: x, h0, c0 and the weights, then other states, parameters, inputs."""
+    return (*inputs[:8], *inputs.others, *inputs.parameters, *inputs.inputs)
 
 
-def _gradients(inputs: Inputs, dx, dh0, dc0, *others):
-    """What the op sequence_backward returns."""
-    return dx, [dh0, dc0] if inputs.c0 is not None else [dh0], *others, [], [], []
+def _outputs(inputs: Inputs, keep_states: bool, y, h_n, c_n, gates, cells, *more):
+    """What the op sequence returns; ``more`` are of the states after c the final ones, then all."""
+    if inputs.c0 is None:
+        return y, [h_n], gates, []
+    others = len(inputs.others)
+    return y, [h_n, c_n, *more[:others]], gates, [cells, *more[others:]] if keep_states else []
+
+
+def _gradients(inputs: Inputs, dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr, *more):
+    """What the op sequence_backward returns, from the gradients in the order of :func:`differentiable`."""
+    others, parameters = len(inputs.others), len(inputs.others) + len(inputs.parameters)
+    dstates = [dh0, dc0, *more[:others]] if inputs.c0 is not None else [dh0]
+    dparameters, dinputs = [*more[others:parameters]], [*more[parameters:]]
+    return dx, dstates, dw_ih, dw_hh, db_ih, db_hh, dw_hr, dparameters, dinputs, []
 
 
 def _sequence_python(*arguments) -> list[Tensor]:
-    """y, h_n, c_n, gates, cells"""
+    """y, h_n, c_n, gates, cells; of the states after c the final ones, then all that are kept"""
     cell = arguments[0]
     inputs, backend, algorithm, keep_gates, keep_states = _of_sequence(arguments)
     check_sequence(cell, inputs, backend, algorithm)
@@ -272,22 +311,23 @@ def _sequence_python(*arguments) -> list[Tensor]:
 
 
 def _sequence_backward_python(*arguments) -> list[Tensor]:
-    """The eight gradients."""
+    """The gradients, in the order of :func:`differentiable`."""
     cell = arguments[0]
     grads, inputs, saved, backend, algorithm, needs = _of_backward(arguments)
     _check_backward(cell, grads, inputs, saved, backend, algorithm)
     if inputs.batch_sizes is not None:
         check_batch_sizes(inputs.batch_sizes, inputs.x.shape[0], inputs.h0.shape[0])
     # An input that is absent has no gradient to compute, whatever was asked.
-    needs = [need and t is not None for need, t in zip(needs, inputs[:8])]
+    needs = [need and t is not None for need, t in zip(needs, differentiable(inputs), strict=True)]
     with without_autocast(inputs.x):
-        return list(_backend(backend).backward(CELLS[cell], grads, inputs, saved, algorithm, needs))
+        found = _backend(backend).backward(CELLS[cell], grads, inputs, saved, algorithm, needs[:8])
+    return [d if k < 8 or need else d.new_empty(0) for k, (d, need) in enumerate(zip(found, needs, strict=True))]
 
 
 def _check_backward(cell: str, grads: Gradients, inputs: Inputs, saved: Saved, backend: str, algorithm: str) -> None:
     check_sequence(cell, inputs, backend, algorithm)
     x = inputs.x
-    y_shape, h_shape, c_shape, gates_shape, cells_shape = _output_shapes(cell, inputs, True, True)
+    y_shape, h_shape, c_shape, gates_shape, cells_shape, *_ = _output_shapes(cell, inputs, True, True)
     for name, t, shape, dtype in (
         ("y", saved.y, y_shape, x.dtype),
         ("gates", saved.gates, gates_shape, x.dtype),
@@ -296,6 +336,9 @@ def _check_backward(cell: str, grads: Gradients, inputs: Inputs, saved: Saved, b
         ("dh_n", grads.dh_n, h_shape, x.dtype),
         ("dc_n", grads.dc_n, c_shape, x.dtype),
         ("dcells", grads.dcells, cells_shape, accumulation_dtype(x.dtype)),
+        *(("every_state", t, cells_shape, accumulation_dtype(x.dtype)) for t in saved.others),
+        *(("dfinal_states", t, c_shape, x.dtype) for t in grads.dothers_n),
+        *(("devery_state", t, cells_shape, accumulation_dtype(x.dtype)) for t in grads.dothers),
     ):
         if t is None and name.startswith("d"):
             continue
@@ -311,12 +354,15 @@ def _check_backward(cell: str, grads: Gradients, inputs: Inputs, saved: Saved, b
 def _output_shapes(cell: str, inputs: Inputs, keep_gates: bool, keep_cells: bool) -> tuple[tuple, ...]:
     spec, h0 = CELLS[cell], inputs.h0
     steps, batch, hidden = tuple(inputs.x.shape[:-1]), h0.shape[0], inputs.w_hh.shape[0] // len(spec.gates)
+    others = len(inputs.others)
     return (
         (*steps, h0.shape[1]),
         (batch, h0.shape[1]),
         (batch, hidden) if spec.has_cell_state else (0,),
         (*steps, len(spec.saved) * hidden) if keep_gates and spec.saved else (0,),
         (*steps, hidden) if keep_cells and spec.has_cell_state else (0,),
+        *((batch, hidden),) * others,
+        *((*steps, hidden),) * (others * keep_cells),
     )
 
 
@@ -331,17 +377,18 @@ def _sequence_backward_kernel(*arguments):
 def _sequence_fake(*arguments):
     inputs, backend, algorithm, keep_gates, keep_states = _of_sequence(arguments)
     check_sequence(arguments[0], inputs, backend, algorithm)
-    y, h_n, c_n, gates, cells = _output_shapes(arguments[0], inputs, keep_gates, keep_states)
-    new = inputs.x.new_empty
-    cells = new(cells, dtype=accumulation_dtype(inputs.x.dtype))
-    return _outputs(inputs, keep_states, new(y), new(h_n), new(c_n), new(gates), cells)
+    shapes = _output_shapes(arguments[0], inputs, keep_gates, keep_states)
+    acc_dtype, last = accumulation_dtype(inputs.x.dtype), 5 + len(inputs.others)
+    dtypes = (acc_dtype if k == 4 or k >= last else inputs.x.dtype for k in range(len(shapes)))
+    made = (inputs.x.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes))
+    return _outputs(inputs, keep_states, *made)
 
 
 def _sequence_backward_fake(*arguments):
     grads, inputs, saved, backend, algorithm, needs = _of_backward(arguments)
     _check_backward(arguments[0], grads, inputs, saved, backend, algorithm)
-    new = inputs.x.new_empty
-    return _gradients(inputs, *(new(t.shape if n and t is not None else (0,)) for t, n in zip(inputs[:8], needs)))
+    of = zip(differentiable(inputs), needs, strict=True)
+    return _gradients(inputs, *(inputs.x.new_empty(t.shape if n and t is not None else (0,)) for t, n in of))
 
 
 def _autograd_kernel(op, apply):
@@ -365,8 +412,12 @@ def _autograd_kernel(op, apply):
 def _apply_sequence(*arguments):
     autograd = importlib.import_module("fusedrnn.autograd")
     inputs, backend, algorithm, keep_gates, keep_states = _of_sequence(arguments)
+    if inputs.special:
+        # Gates that need not be kept are computed again.
+        found = autograd.apply_cell(arguments[0], inputs, backend, algorithm, not keep_gates, keep_states)
+        return _outputs(inputs, keep_states, *found)
     y, h_n, c_n, gates, cells = autograd.RecurrenceFunction.apply(
-        *inputs, arguments[0], backend, algorithm, False, keep_states
+        *inputs.plain, arguments[0], backend, algorithm, False, keep_states
     )
     return _outputs(inputs, keep_states, y, h_n, c_n, gates if keep_gates else y.new_empty(0), cells)
 
@@ -374,8 +425,11 @@ def _apply_sequence(*arguments):
 def _apply_sequence_backward(*arguments):
     autograd = importlib.import_module("fusedrnn.autograd")
     grads, inputs, saved, backend, algorithm, needs = _of_backward(arguments)
+    if inputs.special:
+        found = autograd.apply_cell_backward(arguments[0], grads, inputs, saved, backend, algorithm, needs)
+        return _gradients(inputs, *found)
     found = autograd.RecurrenceBackwardFunction.apply(
-        *grads, *inputs, *saved, arguments[0], backend, algorithm, False, needs
+        *grads[:4], *inputs.plain, *saved[:3], arguments[0], backend, algorithm, False, needs
     )
     return _gradients(inputs, *found)
 
@@ -383,16 +437,25 @@ def _apply_sequence_backward(*arguments):
 def _vmap_sequence(info, in_dims, *arguments):
     inputs, *rest = _of_sequence(arguments)
     dims = _of_sequence(_same_structure(arguments, in_dims))[0]
-    none = (None,) * len(rest)
-    outputs, out_dims = batching.sequence(sequence, 1, info, (None, *dims, *none), arguments[0], *inputs, *rest)
+    if inputs.special:
+        call = Call.of(arguments[0], inputs, *rest)
+        outputs, out_dims = batching.cell(run, call, info, packed(dims), *packed(inputs))
+        return _outputs(inputs, rest[-1], *outputs), _outputs(inputs, rest[-1], *out_dims)
+    dims, given = (None, *dims.plain, *(None,) * len(rest)), (arguments[0], *inputs.plain, *rest)
+    outputs, out_dims = batching.sequence(sequence, 1, info, dims, *given)
     keep_states = rest[-1]
     return _outputs(inputs, keep_states, *outputs), _outputs(inputs, keep_states, *out_dims)
 
 
 def _vmap_sequence_backward(info, in_dims, *arguments):
     groups, dims = _of_backward(arguments), _of_backward(_same_structure(arguments, in_dims))
-    flat = [*groups[0], *groups[1], *groups[2], *groups[3:]]
-    mapped = [*dims[0], *dims[1], *dims[2], None, None, None]
+    if groups[1].special:
+        call = Call.of(arguments[0], groups[1], groups[3], groups[4], True, True)
+        mapped, given = (packed_backward(*three[:3]) for three in (dims, groups))
+        outputs, out_dims = batching.cell_backward(run_backward, call, groups[5], info, mapped, *given)
+        return _gradients(groups[1], *outputs), _gradients(groups[1], *out_dims)
+    flat = [*groups[0][:4], *groups[1].plain, *groups[2][:3], *groups[3:]]
+    mapped = [*dims[0][:4], *dims[1].plain, *dims[2][:3], None, None, None]
     outputs, out_dims = batching.sequence_backward(sequence_backward, 1, info, (None, *mapped), arguments[0], *flat)
     return _gradients(groups[1], *outputs), _gradients(groups[1], *out_dims)
 
@@ -440,6 +503,92 @@ def _call(op, *arguments):
         return op(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*arguments)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is no tensor in a call of the op sequence, whatever the cell; the tensors are those of :func:`packed`."""
+
+    cell: str
+    reverse: bool
+    heads: int
+    backend: str
+    algorithm: str
+    keep_gates: bool
+    keep_states: bool
+    others: int
+    parameters: int
+    inputs: int
+
+    @staticmethod
+    def of(cell: str, inputs: Inputs, backend, algorithm, keep_gates, keep_states) -> "Call":
+        counts = len(inputs.others), len(inputs.parameters), len(inputs.inputs)
+        return Call(cell, inputs.reverse, inputs.heads, backend, algorithm, keep_gates, keep_states, *counts)
+
+    def unpacked(self, tensors) -> Inputs:
+        plain, (*more, batch_sizes, resets) = tensors[:8], tensors[8:]
+        parameters = self.others + self.parameters
+        groups = tuple(more[: self.others]), tuple(more[self.others : parameters]), tuple(more[parameters:])
+        return Inputs(*plain, batch_sizes, resets, self.reverse, *groups, self.heads)
+
+    @property
+    def gradients(self) -> int:
+        """How many gradients of outputs there are."""
+        return 4 + 2 * self.others
+
+    @property
+    def given(self) -> int:
+        """How many tensors :func:`packed` gives."""
+        return 10 + self.others + self.parameters + self.inputs
+
+
+def packed(inputs: Inputs) -> tuple[Tensor | None, ...]:
+    """The tensors of a call: those of :func:`differentiable`, batch_sizes, resets."""
+    return (*differentiable(inputs), inputs.batch_sizes, inputs.resets)
+
+
+def packed_backward(grads: Gradients, inputs: Inputs, saved: Saved) -> tuple[Tensor | None, ...]:
+    """The tensors of a call of the gradient."""
+    return (*grads[:4], *grads.dothers_n, *grads.dothers, *packed(inputs), *saved[:3], *saved.others)
+
+
+def _op_inputs(inputs: Inputs) -> tuple:
+    """The arguments that both ops share."""
+    states = [inputs.h0, *inputs.states0]
+    return (
+        inputs.x, states, *inputs[3:8], [*inputs.parameters], [*inputs.inputs], inputs.batch_sizes, None, inputs.resets,
+        None, inputs.reverse, inputs.heads,
+    )  # fmt: skip
+
+
+def run(call: Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """One direction of one layer of any cell: y, h_n, c_n, gates, cells, then of the states after c the final ones and
+    all that are kept. Nothing is recorded for autograd, unless it is compiled.
+    """
+    y, finals, gates, every = _call(
+        sequence_op, call.cell, *_op_inputs(call.unpacked(tensors)), call.backend, call.algorithm, call.keep_gates,
+        call.keep_states,
+    )  # fmt: skip
+    c_n = finals[1] if len(finals) > 1 else y.new_empty(0)
+    cells = every[0] if every else y.new_empty(0, dtype=accumulation_dtype(y.dtype))
+    return y, finals[0], c_n, gates, cells, *finals[2:], *every[1:]
+
+
+def run_backward(call: Call, needs, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """The gradients, in the order of :func:`differentiable` as needs is, from what :func:`packed_backward` gives."""
+    (dy, dh_n, dc_n, dcells, *more), rest = tensors[: call.gradients], tensors[call.gradients :]
+    inputs, (y, gates, *every) = call.unpacked(rest[: call.given]), rest[call.given :]
+    states, weights = [*needs[1:3], *needs[8 : 8 + call.others]], needs[3:8]
+    if inputs.c0 is None:
+        states, dfinals, devery, every = states[:1], [dh_n], [], []
+    else:
+        dfinals, devery = [dh_n, dc_n, *more[: call.others]], [dcells, *more[call.others :]]
+    dx, dstates, *others, dparameters, dinputs, _ = _call(
+        sequence_backward_op, call.cell, dy, dfinals, devery, *_op_inputs(inputs), y, gates, every, call.backend,
+        call.algorithm, [needs[0], *states, *weights, *needs[8 + call.others :]],
+    )  # fmt: skip
+    dh0, dc0 = (*dstates, dx.new_empty(0))[:2]
+    return dx, dh0, dc0, *others, *dstates[2:], *dparameters, *dinputs
 
 
 def _under_old_vmap() -> bool:

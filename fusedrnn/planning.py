@@ -22,7 +22,7 @@ import torch
 from fusedrnn import _build, trials
 from fusedrnn.backends import cuda
 from fusedrnn.backends.common import simulator, simulator_folder
-from fusedrnn.cells import CELL_OF_MODE
+from fusedrnn.cells import BUILT_IN, CELL_OF_MODE, kernels_of
 from fusedrnn.ops import ALGORITHMS, BACKEND_ALGORITHMS, BACKENDS, DTYPES, no_such_algorithm
 
 ENVIRONMENT_VARIABLE = "FUSEDRNN_BACKEND"
@@ -60,6 +60,7 @@ class Problem:
     dtype: torch.dtype
     device_type: str
     capability: tuple[int, int] | None = None
+    heads: int = 1
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,10 @@ class Choice:
     instead: str | None = None
 
 
+# Backends whose kernels have a dense W_hh only.
+_ONE_HEAD = ("cuda", "triton")
+
+
 def check_choice(backend: str | None, algorithm: str | None) -> None:
     """Raises ValueError on a name that does not exist."""
     if backend is not None and backend not in NAMES:
@@ -93,11 +98,16 @@ def unsupported(backend: str, problem: Problem, machine: Machine) -> str | None:
     if reason is not None:
         return reason
     if backend == "torch":
-        return None
+        own = problem.cell not in BUILT_IN or problem.heads != 1
+        return f"torch has no op for the cell {problem.cell} with heads={problem.heads}" if own else None
     if problem.dtype not in DTYPES:
         return f"dtype {problem.dtype} is not one of float32, float64, bfloat16, float16"
     if backend == "reference":
         return None
+    if backend not in kernels_of(problem.cell):
+        return f"it has no kernels of the cell {problem.cell}"
+    if problem.heads != 1 and backend in _ONE_HEAD:
+        return f"its kernels have one head, got heads={problem.heads}"
     if backend == "cpu":
         return None if problem.device_type == "cpu" else f"it takes CPU tensors, got {problem.device_type}"
     if problem.device_type == "cpu" and backend in machine.on_cpu:
@@ -141,6 +151,8 @@ def decide(problem: Problem, machine: Machine, backend: str | None = None, algor
         reasons.append(f"{name} cannot: {reason}")
     if not order:
         reasons.append(f"fusedrnn has no kernel for device {problem.device_type!r}")
+    if problem.cell not in BUILT_IN or problem.heads != 1:
+        return Choice("reference", "auto", "the reference runs: " + "; ".join(reasons))
     why, instead = "torch's own op runs: " + "; ".join(reasons), None
     if problem.device_type == "cpu" and unsupported("reference", problem, machine) is None:
         why, instead = f"{why}. {LOST}", "reference"
@@ -279,6 +291,7 @@ def choose(
     backend: str | None = None,
     algorithm: str | None = None,
     try_out: bool = True,
+    heads: int = 1,
 ) -> Choice:
     """The choice for this machine, with all overrides applied. Warns once when torch's own op has to run.
 
@@ -287,15 +300,17 @@ def choose(
     if _forced:
         backend, algorithm = _innermost(tuple(_forced), backend, algorithm)
     setting = "" if backend or algorithm else os.environ.get(ENVIRONMENT_VARIABLE, "")
-    return _choose(try_out, cell, input_size, hidden_size, proj_size, dtype, device, backend, algorithm, setting)
+    key = cell, input_size, hidden_size, proj_size, dtype, device, backend, algorithm, setting, heads
+    return _choose(try_out, *key)
 
 
 @_build.constant_when_compiled
 def _choose(try_out: bool, *key) -> Choice:
     # Dynamo looks through functools.cache, so the constant it may keep is this function's.
-    choice = _cached_choice(*key)
-    cell, _, _, _, dtype, device, backend, _, setting = key
-    if choice.backend not in trials.ON_GPU or not trials.applies(device):
+    choice = _cached_choice(kernels_of(key[0]), *key)
+    cell, _, _, _, dtype, device, backend, _, setting, _ = key
+    # A cell of one's own has no op of torch to be compared with.
+    if choice.backend not in trials.ON_GPU or cell not in BUILT_IN or not trials.applies(device):
         return choice
     why = trials.why_wrong(cell, dtype, choice.backend, choice.algorithm, device, try_out)
     if not why:
@@ -309,7 +324,9 @@ def _choose(try_out: bool, *key) -> Choice:
 
 
 @functools.cache
-def _cached_choice(cell, input_size, hidden_size, proj_size, dtype, device, backend, algorithm, setting) -> Choice:
+def _cached_choice(
+    _kernels, cell, input_size, hidden_size, proj_size, dtype, device, backend, algorithm, setting, heads
+) -> Choice:
     if setting:
         backend, algorithm = parse(setting)
     problem = Problem(
@@ -320,6 +337,7 @@ def _cached_choice(cell, input_size, hidden_size, proj_size, dtype, device, back
         dtype,
         device.type,
         _capability(device.index) if device.type == "cuda" and torch.version.cuda else None,
+        heads,
     )
     choice = decide(problem, machine_with(device), backend, algorithm)
     if backend is None and (choice.backend == "torch" or (algorithm or "auto") != choice.algorithm):

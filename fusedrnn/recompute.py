@@ -5,11 +5,13 @@ piece exist at a time. The idea of trading them for time is that of Chen et al.,
 memory cost", arXiv 1604.06174, 2016; here no step runs twice, since with every h kept all gates are one product.
 """
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 from fusedrnn import ops
-from fusedrnn.backends.common import Gradients, Inputs, rows_of, started_from
+from fusedrnn.backends.common import Gradients, Inputs, previous, rows_of, started_from
 from fusedrnn.cells import CELLS, accumulation_dtype
 
 # In so many pieces goes a sequence of at least so many steps and bytes of gates.
@@ -31,7 +33,31 @@ def gates_of(cell: str, inputs: Inputs, y: Tensor, backend: str, algorithm: str)
         resets=None,
         reverse=False,
     )
-    gates = ops.sequence(cell, *one, backend, algorithm, True, False)[3]
+    gates = ops.sequence(cell, *one.plain, backend, algorithm, True, False)[3]
+    return gates.view(*inputs.x.shape[:-1], gates.shape[-1])
+
+
+def gates_of_cell(call: ops.Call, inputs: Inputs, y: Tensor, every: list[Tensor]) -> Tensor:
+    """The same for any cell, of which a gate may depend on other states than h: every one of them is given."""
+    algorithm = call.algorithm
+    if algorithm not in ("auto", "step"):
+        algorithm = "step" if "step" in ops.BACKEND_ALGORITHMS[call.backend] else "auto"
+    starts = [
+        previous(start, rows_of(states), inputs.batch_sizes, inputs.reverse, inputs.resets).to(y.dtype)
+        for start, states in zip(inputs.states0, every)
+    ]
+    one = inputs._replace(
+        x=rows_of(inputs.x).unsqueeze(0),
+        h0=started_from(inputs, y),
+        c0=starts[0] if starts else None,
+        others=tuple(starts[1:]),
+        inputs=tuple(rows_of(t).unsqueeze(0) for t in inputs.inputs),
+        batch_sizes=None,
+        resets=None,
+        reverse=False,
+    )
+    again = dataclasses.replace(call, algorithm=algorithm, reverse=False, keep_gates=True, keep_states=False)
+    gates = ops.run(again, *ops.packed(one))[3]
     return gates.view(*inputs.x.shape[:-1], gates.shape[-1])
 
 
@@ -52,7 +78,7 @@ def gradient(
     # A compiled graph would hold every piece, and guards on their sizes.
     if torch.compiler.is_compiling() or steps < LEAST_STEPS or size < LEAST_BYTES:
         gates = gates_of(cell, inputs, y, backend, algorithm)
-        return ops.sequence_backward(cell, *grads, *inputs, y, gates, cells, backend, algorithm, needs)
+        return ops.sequence_backward(cell, *grads[:4], *inputs.plain, y, gates, cells, backend, algorithm, needs)
     return _in_pieces(cell, grads, inputs, y, cells, backend, algorithm, needs, steps)
 
 
@@ -105,8 +131,9 @@ def _in_pieces(cell, grads, inputs, y, cells, backend, algorithm, needs, steps):
         )
         gates = gates_of(cell, part, y[rows], backend, algorithm)
         part_needs = needs if is_first and not reverse else [needs[0], True, has_c, *needs[3:]]
+        kept = y[rows], gates, cells[rows] if has_c else cells
         dx[k], dh, dc, *of_weights = ops.sequence_backward(
-            cell, *part_grads, *part, y[rows], gates, cells[rows] if has_c else cells, backend, algorithm, part_needs
+            cell, *part_grads[:4], *part.plain, *kept, backend, algorithm, part_needs
         )
         if reverse:  # sequences that end in this piece start in it
             alive = 0 if is_first else batch_at(end)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fusedrnn import planning
 from fusedrnn.backends.common import Inputs
-from fusedrnn.cells import CELLS
+from fusedrnn.cells import BUILT_IN, CELLS
 from fusedrnn.functional import recurrence
 from fusedrnn.ops import BACKEND_ALGORITHMS
 
@@ -101,7 +101,7 @@ def selftest(report=lambda result: None) -> list[Result]:
         device = gpu if backend in ("triton", "cuda") else "cpu"
         on_gpu = backend in ("triton", "cuda")
         capability = torch.cuda.get_device_capability() if device == "cuda" and torch.version.cuda else None
-        for cell in CELLS:
+        for cell in BUILT_IN:
             for algorithm in algorithms[1:] or algorithms:
                 for math, dtype in MATHS.items():
                     if math == "tf32" and not on_gpu:

@@ -9,10 +9,23 @@ from torch import Tensor
 from fusedrnn.backends import reference
 from fusedrnn.backends.common import Gradients, Inputs, Saved
 from fusedrnn.cells import CELLS, accumulation_dtype
-from fusedrnn.functional import recurrence
+from fusedrnn.functional import recurrence_of_states
 
 INPUTS = ("x", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
 OUTPUTS = ("y", "h_n", "c_n", "cells")
+
+
+def inputs_of(cell: str) -> tuple[str, ...]:
+    """INPUTS, then the cell's other states, parameters and inputs: what ops.differentiable gives."""
+    spec = CELLS[cell]
+    return (*INPUTS, *(f"{state}0" for state in spec.states[2:]), *spec.parameters, *spec.inputs)
+
+
+def outputs_of(cell: str, states: bool) -> tuple[str, ...]:
+    """What a call returns, and a gradient may come through; with ``states`` every state after h as well."""
+    others = CELLS[cell].states[1:]
+    finals, every = [f"{state}_n" for state in others], [f"every_{state}" for state in others]
+    return ("y", "h_n", *finals, *("cells" if name == "every_c" else name for name in every if states))
 
 
 @dataclass(frozen=True)
@@ -33,6 +46,7 @@ class Case:
     scale: float = 1.0
     states: bool = False
     resets: bool = False
+    heads: int = 1
 
     def __str__(self) -> str:
         text = f"T{self.T}-B{self.B}-I{self.I}-H{self.H}"
@@ -42,6 +56,7 @@ class Case:
         text += "-strided" if self.strided else ""
         text += f"-scale{self.scale:g}" if self.scale != 1 else ""
         text += "-states" * self.states + "-resets" * self.resets
+        text += f"-heads{self.heads}" if self.heads > 1 else ""
         return text + ("-reverse" if self.reverse else "")
 
     def batch_sizes(self) -> Tensor | None:
@@ -93,7 +108,7 @@ def make(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0, cel
         "h0": draw(case.B, out),
         "c0": draw(case.B, case.H) if spec.has_cell_state else None,
         "w_ih": draw(gates * case.H, case.I, scale=weight),
-        "w_hh": draw(gates * case.H, out, scale=weight),
+        "w_hh": draw(gates * case.H, out // case.heads, scale=weight),
         "b_ih": draw(gates * case.H, scale=weight) if case.bias else None,
         "b_hh": draw(gates * case.H, scale=weight) if case.bias else None,
         "w_hr": draw(case.proj, case.H, scale=weight) if case.proj else None,
@@ -103,15 +118,35 @@ def make(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0, cel
         "dcells": draw(*rows, case.H).to(accumulation_dtype(dtype)) if case.states else None,
         "resets": torch.rand(rows, generator=generator).lt(1 / 3).to(device) if case.resets else None,
     }
+    for name in spec.states[2:]:
+        # A normaliser is positive.
+        start = draw(case.B, case.H)
+        made[f"{name}0"] = start.abs() + 1 if name == "n" else start
+        made[f"d{name}_n"] = draw(case.B, case.H)
+        made[f"devery_{name}"] = draw(*rows, case.H).to(accumulation_dtype(dtype)) if case.states else None
+    made |= {name: draw(case.H) for name in spec.parameters}
+    made |= {name: draw(*rows, case.H).sigmoid() for name in spec.inputs}
     return {name: t for name, t in made.items() if t is not None}
 
 
 def call(case: Case, tensors: dict[str, Tensor], backend: str, algorithm: str = "auto", cell: str = "lstm"):
     """y, h_n and, where the cell has one, c_n; every c with ``case.states``."""
     args = [tensors.get(name) for name in INPUTS]
-    inputs = Inputs(*args, case.batch_sizes(), tensors.get("resets"), case.reverse)
-    outputs = recurrence(CELLS[cell], inputs, backend, algorithm, keep_cells=case.states)
-    return dict(zip(OUTPUTS[: 2 + CELLS[cell].has_cell_state * (1 + case.states)], outputs))
+    spec = CELLS[cell]
+    inputs = Inputs(
+        *args,
+        case.batch_sizes(),
+        tensors.get("resets"),
+        case.reverse,
+        tuple(tensors[f"{name}0"] for name in spec.states[2:]),
+        tuple(tensors[name] for name in spec.parameters),
+        tuple(tensors[name] for name in spec.inputs),
+        case.heads,
+    )
+    y, finals, every = recurrence_of_states(spec, inputs, backend, algorithm, keep_cells=case.states)
+    others = len(spec.states) - 1
+    outputs = (y, *finals[: 1 + others], *(every[:others] if case.states else ()))
+    return dict(zip(outputs_of(cell, case.states), outputs, strict=True))
 
 
 def run(
@@ -120,22 +155,26 @@ def run(
     backend: str,
     algorithm: str = "auto",
     cell: str = "lstm",
-    wrt: tuple[str, ...] = INPUTS,
-    through: tuple[str, ...] = OUTPUTS,
+    wrt: tuple[str, ...] | None = None,
+    through: tuple[str, ...] | None = None,
 ) -> dict[str, Tensor]:
-    """Outputs, and the gradients ("d" + name) of the inputs ``wrt`` through the outputs ``through``."""
-    inputs = {name: given[name].detach() for name in INPUTS if name in given}
-    wrt = tuple(name for name in inputs if name in wrt)
+    """Outputs, and the gradients ("d" + name) of the inputs ``wrt`` through the outputs ``through``; None: of all."""
+    inputs = {name: given[name].detach() for name in inputs_of(cell) if name in given}
+    wrt = tuple(name for name in inputs if wrt is None or name in wrt)
     for name in wrt:
         inputs[name].requires_grad_()
     outputs = call(case, inputs | {"resets": given.get("resets")}, backend, algorithm, cell)
     result = {name: t.detach() for name, t in outputs.items()}
     if wrt:
-        used = [name for name in outputs if name in through]
+        used = [name for name in outputs if (through is None or name in through) and outputs[name].requires_grad]
         grads = torch.autograd.grad(
-            [outputs[name] for name in used], [inputs[name] for name in wrt], [given["d" + name] for name in used]
+            [outputs[name] for name in used],
+            [inputs[name] for name in wrt],
+            [given["d" + name] for name in used],
+            allow_unused=True,
         )
-        result |= {"d" + name: g for name, g in zip(wrt, grads)}
+        # Nothing differentiates a stabiliser.
+        result |= {"d" + name: torch.zeros_like(inputs[name]) if g is None else g for name, g in zip(wrt, grads)}
     return result
 
 
@@ -217,7 +256,7 @@ def assert_close(
         error = (t.double().cpu() - exact[name]).abs().max().item()
         allowed = factor * max((m[name].double().cpu() - e[name]).abs().max().item() for m, e in zip(models, answers))
         # The cells of a 16-bit problem are float32, but what they come from is 16-bit.
-        dtype = got["y"].dtype if name == "cells" else t.dtype
+        dtype = got["y"].dtype if name == "cells" or name.startswith("every_") else t.dtype
         allowed += torch.finfo(dtype).eps * scale * (4 if dtype == torch.float32 else 1)
         if t.dtype == torch.float64:
             allowed = 1e-12 * max(scale, 1.0)

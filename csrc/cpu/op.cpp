@@ -5,6 +5,8 @@
 
 #include <optional>
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include "sequence.h"
 
@@ -40,6 +42,10 @@ StableIValue give(std::vector<Tensor>&& tensors) {
   return reinterpret_cast<uintptr_t>(list);
 }
 
+void borrow_all(const std::vector<torch::stable::Tensor>& from, std::vector<Tensor>& to) {
+  for (const torch::stable::Tensor& t : from) to.push_back(Tensor::borrow(t.get()));
+}
+
 // The arguments that both ops share, taken from the stack.
 struct Given {
   Held x, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, lengths, resets;
@@ -69,23 +75,33 @@ struct Given {
   Inputs read(const std::string& cell, const std::string& algorithm) const {
     FUSEDRNN_CHECK(algorithm == "auto" || algorithm == "persistent", "algorithm '", algorithm,
                    "' of backend 'cpu' cannot run: it has persistent only");
-    const size_t wanted = 1 + gates_and_c(cell).second;
+    const Counts counts = counts_of(cell);
+    const size_t wanted = static_cast<size_t>(counts.states);
     FUSEDRNN_CHECK(states.size() == wanted, "fusedrnn: ", cell, " has ", wanted, " states, got ", states.size());
-    const auto absent = [](const auto& list) { return !list || list->empty(); };
-    FUSEDRNN_CHECK(absent(parameters) && absent(inputs) && absent(reset_states) && !lengths && heads == 1,
-                   "fusedrnn: the cell ", cell,
-                   " of backend 'cpu' takes no parameters, inputs, lengths, reset_states, and heads must be 1");
-    return {borrow(x),
-            Tensor::borrow(states[0].get()),
-            Tensor::borrow(wanted > 1 ? states[1].get() : nullptr),
-            borrow(w_ih),
-            borrow(w_hh),
-            borrow(b_ih),
-            borrow(b_hh),
-            borrow(w_hr),
-            borrow(batch_sizes),
-            borrow(resets),
-            reverse};
+    FUSEDRNN_CHECK((!reset_states || reset_states->empty()) && !lengths, "fusedrnn: the cell ", cell,
+                   " of backend 'cpu' takes no lengths and no reset_states");
+    for (const auto& [name, list, count] :
+         {std::tuple("parameters", &parameters, counts.parameters), std::tuple("inputs", &inputs, counts.inputs)}) {
+      const size_t got = *list ? (*list)->size() : 0;
+      FUSEDRNN_CHECK(got == static_cast<size_t>(count), "fusedrnn: ", cell, " has ", count, " ", name, ", got ", got);
+    }
+    Inputs in{borrow(x),
+              Tensor::borrow(states[0].get()),
+              Tensor::borrow(wanted > 1 ? states[1].get() : nullptr),
+              borrow(w_ih),
+              borrow(w_hh),
+              borrow(b_ih),
+              borrow(b_hh),
+              borrow(w_hr),
+              borrow(batch_sizes),
+              borrow(resets),
+              reverse,
+              heads,
+              {}};
+    for (size_t k = 2; k < wanted; ++k) in.more.states.push_back(Tensor::borrow(states[k].get()));
+    if (parameters) borrow_all(*parameters, in.more.parameters);
+    if (inputs) borrow_all(*inputs, in.more.inputs);
+    return in;
   }
 };
 constexpr int kGiven = 15;
@@ -113,26 +129,40 @@ std::vector<Tensor> elsewhere(const char* name, Stack stack) {
   return found;
 }
 
-// The outputs y, h_n, c_n, gates, cells, as the op returns them.
-void give_outputs(Stack stack, Tensor* out, bool has_c, bool keep_states) {
+// The outputs y, h_n, c_n, gates, cells, then of the states after c the final ones and all, as the op returns them.
+void give_outputs(Stack stack, std::vector<Tensor>& out, size_t states, bool keep_states) {
   std::vector<Tensor> finals, every;
   finals.push_back(std::move(out[1]));
-  if (has_c) finals.push_back(std::move(out[2]));
-  if (has_c && keep_states) every.push_back(std::move(out[4]));
+  if (states > 1) finals.push_back(std::move(out[2]));
+  if (states > 1 && keep_states) every.push_back(std::move(out[4]));
+  for (size_t k = 2; k < states; ++k) {
+    finals.push_back(std::move(out[3 + k]));
+    if (keep_states) every.push_back(std::move(out[1 + states + k]));
+  }
   stack[0] = give(std::move(out[0]));
   stack[1] = give(std::move(finals));
   stack[2] = give(std::move(out[3]));
   stack[3] = give(std::move(every));
 }
 
-// The gradients in the order of sequence.h.
-void give_gradients(Stack stack, Tensor* d, bool has_c) {
-  std::vector<Tensor> dstates;
-  for (int k = 1; k < 2 + has_c; ++k) dstates.push_back(std::move(d[k]));
+// The gradients in the order of sequence.h, then those of the states after c, of parameters, of inputs.
+void give_gradients(Stack stack, std::vector<Tensor>& d, size_t states, size_t parameters) {
+  std::vector<Tensor> dstates, dparameters, dinputs;
+  for (size_t k = 1; k < 2 + (states > 1); ++k) dstates.push_back(std::move(d[k]));
+  size_t at = 8;
+  for (size_t k = 2; k < states; ++k) dstates.push_back(std::move(d[at++]));
+  for (size_t k = 0; k < parameters; ++k) dparameters.push_back(std::move(d[at++]));
+  while (at < d.size()) dinputs.push_back(std::move(d[at++]));
   stack[0] = give(std::move(d[0]));
   stack[1] = give(std::move(dstates));
   for (int k = 3; k < 8; ++k) stack[k - 1] = give(std::move(d[k]));
-  for (int k = 7; k < 10; ++k) stack[k] = give(std::vector<Tensor>());
+  stack[7] = give(std::move(dparameters));
+  stack[8] = give(std::move(dinputs));
+  stack[9] = give(std::vector<Tensor>());
+}
+
+void append(std::vector<Tensor>& to, std::vector<Tensor>&& from) {
+  for (Tensor& t : from) to.push_back(std::move(t));
 }
 
 size_t list_size(StableIValue list) {
@@ -141,11 +171,18 @@ size_t list_size(StableIValue list) {
   return count;
 }
 
+// An optional list is a pointer to one, or null. Nothing is taken.
+size_t optional_list_size(StableIValue list) {
+  const auto* held = reinterpret_cast<const StableIValue*>(list);
+  return held ? list_size(*held) : 0;
+}
+
 void sequence_op(Stack stack, uint64_t, uint64_t) {
   if (!is_cpu(stack[kGiven + 1])) {
-    const bool has_c = list_size(stack[2]) > 1, keep_states = to<bool>(stack[kGiven + 4]);
+    const size_t states = list_size(stack[2]);
+    const bool keep_states = to<bool>(stack[kGiven + 4]);
     std::vector<Tensor> out = elsewhere("fusedrnn::sequence_python", stack);
-    return give_outputs(stack, out.data(), has_c, keep_states);
+    return give_outputs(stack, out, states, keep_states);
   }
   const auto cell = to<std::string>(stack[0]);
   const Given given(stack + 1);
@@ -154,17 +191,19 @@ void sequence_op(Stack stack, uint64_t, uint64_t) {
   const bool keep_gates = to<bool>(stack[kGiven + 3]), keep_states = to<bool>(stack[kGiven + 4]);
   const Inputs in = given.read(cell, algorithm);
   Outputs out = sequence(cell, in, keep_gates, keep_states);
-  Tensor found[] = {std::move(out.y), std::move(out.h_n), std::move(out.c_n), std::move(out.gates),
-                    std::move(out.cells)};
-  give_outputs(stack, found, static_cast<bool>(in.c0), keep_states);
+  std::vector<Tensor> found;
+  for (Tensor* t : {&out.y, &out.h_n, &out.c_n, &out.gates, &out.cells}) found.push_back(std::move(*t));
+  append(found, std::move(out.more_n));
+  append(found, std::move(out.more_cells));
+  give_outputs(stack, found, given.states.size(), keep_states);
 }
 
 void sequence_backward_op(Stack stack, uint64_t, uint64_t) {
   constexpr int kSaved = 4 + kGiven;
   if (!is_cpu(stack[kSaved + 3])) {
-    const bool has_c = list_size(stack[5]) > 1;
+    const size_t states = list_size(stack[5]), parameters = optional_list_size(stack[11]);
     std::vector<Tensor> d = elsewhere("fusedrnn::sequence_backward_python", stack);
-    return give_gradients(stack, d.data(), has_c);
+    return give_gradients(stack, d, states, parameters);
   }
   const auto cell = to<std::string>(stack[0]);
   const auto dy = to<Held>(stack[1]);
@@ -177,21 +216,38 @@ void sequence_backward_op(Stack stack, uint64_t, uint64_t) {
   const auto wanted = to<std::vector<bool>>(stack[kSaved + 5]);
   const Inputs in = given.read(cell, algorithm);
   const size_t states = given.states.size();
+  const size_t parameters = in.more.parameters.size(), inputs = in.more.inputs.size();
   FUSEDRNN_CHECK(dfinals.size() == states && devery.size() == states - 1,
                  "fusedrnn::sequence_backward: dfinal_states must have ", states, " entries and devery_state ",
                  states - 1, ", got ", dfinals.size(), " and ", devery.size());
   FUSEDRNN_CHECK(every.size() == states - 1, "fusedrnn::sequence_backward: every_state must have ", states - 1,
                  " entries, got ", every.size(), " (was forward run with keep_gates and keep_states?)");
-  FUSEDRNN_CHECK(wanted.size() == 6 + states, "fusedrnn::sequence_backward: needs must have ", 6 + states,
-                 " entries, got ", wanted.size());
+  FUSEDRNN_CHECK(wanted.size() == 6 + states + parameters + inputs, "fusedrnn::sequence_backward: needs must have ",
+                 6 + states + parameters + inputs, " entries, got ", wanted.size());
   std::array<bool, 8> needs{};
-  for (size_t k = 0, at = 0; k < 8; ++k) {
+  MoreGradients more;
+  size_t at = 0;
+  for (size_t k = 0; k < 3; ++k) {
     if (k != 2 || states > 1) needs[k] = wanted[at++];
   }
+  for (size_t k = 2; k < states; ++k) {
+    more.states.push_back(wanted[at++]);
+    more.dfinal.push_back(borrow(dfinals[k]));
+    more.devery.push_back(borrow(devery[k - 1]));
+    more.every.push_back(Tensor::borrow(every[k - 1].get()));
+  }
+  for (size_t k = 3; k < 8; ++k) needs[k] = wanted[at++];
+  for (size_t k = 0; k < parameters; ++k) more.parameters.push_back(wanted[at++]);
+  for (size_t k = 0; k < inputs; ++k) more.inputs.push_back(wanted[at++]);
   Gradients d = sequence_backward(cell, borrow(dy), borrow(dfinals[0]), states > 1 ? borrow(dfinals[1]) : Tensor(),
                                   states > 1 ? borrow(devery[0]) : Tensor(), in, borrow(y), borrow(gates),
-                                  Tensor::borrow(states > 1 ? every[0].get() : nullptr), needs);
-  give_gradients(stack, d.data(), states > 1);
+                                  Tensor::borrow(states > 1 ? every[0].get() : nullptr), needs, &more);
+  std::vector<Tensor> found;
+  for (Tensor& t : d) found.push_back(std::move(t));
+  append(found, std::move(more.found.states));
+  append(found, std::move(more.found.parameters));
+  append(found, std::move(more.found.inputs));
+  give_gradients(stack, found, states, parameters);
 }
 
 // Tags are there since torch 2.12. What an op without them gets from a compiler is the same: strides are kept.

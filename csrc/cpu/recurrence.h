@@ -16,6 +16,7 @@ namespace fusedrnn {
 #define FUSEDRNN_KIND(Cell) k##Cell,
 enum class CellKind { FUSEDRNN_CELLS(FUSEDRNN_KIND) };
 #undef FUSEDRNN_KIND
+// A cell of one's own has no kind: its kernels are its entry's, see OwnCell.
 enum class Dtype { kFloat32, kFloat64, kBfloat16, kFloat16 };
 
 struct Shape {
@@ -25,9 +26,14 @@ struct Shape {
   const int64_t* offsets;  // [T + 1]
   const bool* resets;      // [N], or null: where true, the step starts from zero states
   bool reverse;
+  int64_t heads;        // W_hh has a block for each: unit j of h reaches units of its own head only
   int threads;          // at most
   int64_t cache_bytes;  // of one core's own cache
 };
+
+// Lists are of the states beside h, of parameters or of inputs, in the order of the cell.
+using In = const void* const*;
+using Out = void* const*;
 
 struct Forward {
   Shape shape;
@@ -37,36 +43,42 @@ struct Forward {
   const void* w_ih;     // E [G*H, I], or null
   int64_t input;        // I
   const void* h0;       // E [B, P]
-  const void* c0;       // E [B, H], or null
-  const void* w_hh;     // E [G*H, P]
+  In states0;           // E [B, H] each
+  const void* w_hh;     // E [G*H, P / heads]
   const void* b_ih;     // E [G*H], or null
   const void* b_hh;     // E [G*H], or null
   const void* w_hr;     // E [P, H], or null
+  In parameters;        // E [H] each
+  In inputs;            // E [N, H] each
   void* y;              // E [N, P]
   void* h_n;            // E [B, P]
-  void* c_n;            // E [B, H], or null
+  Out states_n;         // E [B, H] each
   void* gates;          // E [N, S*H], or null: not saved
-  void* cells;          // C [N, H], or null: not saved
+  Out every_state;      // C [N, H] each, null: not saved
 };
 
 struct Backward {
   Shape shape;
-  const void* dy;      // E [N, P], or null: zero
-  const void* dh_n;    // E [B, P], or null: zero
-  const void* dc_n;    // E [B, H], or null: zero
-  const void* dcells;  // C [N, H], or null: zero; the gradient of every c
-  const void* h0;      // E [B, P]
-  const void* c0;      // E [B, H], or null
-  const void* w_hh;    // E [G*H, P]
-  const void* w_hr;    // E [P, H], or null
-  const void* y;       // E [N, P]
-  const void* gates;   // E [N, S*H]
-  const void* cells;   // C [N, H]
-  void* dgates;        // E [N, A*H]
-  void* dh0;           // E [B, P], or null: not needed
-  void* dc0;           // E [B, H], or null: not needed
-  void* dy_total;      // E [N, P]: dy with what came back through the recurrence; with w_hr only
-  void* h;             // E [N, H]: the unprojected output; with w_hr only
+  const void* dy;     // E [N, P], or null: zero
+  const void* dh_n;   // E [B, P], or null: zero
+  In dstates_n;       // E [B, H] each, null: zero
+  In devery_state;    // C [N, H] each, null: zero
+  const void* h0;     // E [B, P]
+  In states0;         // E [B, H] each
+  const void* w_hh;   // E [G*H, P / heads]
+  const void* w_hr;   // E [P, H], or null
+  const void* y;      // E [N, P]
+  const void* gates;  // E [N, S*H]
+  In every_state;     // C [N, H] each
+  In parameters;      // E [H] each
+  In inputs;          // E [N, H] each
+  void* dgates;       // E [N, A*H]
+  void* dh0;          // E [B, P], or null: not needed
+  Out dstates0;       // E [B, H] each, null: not needed
+  Out dparameters;    // E [N, H] each, null: not needed; to be summed
+  Out dinputs;        // E [N, H] each, null: not needed
+  void* dy_total;     // E [N, P]: dy with what came back through the recurrence; with w_hr only
+  void* h;            // E [N, H]: the unprojected output; with w_hr only
 };
 
 // C = A B in 16 bits: sums in float32, rounded once. Strides are in elements; of each operand one of the two is 1.
@@ -96,6 +108,21 @@ struct Kernels {
   void (*backward)(const Backward&);
   void (*product)(const Product&);
 };
+
+// A cell that is compiled apart from this library, for one instruction set: what csrc/cells.h says of it, and its
+// kernels. recurrence_kernels.h makes it of a struct that FUSEDRNN_CELL names, and a function fusedrnn_cell that
+// returns it.
+struct OwnCell {
+  int64_t version;  // kOwnCell of the header that it was compiled with
+  const char* name;
+  int64_t gates, accumulators, saved, states, parameters, inputs, projects;
+  const int64_t *x_acc, *h_acc;  // [G]
+  void (*forward)(const Forward&);
+  void (*backward)(const Backward&);
+};
+constexpr int64_t kOwnCell = 1;
+// At most so many states, parameters and inputs each.
+constexpr int64_t kMostArrays = 16;
 
 // One per instruction set, each compiled with its own flags.
 namespace portable {
@@ -132,6 +159,10 @@ FUSEDRNN_API bool host_multiplies(Dtype dtype);
 // Names of those compiled in, separated by spaces.
 FUSEDRNN_API const char* compiled_capabilities();
 // Throws. Compiled without an instruction set's flags, as all code that is shared has to be.
-[[noreturn]] void out_of_memory(int64_t bytes);
+[[noreturn]] FUSEDRNN_API void out_of_memory(int64_t bytes);
 
 }  // namespace fusedrnn
+
+// Makes the cell known to the ops under its name, in place of one that had it (not of a built-in one): null, or what is
+// wrong with it. What it points to has to stay.
+extern "C" FUSEDRNN_API const char* fusedrnn_add_cell(const fusedrnn::OwnCell* cell);

@@ -20,7 +20,7 @@
 #include "recurrence.h"
 #include "simd.h"
 #include "tiles.h"
-#if !FUSEDRNN_TILES
+#if !FUSEDRNN_TILES && !defined(FUSEDRNN_CELL)
 #include "product.h"
 #endif
 
@@ -292,7 +292,8 @@ struct Skeleton {
 
   const Shape& shape;
   const int64_t steps, batch, hidden, out;
-  const int64_t padded;  // H rounded up to whole vectors: the row length of carried state
+  const int64_t heads, head_units, head_out;  // of each head; H and P if it is one
+  const int64_t padded;  // H, every head rounded up to whole vectors: the row length of carried state
   const bool projected;
   const bool direct;  // the recurrent weights are read where they lie
   bool by_rows;
@@ -306,12 +307,15 @@ struct Skeleton {
         batch(s.batch),
         hidden(s.hidden),
         out(s.out),
-        padded(divide_up(s.hidden, kPlain * kWidth) * kPlain * kWidth),
+        heads(s.heads),
+        head_units(s.hidden / s.heads),
+        head_out(s.out / s.heads),
+        padded(heads * divide_up(head_units, kPlain * kWidth) * kPlain * kWidth),
         projected(projected),
         direct(direct),
         laid_out_size(kTiles ? segments * chunks(depth) * Tile::kDepth * kGroup : 0),
         laid_out(s.threads * laid_out_size) {
-    const int64_t weight_bytes = kG * padded * out * static_cast<int64_t>(sizeof(Packed<E>));
+    const int64_t weight_bytes = kG * padded * head_out * static_cast<int64_t>(sizeof(Packed<E>));
     by_rows = !direct && s.threads > 1 && s.batch >= 16 * s.threads && weight_bytes <= s.cache_bytes / 4 * 3;
   }
 
@@ -321,6 +325,21 @@ struct Skeleton {
     return kTiles ? segments * chunks(depth) * vectors * Tile::kSize : segments * depth * vectors * kWidth;
   }
   O* laid_out_by(int thread) const { return laid_out + thread * laid_out_size; }
+
+  // Where a vector of a block of units (or outputs) stands. A block does not reach into the next head.
+  struct Place {
+    int64_t head;
+    int64_t unit;   // its first one
+    int64_t at;     // its place in a row of carried state, [padded]
+    int64_t count;  // how many of its head are left from there on, perhaps none
+  };
+  // of_head: units of a head.
+  FUSEDRNN_INLINE Place place(int64_t block, int64_t vectors, int64_t v, int64_t of_head) const {
+    const int64_t of_block = vectors * kWidth;
+    const int64_t head = heads == 1 ? 0 : block / divide_up(of_head, of_block);
+    const int64_t inside = (heads == 1 ? block : block - head * divide_up(of_head, of_block)) * of_block + v * kWidth;
+    return {head, head * of_head + inside, block * of_block + v * kWidth, of_head - inside};
+  }
 
   int64_t offset(int64_t t) const { return shape.offsets[t]; }
   int64_t rows_at(int64_t t) const { return t < 0 || t >= steps ? 0 : shape.offsets[t + 1] - shape.offsets[t]; }
@@ -364,11 +383,33 @@ struct Skeleton {
   }
 };
 
+// The parameters and inputs of a vector of units from `u` on; those of the row begin at `row`.
+template <typename Cell, typename E>
+struct PerUnit {
+  using C = typename Compute<E>::Type;
+  Vec<C> parameters[max(Cell::kParameters, 1)], inputs[max(Cell::kInputs, 1)];
+
+  template <typename Problem>
+  FUSEDRNN_INLINE PerUnit(const Problem& p, int64_t row, int64_t u, int64_t count) {
+    FUSEDRNN_UNROLL
+    for (int k = 0; k < Cell::kParameters; ++k) {
+      parameters[k] = load<C>(static_cast<const E*>(p.parameters[k]) + u, count);
+    }
+    FUSEDRNN_UNROLL
+    for (int k = 0; k < Cell::kInputs; ++k) inputs[k] = load<C>(static_cast<const E*>(p.inputs[k]) + row + u, count);
+  }
+};
+
+// Whether a cell can say its h again from what was saved, which a projection needs.
+template <typename Cell>
+constexpr bool kProjects = requires(const float* x) { Cell::template output<float>(x, x); };
+
 template <typename Cell, typename E>
 struct ForwardRun : Skeleton<Cell, E> {
   using Base = Skeleton<Cell, E>;
-  using Base::batch, Base::hidden, Base::kA, Base::kG, Base::kN, Base::kPlain, Base::kS, Base::kWide, Base::kWidth,
-      Base::out, Base::padded, Base::projected, Base::steps;
+  using Base::batch, Base::head_out, Base::head_units, Base::heads, Base::hidden, Base::kA, Base::kG, Base::kN,
+      Base::kPlain, Base::kS, Base::kWide, Base::kWidth, Base::out, Base::padded, Base::projected, Base::steps;
+  using Place = typename Base::Place;
   using C = typename Base::C;
   using O = typename Base::O;
   using V = typename Base::V;
@@ -377,7 +418,7 @@ struct ForwardRun : Skeleton<Cell, E> {
   Buffer<Packed<E>> panels;      // [unit block][P][G][W], or tiles
   Buffer<Packed<E>> out_panels;  // [out block][H][kPlain][W]
   Buffer<C> bias;                // [A][padded]
-  Buffer<C> c;                   // [B][padded]
+  Buffer<C> others;              // [states beside h][B][padded]
   Buffer<C> h;                   // [B][padded]: unprojected, with w_hr only
   Buffer<O> exchange;            // [3][B][P]: h of the last two steps and h0, where E is narrower than O
   Buffer<O> x_wide;              // [N][I]: x, where it is multiplied here and E is narrower than O
@@ -387,12 +428,12 @@ struct ForwardRun : Skeleton<Cell, E> {
   explicit ForwardRun(const Forward& problem)
       : Base(problem.shape, problem.w_hr != nullptr, reads_weights(problem), 1, problem.shape.out),
         p(problem),
-        unit_blocks(divide_up(hidden, kWidth)),
+        unit_blocks(heads * divide_up(head_units, kWidth)),
         out_blocks(projected ? divide_up(out, kPlain * kWidth) : 0),
-        panels(this->direct ? 0 : unit_blocks * Base::panel_size(kG, 1, out)),
+        panels(this->direct ? 0 : unit_blocks * Base::panel_size(kG, 1, head_out)),
         out_panels(out_blocks * hidden * kPlain * kWidth),
         bias(kA * padded),
-        c(batch * padded),
+        others((kN - 1) * batch * padded),
         h(projected ? batch * padded : 0),
         exchange(kWide ? 0 : 3 * batch * out),
         x_wide(kWide || problem.gates_x ? 0 : problem.shape.offsets[steps] * problem.input),
@@ -431,9 +472,10 @@ struct ForwardRun : Skeleton<Cell, E> {
     for (int64_t b = thread; b < batch; b += threads) {
       memcpy(static_cast<E*>(p.h_n) + b * out, static_cast<const E*>(p.y) + this->edge_row(b, false) * out,
              out * sizeof(E));
-      if constexpr (kN > 1) {
-        for (int64_t u = 0; u < hidden; u += kWidth) {
-          store(static_cast<E*>(p.c_n) + b * hidden + u, load(c + b * padded + u), hidden - u);
+      for (int k = 1; k < kN; ++k) {
+        for (int64_t block = 0; block < unit_blocks; ++block) {
+          const Place at = place_of(block);
+          store(static_cast<E*>(p.states_n[k - 1]) + b * hidden + at.unit, load(other(k, b) + at.at), at.count);
         }
       }
     }
@@ -443,23 +485,25 @@ struct ForwardRun : Skeleton<Cell, E> {
     // In barrier mode every thread packs what it will use: the pages and the cache lines are then its own.
     const auto units = Base::share_of(unit_blocks, thread, threads);
     for (int64_t block = units.begin; block < units.end; ++block) {
-      const int64_t u = block * kWidth;
+      const Place at = place_of(block);
       for (int g = 0; g < kG && !this->direct; ++g) {
-        const E* of_gate = static_cast<const E*>(p.w_hh) + (g * hidden + u) * out;
+        const E* of_gate = static_cast<const E*>(p.w_hh) + (g * hidden + at.unit) * head_out;
         if constexpr (kTiles) {
-          tiles_of_rows(panel_of(block) + g * Tile::kSize, kG, of_gate, out, hidden - u, out);
+          tiles_of_rows(panel_of(block) + g * Tile::kSize, kG, of_gate, head_out, at.count, head_out);
         } else {
-          pack_rows<C>(panel_of(block) + g * kWidth, kG * kWidth, of_gate, out, hidden - u, out);
+          pack_rows<C>(panel_of(block) + g * kWidth, kG * kWidth, of_gate, head_out, at.count, head_out);
         }
       }
-      for (int a = 0; a < kA; ++a) store(bias + a * padded + u, V(C(0)));
+      for (int a = 0; a < kA; ++a) store(bias + a * padded + at.at, V(C(0)));
       for (int g = 0; g < kG; ++g) {
-        add_bias(Cell::x_acc(g) * padded + u, p.b_ih, g * hidden + u, hidden - u);
-        add_bias(Cell::h_acc(g) * padded + u, p.b_hh, g * hidden + u, hidden - u);
+        add_bias(Cell::x_acc(g) * padded + at.at, p.b_ih, g * hidden + at.unit, at.count);
+        add_bias(Cell::h_acc(g) * padded + at.at, p.b_hh, g * hidden + at.unit, at.count);
       }
-      if constexpr (kN > 1) {
-        const E* c0 = static_cast<const E*>(p.c0);
-        for (int64_t b = 0; b < batch; ++b) store(c + b * padded + u, load<C>(c0 + b * hidden + u, hidden - u));
+      for (int k = 1; k < kN; ++k) {
+        const E* from = static_cast<const E*>(p.states0[k - 1]);
+        for (int64_t b = 0; b < batch; ++b) {
+          store(other(k, b) + at.at, load<C>(from + b * hidden + at.unit, at.count));
+        }
       }
     }
     const auto outs = Base::share_of(out_blocks, thread, threads);
@@ -486,7 +530,9 @@ struct ForwardRun : Skeleton<Cell, E> {
     if (b) store(bias + at, load(bias + at) + load<C>(static_cast<const E*>(b) + from, count));
   }
 
-  Packed<E>* panel_of(int64_t block) const { return panels + block * Base::panel_size(kG, 1, out); }
+  Packed<E>* panel_of(int64_t block) const { return panels + block * Base::panel_size(kG, 1, head_out); }
+  FUSEDRNN_INLINE Place place_of(int64_t block) const { return this->place(block, 1, 0, head_units); }
+  FUSEDRNN_INLINE C* other(int k, int64_t b) const { return others + ((k - 1) * batch + b) * padded; }
 
   // h that row b of step t starts from.
   FUSEDRNN_INLINE const O* h_before(int64_t t, int64_t s, int64_t b) const {
@@ -509,13 +555,15 @@ struct ForwardRun : Skeleton<Cell, E> {
     }
   }
 
-  // All gates of a block of units: `rows` times a weight [G*H, depth] that is read where it lies.
-  void all_gates(V* sums, const O* const* rows, int64_t count, const void* weight, int64_t block, int64_t depth) const {
-    const int64_t u = block * kWidth;
+  // All gates of a block of units: `rows` from `skip` on times a weight [G*H, depth] that is read where it lies.
+  void all_gates(V* sums, const O* const* rows, int64_t skip, int64_t count, const void* weight, const Place& at,
+                 int64_t depth) const {
+    const O* from[kGroup];
+    for (int64_t i = 0; i < count; ++i) from[i] = rows[i] + skip;
     for (int64_t i = 0; i < count * kG; ++i) sums[i] = V(C(0));
     for (int g = 0; g < kG; ++g) {
-      const E* of_gate = static_cast<const E*>(weight) + (g * hidden + u) * depth;
-      dots(sums + g, kG, rows, count, of_gate, hidden - u, depth);
+      const E* of_gate = static_cast<const E*>(weight) + (g * hidden + at.unit) * depth;
+      dots(sums + g, kG, from, count, of_gate, at.count, depth);
     }
   }
 
@@ -530,38 +578,39 @@ struct ForwardRun : Skeleton<Cell, E> {
     }
     if constexpr (kTiles) lay_out(this->laid_out_by(thread), before, count, out, {0});
     this->sweep(units, s, [&](int64_t block) {
+      const Place at = place_of(block);
       // The cell reads a line here and a line there, which no prefetcher foresees.
       for (int64_t i = 0; i < count && p.gates_x; ++i) {
         const int64_t row = this->offset(t) + first + i * stride;
         for (int g = 0; g < kG; ++g) {
-          __builtin_prefetch(static_cast<const E*>(p.gates_x) + (row * kG + g) * hidden + block * kWidth);
+          __builtin_prefetch(static_cast<const E*>(p.gates_x) + (row * kG + g) * hidden + at.unit);
         }
       }
       V sums[kGroup * kG], sums_x[kGroup * kG];
-      if (!p.gates_x) all_gates(sums_x, x, count, p.w_ih, block, p.input);
+      if (!p.gates_x) all_gates(sums_x, x, 0, count, p.w_ih, at, p.input);
       if (p.gates_h) {
         for (int64_t i = 0; i < count * kG; ++i) {
-          const int64_t column = ((first + i / kG * stride) * kG + i % kG) * hidden + block * kWidth;
-          sums[i] = load<C>(static_cast<const E*>(p.gates_h) + column, hidden - block * kWidth);
+          const int64_t column = ((first + i / kG * stride) * kG + i % kG) * hidden + at.unit;
+          sums[i] = load<C>(static_cast<const E*>(p.gates_h) + column, at.count);
         }
       } else if (this->direct) {
-        all_gates(sums, before, count, p.w_hh, block, out);
+        all_gates(sums, before, at.head * head_out, count, p.w_hh, at, head_out);
       } else if constexpr (kTiles) {
         product<kG>(sums, this->laid_out_by(thread), count, panel_of(block), Base::chunks(out));
       } else {
-        product<kG>(sums, before, count, panel_of(block), out, {0});
+        product<kG>(sums, before, count, panel_of(block), head_out, {at.head * head_out});
       }
       for (int64_t i = 0; i < count; ++i) {
-        apply_cell(t, s, first + i * stride, block * kWidth, before[i], sums_x + i * kG, sums + i * kG);
+        apply_cell(t, s, first + i * stride, at, before[i], sums_x + i * kG, sums + i * kG);
       }
     });
   }
 
-  void apply_cell(int64_t t, int64_t s, int64_t b, int64_t u, const O* before, const V* sums_x, const V* sums) {
-    const int64_t row = this->offset(t) + b, count = hidden - u;
+  void apply_cell(int64_t t, int64_t s, int64_t b, const Place& at, const O* before, const V* sums_x, const V* sums) {
+    const int64_t row = this->offset(t) + b, u = at.unit, count = at.count;
     V acc[kA], saved[kS > 0 ? kS : 1], prev[kN], next[kN];
     FUSEDRNN_UNROLL
-    for (int a = 0; a < kA; ++a) acc[a] = load(bias + a * padded + u);
+    for (int a = 0; a < kA; ++a) acc[a] = load(bias + a * padded + at.at);
     FUSEDRNN_UNROLL
     for (int g = 0; g < kG; ++g) {
       const E* gate_x = static_cast<const E*>(p.gates_x) + (row * kG + g) * hidden + u;
@@ -570,18 +619,21 @@ struct ForwardRun : Skeleton<Cell, E> {
     FUSEDRNN_UNROLL
     for (int g = 0; g < kG; ++g) acc[Cell::h_acc(g)] = acc[Cell::h_acc(g)] + sums[g];
     if constexpr (Cell::kUsesHPrev) prev[0] = load<C>(before + u, count);
-    if constexpr (kN > 1) prev[1] = this->reset(row) ? V(C(0)) : load(c + b * padded + u);
-    Cell::template forward<V>(acc, prev, nullptr, nullptr, next, saved);
-    if constexpr (kN > 1) {
-      store(c + b * padded + u, next[1]);
-      if (p.cells) store(static_cast<C*>(p.cells) + row * hidden + u, next[1], count);
+    FUSEDRNN_UNROLL
+    for (int k = 1; k < kN; ++k) prev[k] = this->reset(row) ? V(C(0)) : load(other(k, b) + at.at);
+    const PerUnit<Cell, E> given(p, row * hidden, u, count);
+    Cell::template forward<V>(acc, prev, given.parameters, given.inputs, next, saved);
+    FUSEDRNN_UNROLL
+    for (int k = 1; k < kN; ++k) {
+      store(other(k, b) + at.at, next[k]);
+      if (p.every_state) store(static_cast<C*>(p.every_state[k - 1]) + row * hidden + u, next[k], count);
     }
     if (p.gates) {
       FUSEDRNN_UNROLL
       for (int i = 0; i < kS; ++i) store(static_cast<E*>(p.gates) + (row * kS + i) * hidden + u, saved[i], count);
     }
     if (projected) {
-      store(h + b * padded + u, next[0]);
+      store(h + b * padded + at.at, next[0]);
     } else {
       emit(row, s, b, u, next[0], count);
     }
@@ -611,8 +663,9 @@ struct ForwardRun : Skeleton<Cell, E> {
 template <typename Cell, typename E>
 struct BackwardRun : Skeleton<Cell, E> {
   using Base = Skeleton<Cell, E>;
-  using Base::batch, Base::hidden, Base::kA, Base::kG, Base::kN, Base::kPlain, Base::kS, Base::kWide, Base::kWidth,
-      Base::out, Base::padded, Base::projected, Base::steps;
+  using Base::batch, Base::head_out, Base::head_units, Base::heads, Base::hidden, Base::kA, Base::kG, Base::kN,
+      Base::kPlain, Base::kS, Base::kWide, Base::kWidth, Base::out, Base::padded, Base::projected, Base::steps;
+  using Place = typename Base::Place;
   using C = typename Base::C;
   using O = typename Base::O;
   using V = typename Base::V;
@@ -622,7 +675,7 @@ struct BackwardRun : Skeleton<Cell, E> {
   Buffer<Packed<E>> panels;     // [out block - first_packed][G*H][kPlain][W] of W_hh, or tiles
   Buffer<V> recurred;           // [out block][kGroup][kPlain]: dgates W_hh of a step, where W_hh is read directly
   Buffer<Packed<E>> hr_panels;  // [unit block][P][kPlain][W] of W_hr
-  Buffer<C> dc;                 // [B][padded]
+  Buffer<C> dothers;            // [states beside h][B][padded]
   Buffer<C> dy;                 // [B][P]: with w_hr only, the step's dy with what the recurrence brings back
   Buffer<C> dh_direct;          // [B][padded]: with kDirectH only
   Buffer<O> exchange;           // [2][B][A*H]: dgates of the last two steps, where E is narrower than O
@@ -632,13 +685,13 @@ struct BackwardRun : Skeleton<Cell, E> {
   explicit BackwardRun(const Backward& problem)
       : Base(problem.shape, problem.w_hr != nullptr, reads_weights(problem), kG, problem.shape.hidden),
         p(problem),
-        unit_blocks(divide_up(hidden, kPlain * kWidth)),
-        out_blocks(divide_up(out, kPlain * kWidth)),
+        unit_blocks(heads * divide_up(head_units, kPlain * kWidth)),
+        out_blocks(heads * divide_up(head_out, kPlain * kWidth)),
         first_packed(steps == 1 && !problem.dh0 ? out_blocks : (this->direct ? out / (kPlain * kWidth) : 0)),
-        panels((out_blocks - first_packed) * Base::panel_size(kPlain, kG, hidden)),
+        panels((out_blocks - first_packed) * Base::panel_size(kPlain, kG, head_units)),
         recurred(this->direct ? out_blocks * kGroup * kPlain : 0),
         hr_panels(projected ? unit_blocks * out * kPlain * kWidth : 0),
-        dc(batch * padded),
+        dothers((kN - 1) * batch * padded),
         dy(projected ? batch * out : 0),
         dh_direct(Cell::kDirectH ? batch * padded : 0),
         exchange(kWide ? 0 : 2 * batch * kA * hidden),
@@ -647,7 +700,7 @@ struct BackwardRun : Skeleton<Cell, E> {
   }
 
   static bool reads_weights(const Backward& problem) {
-    return is_short(problem.shape) && problem.shape.steps <= 4 * problem.shape.batch;
+    return is_short(problem.shape) && problem.shape.steps <= 4 * problem.shape.batch && problem.shape.heads == 1;
   }
 
   void run() {
@@ -683,8 +736,8 @@ struct BackwardRun : Skeleton<Cell, E> {
   void prepare(int thread, int threads) {
     const auto outs = Base::share_of(out_blocks, thread, threads);
     for (int64_t block = max(outs.begin, first_packed); block < outs.end; ++block) {
-      const int64_t u = block * kPlain * kWidth;
       if constexpr (kTiles) {
+        const int64_t u = block * kPlain * kWidth;
         for (int i = 0; i < kG * kPlain; ++i) {
           const int64_t g = i / kPlain, v = i % kPlain, first = u + v * kWidth;
           Packed<E>* const panel = panel_of(block) + Base::panel_size(kPlain, g, hidden) + v * Tile::kSize;
@@ -692,7 +745,13 @@ struct BackwardRun : Skeleton<Cell, E> {
           tiles_of_columns(panel, kPlain, of_gate + min(first, out), out, out - first, hidden);
         }
       } else {
-        pack_columns<kPlain, C>(panel_of(block), static_cast<const E*>(p.w_hh) + u, out, out - u, kG * hidden);
+        const Place at = this->place(block, kPlain, 0, head_out);
+        const E* const of_head = static_cast<const E*>(p.w_hh) + at.unit - at.head * head_out;
+        for (int g = 0; g < kG; ++g) {
+          pack_columns<kPlain, C>(panel_of(block) + Base::panel_size(kPlain, g, head_units),
+                                  of_head + (g * hidden + at.head * head_units) * head_out, head_out, at.count,
+                                  head_units);
+        }
       }
     }
     const auto units = Base::share_of(unit_blocks, thread, threads);
@@ -703,19 +762,24 @@ struct BackwardRun : Skeleton<Cell, E> {
                                 hidden - u, out);
       }
       for (int64_t b = 0; b < batch; ++b) {
-        for (int64_t i = u; i < u + kPlain * kWidth; i += kWidth) {
-          const E* dc_n = static_cast<const E*>(p.dc_n);
-          store(dc + b * padded + i, dc_n && i < hidden ? load<C>(dc_n + b * hidden + i, hidden - i) : V(C(0)));
-          if constexpr (Cell::kDirectH) store(dh_direct + b * padded + i, V(C(0)));
+        for (int v = 0; v < kPlain; ++v) {
+          const Place at = this->place(block, kPlain, v, head_units);
+          for (int k = 1; k < kN; ++k) {
+            const E* dn = static_cast<const E*>(p.dstates_n[k - 1]);
+            store(dother(k, b) + at.at, dn && at.count > 0 ? load<C>(dn + b * hidden + at.unit, at.count) : V(C(0)));
+          }
+          if constexpr (Cell::kDirectH) store(dh_direct + b * padded + at.at, V(C(0)));
         }
       }
     }
   }
 
+  FUSEDRNN_INLINE C* dother(int k, int64_t b) const { return dothers + ((k - 1) * batch + b) * padded; }
+
   // Before recur: what it needs of all rows whose dgates begin at rows[i].
   void prepare_rows(const O* const* rows, int64_t count, int thread, typename Base::Range outs) const {
     if constexpr (kTiles) {
-      lay_out(this->laid_out_by(thread), rows, count, hidden, skip_of_gates().of);
+      lay_out(this->laid_out_by(thread), rows, count, hidden, skip_of_gates(0).of);
     } else {
       if (this->direct) recur_direct(rows, count, outs);
     }
@@ -727,15 +791,16 @@ struct BackwardRun : Skeleton<Cell, E> {
     } else if (this->direct) {
       for (int64_t i = 0; i < count * kPlain; ++i) sums[i] = recurred[block * kGroup * kPlain + i];
     } else {
-      product<kPlain>(sums, rows, count, panel_of(block), hidden, skip_of_gates().of);
+      const int64_t head = this->place(block, kPlain, 0, head_out).head;
+      product<kPlain>(sums, rows, count, panel_of(block), head_units, skip_of_gates(head).of);
     }
   }
   struct Skips {
     int64_t of[kG];
   };
-  Skips skip_of_gates() const {
+  Skips skip_of_gates(int64_t head) const {
     Skips skip;
-    for (int g = 0; g < kG; ++g) skip.of[g] = Cell::h_acc(g) * hidden;
+    for (int g = 0; g < kG; ++g) skip.of[g] = Cell::h_acc(g) * hidden + head * head_units;
     return skip;
   }
   // The same for all of `outs`, into recurred. A few rows of W_hh are read for all columns before the next ones, so
@@ -759,7 +824,7 @@ struct BackwardRun : Skeleton<Cell, E> {
     }
   }
   Packed<E>* panel_of(int64_t block) const {
-    return panels + (block - first_packed) * Base::panel_size(kPlain, kG, hidden);
+    return panels + (block - first_packed) * Base::panel_size(kPlain, kG, head_units);
   }
 
   FUSEDRNN_INLINE const O* dgates_of(int64_t row, int64_t slot, int64_t b) const {
@@ -782,7 +847,7 @@ struct BackwardRun : Skeleton<Cell, E> {
     }
     prepare_rows(rows, with, thread, outs);
     this->sweep(outs, s, [&](int64_t block) {
-      for (int64_t i = 0; i < count; ++i) foresee(t, first + i * stride, block * kPlain * kWidth);
+      for (int64_t i = 0; i < count; ++i) foresee(t, first + i * stride, this->place(block, kPlain, 0, head_out).unit);
       V sums[kGroup * kPlain];
       recur(sums, rows, with, thread, block);
       for (int64_t i = with * kPlain; i < count * kPlain; ++i) sums[i] = V(C(0));
@@ -796,8 +861,8 @@ struct BackwardRun : Skeleton<Cell, E> {
     for (int v = 0; v < kPlain; ++v, u += kWidth) {
       if (p.dy) __builtin_prefetch(static_cast<const E*>(p.dy) + row * out + u);
       for (int i = 0; i < kS; ++i) __builtin_prefetch(static_cast<const E*>(p.gates) + (row * kS + i) * hidden + u);
-      if (kN > 1 && b < this->rows_at(previous)) {
-        __builtin_prefetch(static_cast<const C*>(p.cells) + (this->offset(previous) + b) * hidden + u);
+      for (int k = 1; k < kN && b < this->rows_at(previous); ++k) {
+        __builtin_prefetch(static_cast<const C*>(p.every_state[k - 1]) + (this->offset(previous) + b) * hidden + u);
       }
     }
   }
@@ -805,7 +870,8 @@ struct BackwardRun : Skeleton<Cell, E> {
   void take(int64_t t, int64_t s, int64_t b, int64_t block, const V* sums, bool chain) {
     const int64_t row = this->offset(t) + b;
     for (int v = 0; v < kPlain; ++v) {
-      const int64_t u = (block * kPlain + v) * kWidth, count = out - u;
+      const Place at = this->place(block, kPlain, v, head_out);
+      const int64_t u = at.unit, count = at.count;
       if (count <= 0) break;
       V dh = sums[v];
       if (p.dy) dh = dh + load<C>(static_cast<const E*>(p.dy) + row * out + u, count);
@@ -814,8 +880,8 @@ struct BackwardRun : Skeleton<Cell, E> {
         store(dy + b * out + u, dh, count);
         store(static_cast<E*>(p.dy_total) + row * out + u, dh, count);
       } else {
-        if constexpr (Cell::kDirectH) dh = dh + load(dh_direct + b * padded + u);
-        retreat(t, s, b, u, dh);
+        if constexpr (Cell::kDirectH) dh = dh + load(dh_direct + b * padded + at.at);
+        retreat(t, s, b, at, dh);
       }
     }
   }
@@ -828,16 +894,16 @@ struct BackwardRun : Skeleton<Cell, E> {
       product<kPlain>(sums, rows, count, hr_panels + block * out * kPlain * kWidth, out, {0});
       for (int64_t i = 0; i < count; ++i) {
         for (int v = 0; v < kPlain; ++v) {
-          const int64_t u = (block * kPlain + v) * kWidth;
-          if (u < hidden) retreat(t, s, first + i * stride, u, sums[i * kPlain + v]);
+          const Place at = this->place(block, kPlain, v, head_units);
+          if (at.count > 0) retreat(t, s, first + i * stride, at, sums[i * kPlain + v]);
         }
       }
     });
   }
 
-  // The cell's backward for units u .. u + W of sequence b.
-  void retreat(int64_t t, int64_t s, int64_t b, int64_t u, V dh) {
-    const int64_t count = hidden - u, row = this->offset(t) + b;
+  // The cell's backward for a vector of units of sequence b.
+  void retreat(int64_t t, int64_t s, int64_t b, const Place& at, V dh) {
+    const int64_t u = at.unit, count = at.count, row = this->offset(t) + b;
     const int64_t previous = this->before(t);
     const bool carried = b < this->rows_at(previous), reset = this->reset(row);
     const int64_t row_before = carried ? this->offset(previous) + b : 0;
@@ -847,14 +913,21 @@ struct BackwardRun : Skeleton<Cell, E> {
     for (int i = 0; i < kS; ++i) {
       saved[i] = load<C>(static_cast<const E*>(p.gates) + (row * kS + i) * hidden + u, count);
     }
-    if constexpr (kN > 1) {
-      next[1] = load<C>(static_cast<const C*>(p.cells) + row * hidden + u, count);
-      prev[1] = carried ? load<C>(static_cast<const C*>(p.cells) + row_before * hidden + u, count)
-                        : load<C>(static_cast<const E*>(p.c0) + b * hidden + u, count);
-      if (reset) prev[1] = V(C(0));
-      d[1] = load(dc + b * padded + u);
-      if (p.dcells) d[1] = d[1] + load<C>(static_cast<const C*>(p.dcells) + row * hidden + u, count);
-      if (projected) store(static_cast<E*>(p.h) + row * hidden + u, Cell::output(saved, next), count);
+    FUSEDRNN_UNROLL
+    for (int k = 1; k < kN; ++k) {
+      const C* const every = static_cast<const C*>(p.every_state[k - 1]);
+      next[k] = load<C>(every + row * hidden + u, count);
+      prev[k] = carried ? load<C>(every + row_before * hidden + u, count)
+                        : load<C>(static_cast<const E*>(p.states0[k - 1]) + b * hidden + u, count);
+      if (reset) prev[k] = V(C(0));
+      d[k] = load(dother(k, b) + at.at);
+      const C* const more = static_cast<const C*>(p.devery_state[k - 1]);
+      if (more) d[k] = d[k] + load<C>(more + row * hidden + u, count);
+    }
+    if constexpr (kProjects<Cell>) {
+      if (projected) {
+        store(static_cast<E*>(p.h) + row * hidden + u, Cell::template output<V>(saved, next), count);
+      }
     }
     if constexpr (Cell::kUsesH) next[0] = load<C>(static_cast<const E*>(p.y) + row * hidden + u, count);
     if constexpr (Cell::kUsesHPrev) {
@@ -863,9 +936,20 @@ struct BackwardRun : Skeleton<Cell, E> {
           count);
       if (reset) prev[0] = V(C(0));
     }
-    Cell::template backward<V>(d, saved, next, prev, nullptr, nullptr, dacc, dprev, nullptr, nullptr);
-    if constexpr (kN > 1) store(dc + b * padded + u, reset ? V(C(0)) : dprev[1]);
-    if constexpr (Cell::kDirectH) store(dh_direct + b * padded + u, reset ? V(C(0)) : dprev[0]);
+    const PerUnit<Cell, E> given(p, row * hidden, u, count);
+    V dparameters[max(Cell::kParameters, 1)], dinputs[max(Cell::kInputs, 1)];
+    Cell::template backward<V>(d, saved, next, prev, given.parameters, given.inputs, dacc, dprev, dparameters, dinputs);
+    FUSEDRNN_UNROLL
+    for (int k = 1; k < kN; ++k) store(dother(k, b) + at.at, reset ? V(C(0)) : dprev[k]);
+    if constexpr (Cell::kDirectH) store(dh_direct + b * padded + at.at, reset ? V(C(0)) : dprev[0]);
+    FUSEDRNN_UNROLL
+    for (int k = 0; k < Cell::kParameters; ++k) {
+      if (p.dparameters[k]) store(static_cast<E*>(p.dparameters[k]) + row * hidden + u, dparameters[k], count);
+    }
+    FUSEDRNN_UNROLL
+    for (int k = 0; k < Cell::kInputs; ++k) {
+      if (p.dinputs[k]) store(static_cast<E*>(p.dinputs[k]) + row * hidden + u, dinputs[k], count);
+    }
     FUSEDRNN_UNROLL
     for (int a = 0; a < kA; ++a) {
       store(static_cast<E*>(p.dgates) + (row * kA + a) * hidden + u, dacc[a], count);
@@ -890,11 +974,13 @@ struct BackwardRun : Skeleton<Cell, E> {
       this->groups(batch, thread, threads,
                    [&](int64_t first, int64_t stride, int64_t count) { start(thread, outs, first, stride, count); });
     }
-    if constexpr (kN > 1) {
-      if (!p.dc0) return;
+    for (int k = 1; k < kN; ++k) {
+      if (!p.dstates0[k - 1]) continue;
       for (int64_t b = thread; b < batch; b += threads) {
-        for (int64_t u = 0; u < hidden; u += kWidth) {
-          store(static_cast<E*>(p.dc0) + b * hidden + u, load(dc + b * padded + u), hidden - u);
+        for (int64_t i = 0; i < unit_blocks * kPlain; ++i) {
+          const Place at = this->place(i / kPlain, kPlain, i % kPlain, head_units);
+          if (at.count <= 0) continue;
+          store(static_cast<E*>(p.dstates0[k - 1]) + b * hidden + at.unit, load(dother(k, b) + at.at), at.count);
         }
       }
     }
@@ -914,11 +1000,11 @@ struct BackwardRun : Skeleton<Cell, E> {
       for (int64_t i = 0; i < count; ++i) {
         const int64_t b = first + i * stride;
         for (int v = 0; v < kPlain; ++v) {
-          const int64_t u = (block * kPlain + v) * kWidth;
-          if (u >= out) break;
+          const Place at = this->place(block, kPlain, v, head_out);
+          if (at.count <= 0) break;
           V dh = sums[i * kPlain + v];
-          if constexpr (Cell::kDirectH) dh = dh + load(dh_direct + b * padded + u);
-          store(static_cast<E*>(p.dh0) + b * out + u, dh, out - u);
+          if constexpr (Cell::kDirectH) dh = dh + load(dh_direct + b * padded + at.at);
+          store(static_cast<E*>(p.dh0) + b * out + at.unit, dh, at.count);
         }
       }
     });
@@ -935,7 +1021,7 @@ template <template <typename, typename> class Run, typename Cell, typename Probl
 void run_dtype(const Problem& problem) {
 #if FUSEDRNN_TILES
   // What tiles are not for is left to vectors.
-  if (problem.shape.dtype != Dtype::kBfloat16 || Run<Cell, Bfloat16>::reads_weights(problem))
+  if (problem.shape.dtype != Dtype::kBfloat16 || problem.shape.heads > 1 || Run<Cell, Bfloat16>::reads_weights(problem))
     return run_without_tiles(problem);
   return Run<Cell, Bfloat16>(problem).run();
 #else
@@ -952,6 +1038,7 @@ void run_dtype(const Problem& problem) {
 #endif
 }
 
+#ifndef FUSEDRNN_CELL
 template <template <typename, typename> class Run, typename Problem>
 void run_cell(const Problem& problem) {
   switch (problem.shape.cell) {
@@ -968,5 +1055,33 @@ void run_cell(const Problem& problem) {
 
 extern const Kernels kernels = {FUSEDRNN_NAME(FUSEDRNN_CAPABILITY), kTiles, run_cell<ForwardRun, Forward>,
                                 run_cell<BackwardRun, Backward>, run_product};
+
+#else
+
+extern "C" __attribute__((visibility("default"))) const OwnCell* fusedrnn_cell() {
+  using Cell = FUSEDRNN_CELL;
+  struct Map {
+    int64_t of[Cell::kGates];
+    explicit Map(int (*acc)(int)) {
+      for (int g = 0; g < Cell::kGates; ++g) of[g] = acc(g);
+    }
+  };
+  static const Map x_acc([](int g) { return Cell::x_acc(g); }), h_acc([](int g) { return Cell::h_acc(g); });
+  static const OwnCell cell = {kOwnCell,
+                               Cell::kName,
+                               Cell::kGates,
+                               Cell::kAccumulators,
+                               Cell::kSaved,
+                               Cell::kStates,
+                               Cell::kParameters,
+                               Cell::kInputs,
+                               kProjects<Cell>,
+                               x_acc.of,
+                               h_acc.of,
+                               run_dtype<ForwardRun, Cell, Forward>,
+                               run_dtype<BackwardRun, Cell, Backward>};
+  return &cell;
+}
+#endif
 
 }  // namespace fusedrnn::FUSEDRNN_CAPABILITY

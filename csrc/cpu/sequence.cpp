@@ -4,7 +4,10 @@
 
 #include <algorithm>
 #include <cstring>
+#include <deque>
+#include <mutex>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "../cells.h"
@@ -15,16 +18,32 @@ namespace {
 
 // The table of cells, as far as sizes go.
 struct CellEntry {
-  const char* name;
+  std::string name;
   CellKind kind;
-  int64_t gates, accumulators, saved;
-  bool has_cell_state;
+  int64_t gates, accumulators, saved, states, parameters, inputs;
+  bool projects;
   std::vector<int64_t> x_acc, h_acc;
+  // Of a cell of one's own, else null: this library has kernels for its kind.
+  void (*forward)(const Forward&) = nullptr;
+  void (*backward)(const Backward&) = nullptr;
+
+  bool has_cell_state() const { return states > 1; }
 };
 
 template <typename Cell>
 CellEntry entry(CellKind kind) {
-  CellEntry e{Cell::kName, kind, Cell::kGates, Cell::kAccumulators, Cell::kSaved, Cell::kStates > 1, {}, {}};
+  CellEntry e{Cell::kName,
+              kind,
+              Cell::kGates,
+              Cell::kAccumulators,
+              Cell::kSaved,
+              Cell::kStates,
+              Cell::kParameters,
+              Cell::kInputs,
+              false,
+              {},
+              {}};
+  e.projects = requires(const float* x) { Cell::template output<float>(x, x); };
   for (int g = 0; g < Cell::kGates; ++g) {
     e.x_acc.push_back(Cell::x_acc(g));
     e.h_acc.push_back(Cell::h_acc(g));
@@ -32,12 +51,36 @@ CellEntry entry(CellKind kind) {
   return e;
 }
 
-const CellEntry& find_cell(std::string_view name) {
+const std::vector<CellEntry>& built_in_cells() {
 #define FUSEDRNN_ENTRY(Cell) entry<Cell>(CellKind::k##Cell),
   static const std::vector<CellEntry> cells = {FUSEDRNN_CELLS(FUSEDRNN_ENTRY)};
 #undef FUSEDRNN_ENTRY
-  for (const CellEntry& cell : cells) {
-    if (name == cell.name) return cell;
+  return cells;
+}
+
+const CellEntry* find_built_in(std::string_view name) {
+  for (const CellEntry& cell : built_in_cells()) {
+    if (name == cell.name) return &cell;
+  }
+  return nullptr;
+}
+
+// Entries stay where they are for as long as the process runs: another thread may be computing with one.
+struct OwnCells {
+  std::mutex mutex;
+  std::deque<CellEntry> entries;
+};
+OwnCells& own_cells() {
+  static OwnCells cells;
+  return cells;
+}
+
+const CellEntry& find_cell(std::string_view name) {
+  if (const CellEntry* found = find_built_in(name)) return *found;
+  OwnCells& own = own_cells();
+  const std::lock_guard<std::mutex> lock(own.mutex);
+  for (auto cell = own.entries.rbegin(); cell != own.entries.rend(); ++cell) {
+    if (name == cell->name) return *cell;
   }
   fail("the cpu backend has no cell '", name, "'");
 }
@@ -81,7 +124,7 @@ void check_tensor(const char* name, const Tensor& t, Sizes shape, int32_t dtype)
 // The sizes of a call; building one checks the inputs that forward and backward share.
 struct Problem {
   const CellEntry& cell;
-  int64_t steps, batch, rows, input, hidden, out;
+  int64_t steps, batch, rows, input, hidden, out, heads;
   std::vector<int64_t> offsets;
   std::vector<int64_t> lead;  // of x, y, gates, cells: [T, B] or [N]
 
@@ -91,24 +134,32 @@ struct Problem {
     const int64_t dims = in.batch_sizes ? 2 : 3;
     FUSEDRNN_CHECK(x.dim() == dims, "fusedrnn: x must have ", dims, " dimensions, got ", x.dim());
     FUSEDRNN_CHECK(h0.dim() == 2, "fusedrnn: h0 must have 2 dimensions, got ", h0.dim());
+    heads = in.heads;
+    FUSEDRNN_CHECK(heads >= 1, "fusedrnn: heads must be positive, got ", heads);
     FUSEDRNN_CHECK(w_hh.dim() == 2 && w_hh.size(0) > 0 && w_hh.size(1) > 0 && w_hh.size(0) % cell.gates == 0,
                    "fusedrnn: w_hh must have shape [", cell.gates, " * hidden_size, output size], got ", w_hh.sizes());
     dtype_of(x.dtype());
     const int32_t dtype = x.dtype();
     input = x.size(-1);
     hidden = w_hh.size(0) / cell.gates;
-    out = w_hh.size(1);
+    out = w_hh.size(1) * heads;
     batch = h0.size(0);
-    FUSEDRNN_CHECK(in.w_hr || out == hidden, "fusedrnn: w_hh must have shape [", cell.gates * hidden, ", ", hidden,
-                   "], got ", w_hh.sizes());
-    FUSEDRNN_CHECK(!in.w_hr || cell.has_cell_state, "fusedrnn: w_hr (projection) exists only for the LSTM");
-    FUSEDRNN_CHECK(static_cast<bool>(in.c0) == cell.has_cell_state, "fusedrnn: c0 must ",
-                   cell.has_cell_state ? "" : "not ", "be given for the cell ", cell.name);
+    FUSEDRNN_CHECK(hidden % heads == 0, "fusedrnn: heads must divide hidden_size, ", hidden, ", got ", heads);
+    FUSEDRNN_CHECK(!in.w_hr || heads == 1, "fusedrnn: w_hr (projection) goes with one head, got ", heads);
+    FUSEDRNN_CHECK(in.w_hr || out == hidden, "fusedrnn: w_hh must have shape [", cell.gates * hidden, ", ",
+                   hidden / heads, "], got ", w_hh.sizes());
+    FUSEDRNN_CHECK(!in.w_hr || cell.projects, "fusedrnn: w_hr (projection) exists only for the LSTM, not for ",
+                   cell.name);
+    FUSEDRNN_CHECK(static_cast<bool>(in.c0) == cell.has_cell_state(), "fusedrnn: c0 must ",
+                   cell.has_cell_state() ? "" : "not ", "be given for the cell ", cell.name);
+    check_count("states", 1 + cell.has_cell_state() + in.more.states.size(), cell.states);
+    check_count("parameters", in.more.parameters.size(), cell.parameters);
+    check_count("inputs", in.more.inputs.size(), cell.inputs);
     check_tensor("x", x, x.sizes(), dtype);
     check_tensor("h0", h0, {batch, out}, dtype);
     check_tensor("c0", in.c0, {batch, hidden}, dtype);
     check_tensor("w_ih", in.w_ih, {cell.gates * hidden, input}, dtype);
-    check_tensor("w_hh", w_hh, {cell.gates * hidden, out}, dtype);
+    check_tensor("w_hh", w_hh, {cell.gates * hidden, w_hh.size(1)}, dtype);
     check_tensor("b_ih", in.b_ih, {cell.gates * hidden}, dtype);
     check_tensor("b_hh", in.b_hh, {cell.gates * hidden}, dtype);
     check_tensor("w_hr", in.w_hr, {out, hidden}, dtype);
@@ -118,6 +169,18 @@ struct Problem {
       dense(x);
     }
     check_tensor("resets", in.resets, lead, kBool);
+    for (const Tensor& t : in.more.states) check_given("states", t, {batch, hidden}, dtype);
+    for (const Tensor& t : in.more.parameters) check_given("parameters", t, {hidden}, dtype);
+    for (const Tensor& t : in.more.inputs) check_given("inputs", t, shape(hidden), dtype);
+  }
+
+  void check_count(const char* name, size_t given, int64_t wanted) const {
+    FUSEDRNN_CHECK(static_cast<int64_t>(given) == wanted, "fusedrnn: ", cell.name, " has ", wanted, " ", name, ", got ",
+                   given);
+  }
+  static void check_given(const char* name, const Tensor& t, Sizes sizes, int32_t dtype) {
+    FUSEDRNN_CHECK(static_cast<bool>(t), "fusedrnn: ", name, " must be tensors");
+    check_tensor(name, t, sizes, dtype);
   }
 
   void dense(const Tensor& x) {
@@ -163,11 +226,11 @@ struct Problem {
   // A step too small for several cores gains nothing from them; with few rows there is a barrier to pay for as well,
   // and on a busy machine that costs a time slice.
   Shape shape_of(const Tensor& x, const Tensor& resets, bool reverse) const {
-    const double step = static_cast<double>(batch) * cell.gates * hidden * out;
+    const double step = static_cast<double>(batch) * cell.gates * hidden * out / heads;
     int threads = in_parallel_region() ? 1 : torch_threads();
     if (step < (batch >= 2 * threads ? 32768.0 : (steps == 1 ? 65536.0 : 200000.0))) threads = 1;
-    return {cell.kind,      dtype_of(x.dtype()), steps,   batch,   hidden,       out,
-            offsets.data(), resets.data<bool>(), reverse, threads, cache_bytes()};
+    return {cell.kind,      dtype_of(x.dtype()), steps,   batch, hidden,  out,
+            offsets.data(), resets.data<bool>(), reverse, heads, threads, cache_bytes()};
   }
 };
 
@@ -250,9 +313,20 @@ Tensor previous_rows(const Problem& s, const Tensor& h0, const Tensor& y, const 
   return result;
 }
 
-// dgates^T times what each step started from. In 16 bits one GEMM over a copy: adding two would round twice.
+// dgates^T times what each step started from, for each head its own. In 16 bits one GEMM over a copy: adding two would
+// round twice.
 Tensor recurrent_gradient(const Problem& s, const Matrix& dgates, const Tensor& h0, const Tensor& y,
                           const Tensor& resets, bool reverse) {
+  if (s.heads > 1) {
+    const Tensor started = previous_rows(s, h0, y, resets, reverse);
+    const int64_t units = s.hidden / s.heads;
+    Tensor result = Tensor::empty({s.cell.gates * s.hidden, units}, dgates.dtype());
+    for (int64_t block = 0; block < s.cell.gates * s.heads; ++block) {
+      product_out(matrix(result).narrow_rows(block * units, units), dgates.narrow_columns(block * units, units).t(),
+                  matrix(started).narrow_columns(block % s.heads * units, units));
+    }
+    return result;
+  }
   const bool dense = s.lead.size() == 2;
   const int64_t inner = s.rows - s.batch;
   if (dense && !resets && bytes_of(dgates.dtype()) > 2 && s.rows > 0) {
@@ -284,22 +358,58 @@ Matrix gate_columns(const Tensor& dgates, const std::vector<int64_t>& accumulato
   return matrix(copy);
 }
 
-// gates and cells are where they are kept, or have no elements.
-void forward(const Problem& s, const Inputs& in, void* y, void* h_n, void* c_n, const Tensor& gates,
-             const Tensor& cells) {
+// Of tensors that are there in one piece each, perhaps as copies, the addresses: of `first`, where there is one, then
+// of `others`.
+struct Addresses {
+  std::vector<Tensor> held;
+  const void* of[kMostArrays] = {};
+
+  explicit Addresses(const Tensor& first, const std::vector<Tensor>& others = {}) {
+    held.reserve(1 + others.size());
+    if (first) add(first);
+    for (const Tensor& t : others) add(t);
+  }
+  // With a gap for one that is None.
+  Addresses(size_t count, const Tensor& first, const std::vector<Tensor>& others) {
+    held.reserve(1 + others.size());
+    if (count == 0) return;
+    add(first);
+    for (const Tensor& t : others) add(t);
+  }
+  void add(const Tensor& t) {
+    held.push_back(t.contiguous());
+    of[held.size() - 1] = held.back().data();
+  }
+};
+
+// The same of tensors to write to.
+struct Targets {
+  void* of[kMostArrays] = {};
+  int64_t count = 0;
+
+  void add(const Tensor& t) { of[count++] = t.writable(); }
+  void add(const std::vector<Tensor>& tensors) {
+    for (const Tensor& t : tensors) add(t);
+  }
+};
+
+// gates and every_state are where they are kept, or have no elements.
+void forward(const Problem& s, const Inputs& in, void* y, void* h_n, const Targets& states_n, const Tensor& gates,
+             const Targets* every_state) {
   if (s.rows == 0) return;
   const int32_t dtype = in.x.dtype();
   // Where as many gates are saved as come in, the cell replaces the one by the other in place.
   const bool in_place = gates.numel() > 0 && s.cell.saved == s.cell.gates;
   // In a step of few rows the kernel multiplies x by W_ih as well: a GEMM of its own would take longer.
-  const bool in_tiles = kernels().tiles && dtype == kBFloat16;
+  const bool in_tiles = kernels().tiles && dtype == kBFloat16 && !s.cell.forward;
   const bool one_kernel = s.steps == 1 && s.batch <= (in_tiles ? kFewRowsOfTiles : kFewRows);
   // With more rows both products are GEMMs; 16 bits would round the second.
-  const bool two_products = s.steps == 1 && !one_kernel && bytes_of(dtype) > 2 && !in.resets;
+  const bool two_products = s.steps == 1 && !one_kernel && bytes_of(dtype) > 2 && !in.resets && s.heads == 1;
   const Tensor x = in.x.contiguous(), w_ih = one_kernel ? in.w_ih.contiguous() : in.w_ih.with_dims(2);
-  const Tensor h0 = in.h0.contiguous(), c0 = in.c0.contiguous(), w_hh = in.w_hh.contiguous();
+  const Tensor h0 = in.h0.contiguous(), w_hh = in.w_hh.contiguous();
   const Tensor b_ih = in.b_ih.contiguous(), b_hh = in.b_hh.contiguous(), w_hr = in.w_hr.contiguous();
   const Tensor resets = in.resets.contiguous();
+  const Addresses states0(in.c0, in.more.states), parameters({}, in.more.parameters), inputs({}, in.more.inputs);
   Tensor gates_x, gates_h;
   const void* of_x = nullptr;
   if (!one_kernel) {
@@ -309,63 +419,138 @@ void forward(const Problem& s, const Inputs& in, void* y, void* h_n, void* c_n, 
     of_x = to.data();
   }
   if (two_products) gates_h = product(matrix(h0), matrix(w_hh).t());
-  kernels().forward({s.shape_of(x, resets, in.reverse), of_x, gates_h.data(), x.data(), w_ih.data(), s.input, h0.data(),
-                     c0.data(), w_hh.data(), b_ih.data(), b_hh.data(), w_hr.data(), y, h_n, c_n, gates.writable(),
-                     cells.writable()});
+  const auto run = s.cell.forward ? s.cell.forward : kernels().forward;
+  run({s.shape_of(x, resets, in.reverse), of_x, gates_h.data(), x.data(), w_ih.data(), s.input, h0.data(), states0.of,
+       w_hh.data(), b_ih.data(), b_hh.data(), w_hr.data(), parameters.of, inputs.of, y, h_n, states_n.of,
+       gates.writable(), every_state ? every_state->of : nullptr});
 }
 
 }  // namespace
 
 std::pair<int64_t, bool> gates_and_c(std::string_view cell) {
   const CellEntry& found = find_cell(cell);
-  return {found.gates, found.has_cell_state};
+  return {found.gates, found.has_cell_state()};
+}
+
+Counts counts_of(std::string_view cell) {
+  const CellEntry& found = find_cell(cell);
+  return {found.states, found.parameters, found.inputs};
 }
 
 Outputs sequence(std::string_view cell, const Inputs& in, bool keep_gates, bool keep_cells) {
   const Problem s(cell, in);
   const int32_t dtype = in.x.dtype(), compute = compute_dtype(in.x);
-  const bool save_gates = keep_gates && s.cell.saved > 0, save_cells = keep_cells && s.cell.has_cell_state;
-  Outputs out{Tensor::empty(s.shape(s.out), dtype), Tensor::empty({s.batch, s.out}, dtype),
-              s.cell.has_cell_state ? Tensor::empty({s.batch, s.hidden}, dtype) : none(dtype),
+  const bool has_c = s.cell.has_cell_state(), save_gates = keep_gates && s.cell.saved > 0;
+  const bool save_cells = keep_cells && has_c;
+  Outputs out{Tensor::empty(s.shape(s.out), dtype),
+              Tensor::empty({s.batch, s.out}, dtype),
+              has_c ? Tensor::empty({s.batch, s.hidden}, dtype) : none(dtype),
               save_gates ? Tensor::empty(s.shape(s.cell.saved * s.hidden), dtype) : none(dtype),
-              save_cells ? Tensor::empty(s.shape(s.hidden), compute) : none(compute)};
-  forward(s, in, out.y.writable(), out.h_n.writable(), out.c_n.writable(), out.gates, out.cells);
+              save_cells ? Tensor::empty(s.shape(s.hidden), compute) : none(compute),
+              {},
+              {}};
+  for (size_t k = 0; k < in.more.states.size(); ++k) {
+    out.more_n.push_back(Tensor::empty({s.batch, s.hidden}, dtype));
+    if (save_cells) out.more_cells.push_back(Tensor::empty(s.shape(s.hidden), compute));
+  }
+  Targets states_n, every;
+  states_n.add(out.c_n);
+  states_n.add(out.more_n);
+  every.add(out.cells);
+  every.add(out.more_cells);
+  forward(s, in, out.y.writable(), out.h_n.writable(), states_n, out.gates, save_cells ? &every : nullptr);
   return out;
 }
 
 void sequence_into(std::string_view cell, const Inputs& in, void* y, void* h_n, void* c_n) {
-  forward(Problem(cell, in), in, y, h_n, c_n, {}, {});
+  Targets states_n;
+  states_n.of[0] = c_n;
+  forward(Problem(cell, in), in, y, h_n, states_n, {}, nullptr);
 }
 
 Gradients sequence_backward(std::string_view cell, const Tensor& dy, const Tensor& dh_n, const Tensor& dc_n,
                             const Tensor& dcells, const Inputs& in, const Tensor& y, const Tensor& gates,
-                            const Tensor& cells, const std::array<bool, 8>& needs) {
+                            const Tensor& cells, const std::array<bool, 8>& needs, MoreGradients* given) {
   const Problem s(cell, in);
+  MoreGradients none_given;
+  MoreGradients& more = given ? *given : none_given;
   const int32_t dtype = in.x.dtype(), compute = compute_dtype(in.x);
   check_tensor("y", y, s.shape(s.out), dtype);
   check_tensor("dy", dy, s.shape(s.out), dtype);
   check_tensor("dh_n", dh_n, {s.batch, s.out}, dtype);
-  FUSEDRNN_CHECK(s.cell.has_cell_state || !dc_n, "fusedrnn: dc_n exists only for cells with a cell state");
+  FUSEDRNN_CHECK(s.cell.has_cell_state() || !dc_n, "fusedrnn: dc_n exists only for cells with a cell state");
   check_tensor("dc_n", dc_n, {s.batch, s.hidden}, dtype);
-  FUSEDRNN_CHECK(s.cell.has_cell_state || !dcells, "fusedrnn: dcells exists only for cells with a cell state");
+  FUSEDRNN_CHECK(s.cell.has_cell_state() || !dcells, "fusedrnn: dcells exists only for cells with a cell state");
   check_tensor("dcells", dcells, s.shape(s.hidden), compute);
   if (s.cell.saved) check_tensor("gates (saved by forward)", gates, s.shape(s.cell.saved * s.hidden), dtype);
-  if (s.cell.has_cell_state) check_tensor("cells (saved by forward)", cells, s.shape(s.hidden), compute);
+  if (s.cell.has_cell_state()) check_tensor("cells (saved by forward)", cells, s.shape(s.hidden), compute);
+
+  const size_t after_c = in.more.states.size();
+  FUSEDRNN_CHECK(more.dfinal.size() == after_c && more.devery.size() == after_c && more.every.size() == after_c &&
+                     more.states.size() == after_c && more.parameters.size() == in.more.parameters.size() &&
+                     more.inputs.size() == in.more.inputs.size(),
+                 "fusedrnn: the gradients of ", s.cell.name, "'s states, parameters and inputs must be all there");
+  for (size_t k = 0; k < after_c; ++k) {
+    check_tensor("dfinal_states", more.dfinal[k], {s.batch, s.hidden}, dtype);
+    check_tensor("devery_state", more.devery[k], s.shape(s.hidden), compute);
+    Problem::check_given("every_state (saved by forward)", more.every[k], s.shape(s.hidden), compute);
+  }
 
   const Tensor dgates = Tensor::empty({s.rows, s.cell.accumulators * s.hidden}, dtype);
   Gradients d;
   if (needs[1]) d[1] = Tensor::empty({s.batch, s.out}, dtype);
-  if (needs[2] && s.cell.has_cell_state) d[2] = Tensor::empty({s.batch, s.hidden}, dtype);
+  if (needs[2] && s.cell.has_cell_state()) d[2] = Tensor::empty({s.batch, s.hidden}, dtype);
   Tensor dy_total, h;
   if (in.w_hr) dy_total = Tensor::empty({s.rows, s.out}, dtype), h = Tensor::empty({s.rows, s.hidden}, dtype);
+  const auto wanted = [&](const std::vector<bool>& needs_of, Sizes sizes) {
+    std::vector<Tensor> made;
+    for (const bool need : needs_of) made.push_back(need ? Tensor::empty(sizes, dtype) : Tensor());
+    return made;
+  };
+  more.found.states = wanted(more.states, {s.batch, s.hidden});
+  more.found.inputs = wanted(more.inputs, s.shape(s.hidden));
+  const std::vector<Tensor> dparameters = wanted(more.parameters, {s.rows, s.hidden});
   const Tensor yc = y.contiguous(), h0 = in.h0.contiguous(), resets = in.resets.contiguous();
   if (s.rows > 0) {
-    const Tensor w_hh = in.w_hh.contiguous(), gatesc = gates.contiguous(), cellsc = cells.contiguous();
-    const Tensor dyc = dy.contiguous(), dh_nc = dh_n.contiguous(), dc_nc = dc_n.contiguous();
-    const Tensor c0 = in.c0.contiguous(), w_hr = in.w_hr.contiguous(), dcellsc = dcells.contiguous();
-    kernels().backward({s.shape_of(in.x, resets, in.reverse), dyc.data(), dh_nc.data(), dc_nc.data(), dcellsc.data(),
-                        h0.data(), c0.data(), w_hh.data(), w_hr.data(), yc.data(), gatesc.data(), cellsc.data(),
-                        dgates.writable(), d[1].writable(), d[2].writable(), dy_total.writable(), h.writable()});
+    const Tensor w_hh = in.w_hh.contiguous(), gatesc = gates.contiguous();
+    const Tensor dyc = dy.contiguous(), dh_nc = dh_n.contiguous(), w_hr = in.w_hr.contiguous();
+    const Addresses dstates_n(s.cell.has_cell_state(), dc_n, more.dfinal),
+        devery(s.cell.has_cell_state(), dcells, more.devery), states0(in.c0, in.more.states),
+        every(s.cell.has_cell_state(), cells, more.every), parameters({}, in.more.parameters),
+        inputs({}, in.more.inputs);
+    Targets dstates0, of_parameters, of_inputs;
+    dstates0.add(d[2]);
+    dstates0.add(more.found.states);
+    of_parameters.add(dparameters);
+    of_inputs.add(more.found.inputs);
+    const auto run = s.cell.backward ? s.cell.backward : kernels().backward;
+    run({s.shape_of(in.x, resets, in.reverse),
+         dyc.data(),
+         dh_nc.data(),
+         dstates_n.of,
+         devery.of,
+         h0.data(),
+         states0.of,
+         w_hh.data(),
+         w_hr.data(),
+         yc.data(),
+         gatesc.data(),
+         every.of,
+         parameters.of,
+         inputs.of,
+         dgates.writable(),
+         d[1].writable(),
+         dstates0.of,
+         of_parameters.of,
+         of_inputs.of,
+         dy_total.writable(),
+         h.writable()});
+  }
+  for (const Tensor& t : dparameters) more.found.parameters.push_back(t ? torch_sum_rows(matrix(t)) : none(dtype));
+  for (auto* list : {&more.found.states, &more.found.inputs}) {
+    for (Tensor& t : *list) {
+      if (!t) t = none(dtype);
+    }
   }
 
   const bool same = s.cell.x_acc == s.cell.h_acc;
@@ -398,3 +583,29 @@ Gradients sequence_backward(std::string_view cell, const Tensor& dy, const Tenso
 }
 
 }  // namespace fusedrnn
+
+extern "C" const char* fusedrnn_add_cell(const fusedrnn::OwnCell* cell) {
+  using namespace fusedrnn;
+  if (!cell || cell->version != kOwnCell) return "it was compiled with other headers than this library";
+  if (find_built_in(cell->name)) return "a built-in cell has that name";
+  for (const int64_t count : {cell->states, cell->parameters, cell->inputs}) {
+    if (count > kMostArrays) return "it has more than 16 states, parameters or inputs";
+  }
+  CellEntry entry{cell->name,
+                  {},
+                  cell->gates,
+                  cell->accumulators,
+                  cell->saved,
+                  cell->states,
+                  cell->parameters,
+                  cell->inputs,
+                  cell->projects != 0,
+                  {cell->x_acc, cell->x_acc + cell->gates},
+                  {cell->h_acc, cell->h_acc + cell->gates},
+                  cell->forward,
+                  cell->backward};
+  OwnCells& own = own_cells();
+  const std::lock_guard<std::mutex> lock(own.mutex);
+  own.entries.push_back(std::move(entry));
+  return nullptr;
+}

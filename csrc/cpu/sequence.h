@@ -5,27 +5,48 @@
 #include <array>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 #include "tensor.h"
 
 namespace fusedrnn {
 
+// What some cells have beside h, c and weights: states after c, parameters [H], inputs [T, B, H] or [N, H].
+struct More {
+  std::vector<Tensor> states, parameters, inputs;
+};
+
 // None where there is none; batch_sizes and resets as well.
 struct Inputs {
   Tensor x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, resets;
   bool reverse = false;
+  int64_t heads = 1;
+  More more;
 };
 
 // Of what was not kept, and of a c that there is not, a tensor without elements.
 struct Outputs {
   Tensor y, h_n, c_n, gates, cells;
+  std::vector<Tensor> more_n, more_cells;  // of the states after c
 };
 
 // Of x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr.
 using Gradients = std::array<Tensor, 8>;
 
+// Of what is in Inputs::more: what backward is given (None: zero), what is wanted, and what it answers.
+struct MoreGradients {
+  std::vector<Tensor> dfinal, devery, every;  // of the states after c
+  std::vector<bool> states, parameters, inputs;
+  More found;
+};
+
 // Of a cell: how many gates, and whether there is a c. An unknown name raises.
 FUSEDRNN_API std::pair<int64_t, bool> gates_and_c(std::string_view cell);
+
+struct Counts {
+  int64_t states, parameters, inputs;
+};
+Counts counts_of(std::string_view cell);
 
 FUSEDRNN_API Outputs sequence(std::string_view cell, const Inputs& in, bool keep_gates, bool keep_cells);
 
@@ -35,6 +56,7 @@ FUSEDRNN_API void sequence_into(std::string_view cell, const Inputs& in, void* y
 // dcells: the gradient of every c. y, gates and cells as forward gave them.
 FUSEDRNN_API Gradients sequence_backward(std::string_view cell, const Tensor& dy, const Tensor& dh_n,
                                          const Tensor& dc_n, const Tensor& dcells, const Inputs& in, const Tensor& y,
-                                         const Tensor& gates, const Tensor& cells, const std::array<bool, 8>& needs);
+                                         const Tensor& gates, const Tensor& cells, const std::array<bool, 8>& needs,
+                                         MoreGradients* more = nullptr);
 
 }  // namespace fusedrnn

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedrnn.cells import Cell
+from fusedrnn.cells import Cell, kernels_of
 
 
 class Inputs(NamedTuple):
@@ -20,15 +20,34 @@ class Inputs(NamedTuple):
 
     x: Tensor  # [T, B, I] or [N, I]
     h0: Tensor  # [B, P]
-    c0: Tensor | None  # [B, H]
+    c0: Tensor | None  # [B, H]: the second state
     w_ih: Tensor  # [G*H, I]
-    w_hh: Tensor  # [G*H, P]
+    w_hh: Tensor  # [G*H, P / heads]
     b_ih: Tensor | None  # [G*H]
     b_hh: Tensor | None  # [G*H]
     w_hr: Tensor | None  # [P, H]
     batch_sizes: Tensor | None  # int64 [T], on the CPU
     resets: Tensor | None  # bool [T, B] or [N]
     reverse: bool
+    others: tuple[Tensor, ...] = ()  # [B, H] each: the states after c0
+    parameters: tuple[Tensor, ...] = ()  # [H] each
+    inputs: tuple[Tensor, ...] = ()  # [T, B, H] or [N, H] each
+    heads: int = 1  # W_hh has a block for each
+
+    @property
+    def plain(self) -> tuple:
+        """The fields that every cell has."""
+        return self[:11]
+
+    @property
+    def states0(self) -> tuple[Tensor, ...]:
+        """The states beside h, [B, H] each."""
+        return () if self.c0 is None else (self.c0, *self.others)
+
+    @property
+    def special(self) -> bool:
+        """Whether it takes what only cells of one's own have."""
+        return bool(self.others or self.parameters or self.inputs) or self.heads != 1
 
 
 class Gradients(NamedTuple):
@@ -38,6 +57,8 @@ class Gradients(NamedTuple):
     dh_n: Tensor | None  # [B, P]
     dc_n: Tensor | None  # [B, H]
     dcells: Tensor | None  # [T, B, H] or [N, H], in the accumulation dtype
+    dothers_n: tuple[Tensor | None, ...] = ()  # of the states after c: as dc_n
+    dothers: tuple[Tensor | None, ...] = ()  # as dcells
 
 
 class Saved(NamedTuple):
@@ -46,6 +67,7 @@ class Saved(NamedTuple):
     y: Tensor  # [T, B, P] or [N, P]
     gates: Tensor  # [T, B, S*H] or [N, S*H]
     cells: Tensor  # [T, B, H] or [N, H], in the accumulation dtype
+    others: tuple[Tensor, ...] = ()  # of the states after c: as cells
 
 
 def simulator_folder() -> Path | None:
@@ -75,6 +97,17 @@ def simulator(name: str = ""):
         finally:
             sys.path.remove(str(folder.parent))
     return importlib.import_module(f"ptxsim{name}")
+
+
+def check_kernels(backend: str, cell: Cell, inputs: Inputs) -> None:
+    """Raises where a GPU backend has no kernels for the cell or for what it takes."""
+    if backend not in kernels_of(cell.name):
+        raise RuntimeError(f"backend {backend!r} cannot run: it has no kernels of the cell {cell.name}")
+    if inputs.special:
+        raise RuntimeError(
+            f"backend {backend!r} cannot run: its kernels have one head and cells without parameters, inputs and more "
+            f"than two states, got heads={inputs.heads} and the cell {cell.name}"
+        )
 
 
 def step_rows(x: Tensor, batch_sizes: Tensor | None) -> list[tuple[int, int]]:
@@ -242,10 +275,14 @@ def weight_gradients(
     needs: Sequence[bool],
     dh0: Tensor,
     dc0: Tensor,
+    dothers: Sequence[Tensor] = (),  # of the states after c
+    dparameters: Sequence[Tensor | None] = (),  # [N, H] each, for every row
+    dinputs: Sequence[Tensor | None] = (),
 ) -> tuple[Tensor, ...]:
-    """The eight gradients, in the order of the op, from the gate gradients of the whole sequence.
+    """The eight gradients in the order of the op, from the gate gradients of the whole sequence; then those of the
+    states after c, of the parameters and of the inputs.
 
-    One GEMM each over all rows; an output that is not needed is an empty tensor.
+    One GEMM each over all rows, for W_hh of several heads one a head; an output that is not needed is an empty tensor.
     """
     hidden = dgates.shape[-1] // len(cell.accumulators)
     dgates = rows_of(dgates)
@@ -261,8 +298,21 @@ def weight_gradients(
         wanted(1, lambda: dh0),
         wanted(2, lambda: dc0),
         wanted(3, lambda: product(dgates_x.t(), rows_of(x))),
-        wanted(4, lambda: product(dgates_h.t(), started_from(inputs, y))),
+        wanted(4, lambda: _recurrent_gradient(inputs.heads, hidden, dgates_h, started_from(inputs, y))),
         wanted(5, lambda: dgates_x.sum(0)),
         wanted(6, lambda: dgates_h.sum(0)),
         wanted(7, lambda: product(rows_of(dy_total).t(), h)),
+        *dothers,
+        *(dgates.new_empty(0) if d is None else d.sum(0) for d in dparameters),
+        *(dgates.new_empty(0) if d is None else d.view(*x.shape[:-1], hidden) for d in dinputs),
     )
+
+
+def _recurrent_gradient(heads: int, hidden: int, dgates: Tensor, started: Tensor) -> Tensor:
+    """The gradient of W_hh [G*H, P / heads] from dgates [N, G*H] and what every row started from, [N, P]."""
+    if heads == 1:
+        return product(dgates.t(), started)
+    rows, units = dgates.shape[0], hidden // heads
+    blocks, started = dgates.reshape(rows, -1, heads, units), started.view(rows, heads, units)
+    found = [product(blocks[:, :, k].flatten(1).t(), started[:, k]).view(-1, units, units) for k in range(heads)]
+    return torch.stack(found, 1).view(-1, units)

@@ -30,6 +30,7 @@ from fusedrnn.backends.common import (
     Inputs,
     Saved,
     allow_tf32,
+    check_kernels,
     gate_columns,
     last_rows,
     product,
@@ -362,7 +363,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See the op ``fusedrnn::sequence``."""
     _check(algorithm)
-    x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, resets, reverse = inputs
+    check_kernels("cuda", cell, inputs)
+    x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, resets, reverse = inputs.plain
     batch, out = h0.shape
     hidden = w_hh.shape[0] // len(cell.gates)
     x_rows = rows_of(x)
@@ -444,9 +446,10 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """See the op ``fusedrnn::sequence_backward``."""
     _check(algorithm)
-    x, h0, c0, _, w_hh, _, _, w_hr, batch_sizes, resets, reverse = inputs
-    y, gates, cells = saved
-    dy, dh_n, dc_n, dcells = grads
+    check_kernels("cuda", cell, inputs)
+    x, h0, c0, _, w_hh, _, _, w_hr, batch_sizes, resets, reverse = inputs.plain
+    y, gates, cells = saved[:3]
+    dy, dh_n, dc_n, dcells = grads[:4]
     batch, out = h0.shape
     hidden = w_hh.shape[0] // len(cell.gates)
     count = len(cell.accumulators)

@@ -37,15 +37,31 @@ def input_gates(x: Tensor, w_ih: Tensor, b_ih: Tensor | None) -> Tensor:
     return gates if b_ih is None else gates + b_ih
 
 
-def recurrence(cell: Cell, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
+def recurrent(h: Tensor, w_hh: Tensor, heads: int, backward: bool = False) -> Tensor:
+    """h [rows, P] W_hh^T, [rows, G*H]; ``backward``: the gates' gradients [rows, G*H] W_hh. Heads are apart."""
+    if heads == 1:
+        return product(h, w_hh if backward else w_hh.t())
+    rows, units = h.shape[0], w_hh.shape[1]
+    # [heads, G * units, units]
+    w = w_hh.view(-1, heads, units, units).transpose(0, 1).flatten(1, 2)
+    if backward:
+        d = h.view(rows, -1, heads, units).permute(2, 0, 1, 3).flatten(2)
+        return product(d, w).transpose(0, 1).reshape(rows, heads * units)
+    gates = product(h.view(rows, heads, units).transpose(0, 1), w.transpose(1, 2))
+    return gates.view(heads, rows, -1, units).permute(1, 2, 0, 3).reshape(rows, -1)
+
+
+def recurrence(cell: Cell, inputs: Inputs) -> tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor, tuple[Tensor, ...]]:
     """One direction of one layer, differentiable to any order.
 
-    Returns y, h_n, c_n, saved gates [N, S*H] and cells [N, H] (the last two in rows, None without a c).
+    Returns y, h_n, the other final states, saved gates [N, S*H] (empty without) and every other state, [N, H] each.
     """
-    x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, resets, reverse = inputs
+    x, h0, _, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, resets, reverse = inputs.plain
     dtype, acc_dtype = x.dtype, accumulation_dtype(x.dtype)
-    up = [None if t is None else t.to(acc_dtype) for t in (c0, w_ih, w_hh, b_ih, b_hh, w_hr)]
-    c_start, w_ih, w_hh, b_ih, b_hh, w_hr = up
+    w_ih, w_hh, b_ih, b_hh, w_hr = (None if t is None else t.to(acc_dtype) for t in (w_ih, w_hh, b_ih, b_hh, w_hr))
+    starts = (h0, *(t.to(acc_dtype) for t in inputs.states0))
+    parameters = tuple(t.to(acc_dtype) for t in inputs.parameters)
+    given = [rows_of(t).to(acc_dtype) for t in inputs.inputs]
     hidden = w_hh.shape[0] // len(cell.gates)
     gates_x = input_gates(rows_of(x).to(acc_dtype), w_ih, b_ih)
 
@@ -53,55 +69,57 @@ def recurrence(cell: Cell, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | Non
     cut = None if resets is None else resets.reshape(-1, 1)
     order = range(len(rows) - 1, -1, -1) if reverse else range(len(rows))
     first = rows[order[0]][1]
-    h, c = h0[:first], None if c_start is None else c_start[:first]
-    h_ended: list[Tensor] = []
-    c_ended: list[Tensor] = []
-    ys: list = [None] * len(rows)
-    cs: list = [None] * len(rows)
+    states = [start[:first] for start in starts]
+    ended: list[list[Tensor]] = [[] for _ in starts]
+    every: list[list] = [[None] * len(rows) for _ in starts]
     saves: list = [None] * len(rows)
     for t in order:
         offset, size = rows[t]
-        h = _fit(h, h0, h_ended, size)
-        c = None if c is None else _fit(c, c_start, c_ended, size)
+        at = slice(offset, offset + size)
+        states = [_fit(*of_state, size) for of_state in zip(states, starts, ended)]
         if cut is not None:
-            h = h.masked_fill(cut[offset : offset + size], 0)
-            c = None if c is None else c.masked_fill(cut[offset : offset + size], 0)
-        gx = gates_x[offset : offset + size].split(hidden, 1)
-        gh = product(h.to(acc_dtype), w_hh.t())
+            states = [state.masked_fill(cut[at], 0) for state in states]
+        h = states[0].to(acc_dtype)
+        gx = gates_x[at].split(hidden, 1)
+        gh = recurrent(h, w_hh, inputs.heads)
         gh = (gh if b_hh is None else gh + b_hh).split(hidden, 1)
         acc: list = [None] * len(cell.accumulators)
         for part, slots in ((gx, cell.x_acc), (gh, cell.h_acc)):
             for gate, slot in zip(part, slots, strict=True):
                 acc[slot] = gate if acc[slot] is None else acc[slot] + gate
-        (h, *others), saved = cell.forward(acc, (h.to(acc_dtype), *(() if c is None else (c,))), (), ())
-        c = others[0] if others else None
-        h = (h if w_hr is None else product(h, w_hr.t())).to(dtype)
-        ys[t], cs[t], saves[t] = h, c, torch.cat(saved, 1).to(dtype) if saved else None
-    y = torch.cat(ys).view(*x.shape[:-1], h0.shape[1])
+        (h, *others), saved = cell.forward(acc, (h, *states[1:]), parameters, tuple(i[at] for i in given))
+        states = [(h if w_hr is None else product(h, w_hr.t())).to(dtype), *others]
+        for all_steps, state in zip(every, states):
+            all_steps[t] = state
+        saves[t] = torch.cat(saved, 1).to(dtype) if saved else None
+    y, *every_other = (torch.cat(all_steps) for all_steps in every)
+    h_n, *finals = (_join(*of_state) for of_state in zip(states, ended))
     return (
-        y,
-        _join(h, h_ended),
-        None if c is None else _join(c, c_ended).to(dtype),
+        y.view(*x.shape[:-1], h0.shape[1]),
+        h_n,
+        tuple(t.to(dtype) for t in finals),
         torch.cat(saves) if cell.saved else x.new_empty(0),
-        None if c is None else torch.cat(cs),
+        tuple(every_other),
     )
 
 
-def forward(
-    cell: Cell, inputs: Inputs, algorithm: str, keep_gates: bool, keep_cells: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def forward(cell: Cell, inputs: Inputs, algorithm: str, keep_gates: bool, keep_cells: bool) -> tuple[Tensor, ...]:
     """See the op ``fusedrnn::sequence``."""
-    y, h_n, c_n, gates, cells = recurrence(cell, inputs)
+    y, h_n, finals, gates, every = recurrence(cell, inputs)
     x = inputs.x
     steps = x.shape[:-1]
     keep_gates, keep_cells = keep_gates and bool(cell.saved), keep_cells and cell.has_cell_state
     # The op's outputs may not alias each other or its inputs.
+    finals = [t.clone() for t in finals]
+    every = [t.view(*steps, t.shape[1]) for t in every] if keep_cells else []
     return (
         y,
         h_n.clone(),
-        x.new_empty(0) if c_n is None else c_n.clone(),
+        finals[0] if finals else x.new_empty(0),
         gates.view(*steps, gates.shape[1]) if keep_gates else x.new_empty(0),
-        cells.view(*steps, cells.shape[1]) if keep_cells else x.new_empty(0, dtype=accumulation_dtype(x.dtype)),
+        every[0] if every else x.new_empty(0, dtype=accumulation_dtype(x.dtype)),
+        *finals[1:],
+        *every[1:],
     )
 
 
@@ -109,67 +127,69 @@ def backward(
     cell: Cell, grads: Gradients, inputs: Inputs, saved: Saved, algorithm: str, needs: Sequence[bool]
 ) -> tuple[Tensor, ...]:
     """See the op ``fusedrnn::sequence_backward``."""
-    x, h0, c0, _, w_hh, _, _, w_hr, batch_sizes, resets, reverse = inputs
-    dy, dh_n, dc_n, dcells = grads
+    x, h0, _, _, w_hh, _, _, w_hr, batch_sizes, resets, reverse = inputs.plain
     dtype, acc_dtype = x.dtype, accumulation_dtype(x.dtype)
     hidden = w_hh.shape[0] // len(cell.gates)
     rows = step_rows(x, batch_sizes)
     y_rows = rows_of(saved.y)
     gates = [s.to(acc_dtype) for s in rows_of(saved.gates).split(hidden, 1)] if cell.saved else []
-    h_prev = previous(h0, y_rows, batch_sizes, reverse, resets).to(acc_dtype)
     cut = None if resets is None else resets.reshape(-1, 1)
-    c = c_prev = h = None
-    if cell.has_cell_state:
-        c = rows_of(saved.cells)
-        c_prev = previous(c0, c, batch_sizes, reverse, resets)
-    if w_hr is not None:
-        h = gates[-1] * c.tanh()  # only the LSTM has a projection
-    else:
-        h = y_rows.to(acc_dtype)
+    parameters = tuple(t.to(acc_dtype) for t in inputs.parameters)
+    given = [rows_of(t).to(acc_dtype) for t in inputs.inputs]
+    every = [rows_of(t) for t in ((saved.cells, *saved.others) if cell.has_cell_state else ())]
+    prev = [
+        previous(start, states, batch_sizes, reverse, resets).to(acc_dtype)
+        for start, states in zip((h0, *inputs.states0), (y_rows, *every), strict=True)
+    ]
+    # Only the LSTM has a projection.
+    h = y_rows.to(acc_dtype) if w_hr is None else gates[-1] * every[0].tanh()
+    after = [h, *every]
 
     def zeros_or(t: Tensor | None, like: Tensor) -> Tensor:
         return torch.zeros_like(like, dtype=acc_dtype) if t is None else t.to(acc_dtype)
 
-    dy_rows = zeros_or(None if dy is None else rows_of(dy), y_rows)
-    dh_start = zeros_or(dh_n, h0)
-    dc_start = zeros_or(dc_n, c0) if cell.has_cell_state else None
-    dc_rows = None if dcells is None else rows_of(dcells)
+    starts = [
+        zeros_or(t, like)
+        for t, like in zip((grads.dh_n, grads.dc_n, *grads.dothers_n)[: len(after)], (h0, *inputs.states0), strict=True)
+    ]
+    more = [
+        None if t is None else rows_of(t).to(acc_dtype) for t in (grads.dy, grads.dcells, *grads.dothers)[: len(after)]
+    ]
     w_hh_acc = w_hh.to(acc_dtype)
     w_hr_acc = None if w_hr is None else w_hr.to(acc_dtype)
 
     order = range(len(rows)) if reverse else range(len(rows) - 1, -1, -1)
     first = rows[order[0]][1]
-    dh, dc = dh_start[:first], None if dc_start is None else dc_start[:first]
-    dh_ended: list[Tensor] = []
-    dc_ended: list[Tensor] = []
+    d = [start[:first] for start in starts]
+    ended: list[list[Tensor]] = [[] for _ in starts]
     dgates: list = [None] * len(rows)
     dy_total: list = [None] * len(rows)
+    dgiven: list = [None] * len(rows)
     for t in order:
         offset, size = rows[t]
         at = slice(offset, offset + size)
-        dh = _fit(dh, dh_start, dh_ended, size) + dy_rows[at]
-        dc = None if dc is None else _fit(dc, dc_start, dc_ended, size)
-        if dc_rows is not None:
-            dc = dc + dc_rows[at]
-        dy_total[t] = dh
+        d = [_fit(*of_state, size) for of_state in zip(d, starts, ended)]
+        d = [one if add is None else one + add[at] for one, add in zip(d, more, strict=True)]
+        dy_total[t] = d[0]
         if w_hr_acc is not None:
-            dh = product(dh, w_hr_acc)
-        has_c = dc is not None
-        dacc, (dh, *others), _, _ = cell.backward(
-            (dh, dc) if has_c else (dh,),
+            d[0] = product(d[0], w_hr_acc)
+        dacc, dprev, dparameters, dinputs = cell.backward(
+            tuple(d),
             [s[at] for s in gates],
-            (h[at], c[at]) if has_c else (h[at],),
-            (h_prev[at], c_prev[at]) if has_c else (h_prev[at],),
-            (),
-            (),
+            tuple(state[at] for state in after),
+            tuple(state[at] for state in prev),
+            parameters,
+            tuple(i[at] for i in given),
         )
-        dc = others[0] if has_c else None
         dgates[t] = torch.cat(dacc, 1).to(dtype)
-        through = product(torch.cat([dacc[a] for a in cell.h_acc], 1).to(dtype).to(acc_dtype), w_hh_acc)
-        dh = through if w_hr_acc is not None else dh + through
+        dgiven[t] = [one.to(dtype) for one in (*dparameters, *dinputs)]
+        through = torch.cat([dacc[a] for a in cell.h_acc], 1).to(dtype).to(acc_dtype)
+        through = recurrent(through, w_hh_acc, inputs.heads, backward=True)
+        d = [through if w_hr_acc is not None else dprev[0] + through, *dprev[1:]]
         if cut is not None:
-            dh = dh.masked_fill(cut[at], 0)
-            dc = None if dc is None else dc.masked_fill(cut[at], 0)
+            d = [one.masked_fill(cut[at], 0) for one in d]
+    dh0, *dothers = (_join(*of_state).to(dtype) for of_state in zip(d, ended))
+    dgiven = [torch.cat(steps) for steps in zip(*dgiven)]
     return weight_gradients(
         cell,
         inputs,
@@ -178,6 +198,9 @@ def backward(
         None if w_hr is None else h.to(dtype),
         None if w_hr is None else torch.cat(dy_total).to(dtype),
         needs,
-        _join(dh, dh_ended).to(dtype),
-        dh.new_empty(0) if dc is None else _join(dc, dc_ended).to(dtype),
+        dh0,
+        dothers[0] if dothers else dh0.new_empty(0),
+        dothers[1:],
+        dgiven[: len(parameters)],
+        dgiven[len(parameters) :],
     )

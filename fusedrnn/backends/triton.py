@@ -19,6 +19,7 @@ from fusedrnn.backends.common import (
     Inputs,
     Saved,
     allow_tf32,
+    check_kernels,
     gate_columns,
     last_rows,
     product,
@@ -329,6 +330,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See the op ``fusedrnn::sequence``."""
     _check(inputs.x)
+    check_kernels("triton", cell, inputs)
     x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, *_ = inputs
     batch, hidden = h0.shape[0], w_hh.shape[0] // len(cell.gates)
     how = _plan_of(cell, x, h0, w_hh, w_hr, algorithm, backward=False)
@@ -353,7 +355,7 @@ def _step_forward(cell: Cell, how: Plan, inputs: Inputs, y, h_n, c_n, gates, cel
     from fusedrnn.kernels.cells import KERNELS
     from fusedrnn.kernels.step import step_forward_kernel
 
-    x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, resets, reverse = inputs
+    x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, resets, reverse = inputs.plain
     # tl.split halves a block: a step sums for a power of 2 of accumulators, the last ones perhaps of nothing.
     accumulators = _power_of_2(len(cell.accumulators), 1, 4)
     I, (batch, P), H = x.shape[-1], h0.shape, w_hh.shape[0] // len(cell.gates)
@@ -414,7 +416,7 @@ def _sequence_forward(cell: Cell, how: Plan, inputs: Inputs, y, h_n, c_n, gates,
     from fusedrnn.kernels.cells import KERNELS
     from fusedrnn.kernels.sequence import sequence_forward_kernel
 
-    x, h0, c0, w_ih, w_hh, b_ih, b_hh, _, batch_sizes, resets, reverse = inputs
+    x, h0, c0, w_ih, w_hh, b_ih, b_hh, _, batch_sizes, resets, reverse = inputs.plain
     accumulators = len(cell.accumulators)
     rows = step_rows(x, batch_sizes)
     sizes, offsets = _device_steps(batch_sizes, x.device)
@@ -459,7 +461,8 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """See the op ``fusedrnn::sequence_backward``."""
     _check(inputs.x)
-    x, h0, c0, _, w_hh, _, _, w_hr, batch_sizes, _, reverse = inputs
+    check_kernels("triton", cell, inputs)
+    x, h0, c0, _, w_hh, _, _, w_hr, batch_sizes, _, reverse = inputs.plain
     batch, hidden = h0.shape[0], w_hh.shape[0] // len(cell.gates)
     how = _plan_of(cell, x, h0, w_hh, w_hr, algorithm, backward=True)
     rows = step_rows(x, batch_sizes)
@@ -470,7 +473,7 @@ def backward(
         dc0 = torch.empty_like(c0, memory_format=torch.contiguous_format)
     dy_total = h = None
     given = inputs._replace(h0=_dense(h0), c0=_dense(c0), w_hh=_dense(w_hh), w_hr=_dense(w_hr))
-    grads, kept = Gradients(*map(_dense, grads)), Saved(*map(_dense, saved))
+    grads, kept = Gradients(*map(_dense, grads[:4])), Saved(*map(_dense, saved[:3]))
     if w_hr is not None:
         # Grows into the whole gradient of y: from outside, from h_n, and from the next step.
         shape = (n_rows, h0.shape[1])
@@ -491,9 +494,9 @@ def _step_backward(
     from fusedrnn.kernels.cells import KERNELS
     from fusedrnn.kernels.step import step_backward_kernel
 
-    dy, dh_n, dc_n, dcells = grads
-    _, h0, c0, _, w_hh, _, _, w_hr, batch_sizes, resets, reverse = inputs
-    y, gates, cells = saved
+    dy, dh_n, dc_n, dcells = grads[:4]
+    _, h0, c0, _, w_hh, _, _, w_hr, batch_sizes, resets, reverse = inputs.plain
+    y, gates, cells = saved[:3]
     kernels = KERNELS[cell.name]
     (batch, P), H = h0.shape, w_hh.shape[0] // len(cell.gates)
     acc_dtype = accumulation_dtype(y.dtype)
@@ -570,9 +573,9 @@ def _sequence_backward(
     from fusedrnn.kernels.cells import KERNELS
     from fusedrnn.kernels.sequence import sequence_backward_kernel
 
-    dy, dh_n, dc_n, dcells = grads
-    _, h0, c0, _, w_hh, _, _, _, batch_sizes, resets, reverse = inputs
-    y, gates, cells = saved
+    dy, dh_n, dc_n, dcells = grads[:4]
+    _, h0, c0, _, w_hh, _, _, _, batch_sizes, resets, reverse = inputs.plain
+    y, gates, cells = saved[:3]
     kernels = KERNELS[cell.name]
     sizes, offsets = _device_steps(batch_sizes, y.device)
     args = {
