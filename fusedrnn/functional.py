@@ -49,6 +49,8 @@ def direct(name: str, backend: str | None, algorithm: str | None, *arguments):
     if algorithm is not None or not (backend is None or backend == "cpu"):
         return None
     if _build._small_calls is not None and not torch.is_grad_enabled():
+        if name == "layers" and torch.is_autocast_enabled("cpu"):
+            return _under_autocast(_build._small_calls.layers, *arguments)
         return getattr(_build._small_calls, name)(*arguments)
     if _build._calls is None or _build._calls is _build._small_calls:
         return None
@@ -56,7 +58,36 @@ def direct(name: str, backend: str | None, algorithm: str | None, *arguments):
         *arguments, batch_sizes, resets = arguments
         if batch_sizes is not None or resets is not None:
             return None
+        if torch.is_autocast_enabled("cpu"):
+            return _under_autocast(_build._calls.layers, *arguments)
     return getattr(_build._calls, name)(*arguments)
+
+
+def _under_autocast(call: Callable, cell: str, module: dict, names: Sequence[str], input, h0, c0, *options):
+    """The call "layers" of tensors as autocast wants them, its results as ``layers`` gives them."""
+    weights = module["_parameters"]
+    given = (input, h0, c0, *(None if name in module else weights.get(name) for name in names))
+    if type(input) is not Tensor or input.device.type != "cpu" or _traced():
+        return None
+    for t in given:
+        if t is not None and type(t) is not Tensor and type(t) is not torch.nn.Parameter:
+            return None
+    carried = _carried_dtype(input if h0 is None else h0 if c0 is None else c0)
+    input, h0, c0, *cast = ops.autocast("cpu", *given)
+    module = module | {"_parameters": dict(zip(names, cast))}
+    torch.set_autocast_enabled("cpu", False)
+    try:
+        found = call(cell, module, names, input, h0, c0, *options)
+    finally:
+        torch.set_autocast_enabled("cpu", True)
+    if found is None or carried is None:
+        return found
+    projection = module.get("proj_size")
+    packed = len(options) > 4 and options[4] is not None
+    if cell != "gru" and not (len(found) == 3 and (packed or projection)):
+        return found
+    y, h, *c = found
+    return (y, h, *(t.to(carried) for t in c)) if projection else tuple(t.to(carried) for t in found)
 
 
 class Padding(NamedTuple):

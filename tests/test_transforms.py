@@ -1,5 +1,6 @@
 """torch.compile, torch.func, double backward, opcheck: what the layer above the kernels promises."""
 
+import contextlib
 import io
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import torch
 from problems import INPUTS, Case, make
 from test_recurrence import RUNS, need
+from test_torch_modules import tensors_of
 
 import fusedrnn
 from fusedrnn import _build, ops
@@ -355,6 +357,37 @@ def test_direct_call_gives_way(calls):
     assert module._direct(x, None, None) is None
     with torch.enable_grad():
         assert module(x).grad_fn is not None
+
+
+@pytest.mark.parametrize("state", [None, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name, options", [("LSTM", {}), ("LSTM", {"proj_size": 3}), ("GRU", {}), ("RNN", {})], ids=str)
+def test_direct_call_under_autocast(calls, name, options, state):
+    """To the bit what the way through Python gives, gradients included; once a weight is no parameter, that way."""
+    module = getattr(fusedrnn, name)(4, 6, **options)
+    x, hx = torch.randn(3, 2, 4), None
+    if state is not None:
+        hx = tuple(torch.randn(1, 2, n).to(state) for n in (options.get("proj_size", 6), 6)[: 1 + (name == "LSTM")])
+        hx = hx if len(hx) > 1 else hx[0]
+    packed = torch.nn.utils.rnn.pack_padded_sequence(x, [3, 2])
+    for given, grad in ((x, False), (x, True) if calls == "fusedrnn._direct" else (packed, False)):
+        found = []
+        for way in (contextlib.nullcontext(), fusedrnn.functional.recording(lambda *_: None)):
+            with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16), way:
+                assert (module._direct(given, hx) is None) == bool(found)
+                assert torch.is_autocast_enabled("cpu")
+                found.append(tensors_of(module(given, hx)))
+            if grad:
+                module.zero_grad()
+                sum(t.float().sum() for t in found[-1]).backward()
+                found[-1] += [p.grad for p in module.parameters()]
+        for a, b in zip(*found, strict=True):
+            assert a.dtype == b.dtype
+            assert torch.equal(a, b)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert module._direct(x.as_subclass(type("Tagged", (torch.Tensor,), {})), hx) is None
+        assert module._direct(x.double(), hx) is None
+        torch.nn.utils.parametrizations.weight_norm(module, "weight_hh_l0")
+        assert module._direct(x, hx) is None
 
 
 def test_direct_call_gives_way_to_a_changed_layer(calls):
