@@ -323,7 +323,9 @@ def _compiled(image: str) -> tuple[dict[str, int], str]:
     return found, f"not known: no such kernel was found in {image}"
 
 
-def _registers(z: _Sizes, algorithm: str, backward: bool, capability: tuple[int, int]) -> tuple[int | None, str]:
+def _registers(
+    z: _Sizes, algorithm: str, backward: bool, wide: bool, capability: tuple[int, int]
+) -> tuple[int | None, str]:
     """Of the instance that the launcher takes (csrc/cuda/launcher.cpp); rows are taken to be aligned."""
     image = next(iter(cuda.images(capability)), None)
     if image is None:
@@ -332,7 +334,7 @@ def _registers(z: _Sizes, algorithm: str, backward: bool, capability: tuple[int,
         target = 10 * capability[0] + capability[1]
         return None, f"not known: there is no code for sm_{target}, the driver compiles {image}"
     kernels, why = _compiled(image)
-    kernel = f"{algorithm}_{'backward' if backward else 'forward'}"
+    kernel = f"{algorithm}_{'backward' if backward else 'forward'}{'_wide' if wide else ''}"
     cell = z.cell.name.title().replace("_", "")
     dtype = "tf32" if z.tf32 else str(z.dtype).removeprefix("torch.")
     instance = re.compile(rf"{kernel}_{cell}_{dtype}_(\d+)_(whole|ragged)")
@@ -365,7 +367,7 @@ def _others(plan: Callable[[str], object], algorithms: tuple[str, ...], taken: s
 
 def _cuda(z: _Sizes, backward: bool, algorithm: str, chip: cuda_plan.Chip, peaks: Peaks | None, capability) -> Pass:
     dtype = str(z.dtype).removeprefix("torch.")
-    problem = cuda_plan.Problem(z.cell.name, dtype, z.B, z.H, z.projected, backward, z.tf32)
+    problem = cuda_plan.Problem(z.cell.name, dtype, z.B, z.H, z.projected, backward, z.tf32, z.T)
     plan = functools.partial(cuda_plan.plan, problem, chip)
     chosen = plan(algorithm)
     step = chosen.algorithm == "step"
@@ -383,7 +385,8 @@ def _cuda(z: _Sizes, backward: bool, algorithm: str, chip: cuda_plan.Chip, peaks
     else:
         read, written = _kept_bytes(z, backward, grid[0])
     flops, outside = _matmul_flops(z, backward, inside=step)
-    registers, registers_why = _registers(z, chosen.algorithm, backward, capability)
+    wide = not backward and chosen.units == cuda_plan.WIDE_UNITS
+    registers, registers_why = _registers(z, chosen.algorithm, backward, wide, capability)
     bound, bound_why = _bound(z, backward, flops, outside, grid[0] * grid[1], step, chip, peaks)
     return Pass(
         "cuda", backward, chosen.algorithm, chosen.why,

@@ -371,7 +371,7 @@ def plan(layer: torch.nn.Module, batch: int, *, steps: int | None = None, backwa
     Args:
         layer: a layer or cell of fusedrnn; its first layer and direction are planned, on the device of its parameters.
         batch: the batch size B.
-        steps: the length T; where it is given, what fusedrnn.tune found for it counts.
+        steps: the length T; where it is given, what fusedrnn.tune found for it counts, and that few steps take `step`.
         backward: plan the gradient instead.
 
     Returns:
@@ -425,5 +425,6 @@ def plan(layer: torch.nn.Module, batch: int, *, steps: int | None = None, backwa
         weight.device,
         choice.algorithm,
         backward,
+        steps,
     )
     return replace(choice, algorithm=details.algorithm, why=f"{choice.why}; {details.why}", details=details)

@@ -34,9 +34,9 @@ def test_goals(kernel):
     assert cost["launches"] == 1
     assert cost["blocks"] >= (48 if kernel.backward else 64)
     assert cost["bar_block"] == cost["blocks"], "one block barrier a step, no grid barrier"
-    units = gpu_cost.floor_bytes(kernel, -(-kernel.hidden // (16 if kernel.backward else 8)))
-    assert cost["global_ld_bytes"] <= 1.1 * units[0]
-    assert cost["global_st_bytes"] <= 1.1 * units[1]
+    floor = gpu_cost.floor_bytes(kernel, -(-kernel.hidden // 16))
+    assert cost["global_ld_bytes"] <= 1.1 * floor[0]
+    assert cost["global_st_bytes"] <= 1.1 * floor[1]
 
 
 PERSISTENT = [kernel for kernel in gpu_cost.GOALS if kernel.algorithm == "persistent"]
@@ -68,3 +68,10 @@ def test_weights_are_read_once_a_launch(backward):
         reads += kernel.hidden // 16 * kernel.batch * 4 * kernel.hidden * 2
     # Beside W_hh: the biases, or dh_n, dc_n and the last c.
     assert slices * weights <= reads <= 1.2 * slices * weights
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_small_problem_by_the_model(backward):
+    """Warps that open a barrier themselves had two turns, one of them after their block had ended: a crash."""
+    cost = gpu_cost.by_the_clock(gpu_cost.Kernel("persistent", backward, 2, 32, 0, 0), 200, 250)
+    assert 300 < cost["ns"] < 2000

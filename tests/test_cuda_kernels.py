@@ -94,12 +94,12 @@ def test_slices_taken_in_turn(dtype, poisoned):
 
 
 @simulated
-@pytest.mark.parametrize("hidden, left", [(512, "persistent"), (904, "step")])
-def test_a_refused_launch_gives_way(hidden, left, monkeypatch):
+@pytest.mark.parametrize("hidden, dtype, left", [(512, torch.bfloat16, "persistent"), (904, torch.float32, "step")])
+def test_a_refused_launch_gives_way(hidden, dtype, left, monkeypatch):
     """A process that gets 108 of the 132 multiprocessors that the device says it has: warned of once, then planned
     for; two groups of 64 blocks become one, 113 blocks one launch a step."""
     monkeypatch.setattr(cuda, "_resident", {})
-    given, upstream = draw(2, 16, 3, hidden, torch.bfloat16)
+    given, upstream = draw(3, 16, 3, hidden, dtype)
     with cuda.simulator_options(chip="a100"):
         with pytest.raises(RuntimeError, match=r"launch of persistent_forward failed.*COOPERATIVE_LAUNCH_TOO_LARGE"):
             forward(given, "persistent")
@@ -109,7 +109,7 @@ def test_a_refused_launch_gives_way(hidden, left, monkeypatch):
         again = both(given, upstream, "auto")
     assert all(torch.equal(a, b) for a, b in zip(got, again))
     assert_agree(got, given, upstream, 2e-2)
-    chosen = cuda.plan_for(LSTM, 16, 3, hidden, 0, torch.bfloat16, torch.device(DEVICE), "auto", False)
+    chosen = cuda.plan_for(LSTM, 16, 3, hidden, 0, dtype, torch.device(DEVICE), "auto", False)
     assert chosen.algorithm == left
     assert "h100-sxm, of which this process gets a part, has" in chosen.why or left == "persistent"
 
@@ -234,19 +234,38 @@ def test_a_persistent_plan_is_resident_and_covers_the_batch(hidden, batch, backw
     assert chosen.algorithm == "persistent"
     blocks, groups = chosen.grid
     assert blocks * groups <= H100.multiprocessors
-    assert blocks * (16 if backward else 8) >= hidden
-    assert 1 <= chosen.slice_rows <= (32 if backward else 64)
+    assert chosen.units in ((16,) if backward else (8, 16))
+    assert blocks * chosen.units >= hidden
+    assert 1 <= chosen.slice_rows <= (32 if chosen.units == 16 else 64)
     assert chosen.shared_bytes <= H100.shared_per_block
     assert groups <= -(-batch // chosen.slice_rows)
     if hidden >= 512 and batch >= 16:
         assert blocks * groups >= (48 if backward else 64)
 
 
+def test_few_steps_take_step():
+    assert [plan(problem(steps=steps), H100).algorithm for steps in (1, 2, 3, None)] == [
+        *("step", "step", "persistent", "persistent")
+    ]
+    assert plan(problem(steps=1), H100, "persistent").algorithm == "persistent"
+    assert "for T = 1" in plan(problem(steps=1), H100).why
+
+
+@pytest.mark.parametrize("dtype, widest", [("bfloat16", 1024), ("float16", 1024), ("float32", 0)])
+def test_blocks_of_16_units_where_they_keep_as_much_of_the_chip_at_work(dtype, widest):
+    for hidden, batch, units in (
+        *((768, 8, 8), (768, 16, 16), (768, 64, 16), (1024, 64, 16), (129, 64, 8), (128, 1, 8), (512, 128, 16)),
+    ):
+        assert plan(problem(hidden=hidden, batch=batch, dtype=dtype), H100).units == (units if hidden <= widest else 8)
+    # What 8 units a block would not fit.
+    assert plan(problem(hidden=1024, dtype=dtype), A100).algorithm == ("persistent" if widest else "step")
+
+
 @pytest.mark.parametrize(
     "changes, chip, words",
     [
         ({"hidden": 1032}, H100, "fits up to H = 1024"),
-        ({"hidden": 1024}, A100, "128 blocks must be resident"),
+        ({"hidden": 1024, "dtype": "float32"}, A100, "128 blocks must be resident"),
         ({"dtype": "float64"}, H100, "float64"),
         ({"projected": True}, H100, "projection"),
         ({"batch": 10_000}, H100, "rounds"),
@@ -277,7 +296,7 @@ def test_chips_are_those_of_the_simulator():
 # Planted bugs: each edit of the source must make the check below fail.
 
 PLANTED = {
-    "a removed __syncthreads": ("persistent_forward.cu", "      __syncthreads();\n", ""),
+    "a removed __syncthreads": ("persistent_forward.cuh", "      __syncthreads();\n", ""),
     "a mailbox read that does not wait": (
         "persistent.cuh",
         "return f.recurrent && any[0] ==",
@@ -288,16 +307,16 @@ PLANTED = {
         "any[i] = mailbox::newest(f.p[i]);",
         "any[i] = m > 1 && i == m - 1 ? 0 : mailbox::newest(f.p[i]);",
     ),
-    "a cp.async group too few waited for": ("persistent_forward.cu", "await_groups<1>();", "await_groups<2>();"),
+    "a cp.async group too few waited for": ("persistent_forward.cuh", "await_groups<1>();", "await_groups<2>();"),
     "a weak load of h": ("mailbox.cuh", "ld.relaxed.gpu.global", "ld.global"),
     "a sentinel that a NaN input makes": ("mailbox.cuh", "kSentinel = 0xFFFFFFFFu", "kSentinel = 0x7FFF7FFFu"),
     "an off-by-one tile edge": (
-        "persistent_forward.cu",
+        "persistent_forward.cuh",
         "tile < now.rows; tile += 8 * kTiles",
         "tile < now.rows - 1; tile += 8 * kTiles",
     ),
     "an unwritten output": (
-        "persistent_forward.cu",
+        "persistent_forward.cuh",
         "static_cast<Scalar*>(p.c_n)[",
         "if (row > 0) static_cast<Scalar*>(p.c_n)[",
     ),
@@ -309,10 +328,10 @@ def build(folder, edit=None):
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     cuda_folder = folder / "csrc" / "cuda"
     path = cuda_folder / "instances.h"
-    instances = r"(#define FUSEDRNN_PERSISTENT_FORWARD_OF\(Cell, gates, X\)).*?float16\)\n"
+    instances = r"(#define FUSEDRNN_PERSISTENT_FORWARD(?:_WIDE)?_OF\(Cell, gates, X\)).*?float16\)\n"
     fewer = r"\1 FUSEDRNN_SIZES_2(X, 1, 4, Cell, bfloat16)\n"
     text, count = re.subn(instances, fewer, path.read_text(), flags=re.DOTALL)
-    assert count == 1
+    assert count == 2
     path.write_text(text)
     if edit:
         name, old, new = edit
@@ -320,16 +339,17 @@ def build(folder, edit=None):
         source = target.read_text()
         assert old in source, "the planted bug has lost its place"
         target.write_text(source.replace(old, new, 1))
-    return cuda._simulate(cuda_folder, ["persistent_forward"])
+    return cuda._simulate(cuda_folder, ["persistent_forward", "persistent_forward_wide"])
 
 
-def check_persistent(patch, sentinel=-1, hidden=40):
+def check_persistent(patch, sentinel=-1, hidden=40, units=8):
     """A small persistent run under all seeds, with a NaN row: raises if anything is off."""
+    assert plan(problem(hidden=hidden, batch=17), Chip("small", -(-hidden // units), 232_448)).units == units
     patch.setattr(cuda, "_POLL_LIMIT_SIMULATED", 200)
     patch.setattr(
         cuda, "_mailbox", lambda like, *shape: like.new_empty(shape).view(torch.int16).fill_(sentinel).view(like.dtype)
     )
-    patch.setattr(cuda, "chip", lambda device: Chip("small", -(-hidden // 8), 232_448))
+    patch.setattr(cuda, "chip", lambda device: Chip("small", -(-hidden // units), 232_448))
     given, _ = draw(4, 17, 5, hidden, torch.bfloat16)  # one slice: three tiles, the last of one row
     given[0][1, 2, 0] = float("nan")
     keep = [b for b in range(17) if b != 2]
@@ -350,19 +370,19 @@ def test_planted_bugs_are_caught(bug, tmp_path, monkeypatch, poisoned):
     monkeypatch.setattr(cuda, "_kernels", lambda device: kernels)
     sentinel = 0x7FFF if "sentinel" in bug else -1
     if bug == "none":
-        check_persistent(monkeypatch)
-        check_persistent(monkeypatch, hidden=1024)
+        for hidden, units in ((40, 8), (1016, 8), (40, 16), (1024, 16)):
+            check_persistent(monkeypatch, hidden=hidden, units=units)
     else:
         with pytest.raises((AssertionError, RuntimeError)):
             # Rows of that many units take several packets a lane.
-            check_persistent(monkeypatch, sentinel, 1024 if "forgets" in bug else 40)
+            check_persistent(monkeypatch, sentinel, 1016 if "forgets" in bug else 40)
 
 
 @simulated
 @pytest.mark.slow
 def test_a_lost_packet_ends_the_launch_and_says_where(tmp_path, monkeypatch):
     edit = (
-        "persistent_forward.cu",
+        "persistent_forward.cuh",
         "if (row < now.rows && sends) {",
         "if (row < now.rows && sends && blockIdx.x != 1) {",
     )

@@ -118,7 +118,7 @@ class Notes:
         self.driver.get_memory.restype = ctypes.c_void_p
         self.driver.set(capability, version, refuses)
         self.driver.set_current(0)
-        for file in ("step_forward", "step_linear", "persistent_forward"):
+        for file in ("step_forward", "step_linear", "persistent_forward", "persistent_forward_wide"):
             for image in images:
                 (folder / f"{file}.{image}").write_text(f"{file} {image}")
         self.kernels = cuda._Kernels(built[1], str(built[0]), folder)
@@ -141,12 +141,18 @@ def test_a_step_is_a_launch_on_the_stream(built, tmp_path):
     n = Notes(built, tmp_path, ["sm_90.cubin", "compute_80.ptx"])
     n.driver.set_current(1)
     assert n.step(steps=2, batch=20, hidden=40, w_hr=16) == 0, n.error()
-    project = "launch 1 step_linear_float16_4_whole 3 1 256 on 7"
-    step = "launch 1 step_forward_Lstm_float16_4_whole 5 1 256 on 7"
+    project = "launch 1 step_linear_float16_4_whole 1 3 256 on 7"
+    step = "launch 1 step_forward_Lstm_float16_4_whole 1 5 256 on 7"
     capture = ["capture mode 2", "load step_forward sm_90.cubin", "capture mode 0"]
     linear = [c.replace("step_forward", "step_linear") for c in capture]
     assert n.notes() == [*capture, step, *linear, project, step, project]
     assert n.driver.get_current() == 1
+
+
+def test_a_step_of_any_number_of_rows(built, tmp_path):
+    n = Notes(built, tmp_path, ["sm_90.cubin"])
+    assert n.step(batch=3_000_000) == 0, n.error()
+    assert n.notes()[-1].split()[3:5] == ["93750", "2"]
 
 
 def test_the_instance_fits_the_call(built, tmp_path):
@@ -161,17 +167,21 @@ def test_the_instance_fits_the_call(built, tmp_path):
     ):
         assert n.step(**given) == 0, n.error()
         assert n.notes()[-1].split()[2] == f"step_forward_Lstm_{name}"
-    for cell, hidden, name in (
-        (0, 256, "Lstm_bfloat16_1_whole"),
-        (1, 255, "Gru_bfloat16_1_ragged"),
-        (2, 264, "RnnTanh_bfloat16_2_ragged"),
-        (3, 1024, "RnnRelu_bfloat16_4_whole"),
+    for cell, hidden, units, name in (
+        (0, 256, 8, "Lstm_bfloat16_1_whole"),
+        (1, 255, 8, "Gru_bfloat16_1_ragged"),
+        (1, 255, 16, "wide_Gru_bfloat16_1_ragged"),
+        (2, 264, 8, "RnnTanh_bfloat16_2_ragged"),
+        (3, 1024, 16, "wide_RnnRelu_bfloat16_4_whole"),
+        (3, 1024, 8, "RnnRelu_bfloat16_4_whole"),
     ):
-        params = cuda._Forward(cell=cell, dtype=3, steps=1, batch=4, hidden=hidden, out=hidden, slice_rows=4, groups=2)
+        params = cuda._Forward(
+            cell=cell, dtype=3, steps=1, batch=4, hidden=hidden, out=hidden, slice_rows=4, groups=2, units=units
+        )
         call = functools.partial(n.dll.fusedrnn_persistent_forward, n.kernels._handle, ctypes.byref(params))
         assert call(0, None) == 0, n.error()
         assert n.notes()[-2] == "cooperative"
-        assert n.notes()[-1] == f"launch 1 persistent_forward_{name} {-(-hidden // 8)} 2 256 on 0"
+        assert n.notes()[-1] == f"launch 1 persistent_forward_{name} {-(-hidden // units)} 2 256 on 0"
     params.hidden = 1025
     assert call(0, None) == 999
     assert n.error() == "persistent_forward has no kernel for H = 1025"
@@ -184,7 +194,9 @@ def test_the_instance_fits_the_call(built, tmp_path):
 
 
 def persistent(n, rows, cell=0, hidden=256):
-    params = cuda._Forward(cell=cell, dtype=3, steps=1, batch=64, hidden=hidden, out=hidden, slice_rows=rows, groups=1)
+    params = cuda._Forward(
+        cell=cell, dtype=3, steps=1, batch=64, hidden=hidden, out=hidden, slice_rows=rows, groups=1, units=8
+    )
     return n.dll.fusedrnn_persistent_forward(n.kernels._handle, ctypes.byref(params), 0, None)
 
 

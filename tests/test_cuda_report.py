@@ -56,6 +56,7 @@ COUNTS = {
     "step_backward": 80,
     "step_linear": 20,
     "persistent_forward": 128,
+    "persistent_forward_wide": 80,
     "persistent_backward": 94,
 }
 ALL = [case for name in COUNTS for case in slow_unless_simulated(name)]
@@ -93,7 +94,7 @@ def test_instructions(compiled, name, arch):
 
 
 # The step loop of persistent, of LSTM in bfloat16 with H = 768 and 1024: chunks of a row of weights.
-CHUNKS = {"persistent_forward": (3, 4), "persistent_backward": (12, 16)}
+CHUNKS = {"persistent_forward": (3, 4), "persistent_forward_wide": (3, 4), "persistent_backward": (12, 16)}
 
 
 def step_loops(folder, name, arch, edit=None):
@@ -112,9 +113,10 @@ def step_loops(folder, name, arch, edit=None):
     instances.write_text(text)
     source = sources / f"{name}.cu"
     if edit:
+        changed = source if "backward" in name else sources / "persistent_forward.cuh"
         old, new = edit
-        assert old in source.read_text(), "the planted bug has lost its place"
-        source.write_text(source.read_text().replace(old, new, 1))
+        assert old in changed.read_text(), "the planted bug has lost its place"
+        changed.write_text(changed.read_text().replace(old, new, 1))
     cubin = folder / "kernel.cubin"
     command = [build.nvcc(), "-std=c++20", "-O3", f"-arch=sm_{arch}", "-cubin", str(source), "-o", str(cubin)]
     subprocess.run(command, check=True, capture_output=True)
@@ -127,14 +129,20 @@ def step_loops(folder, name, arch, edit=None):
 def test_a_step_waits_for_packets_alone_and_asks_for_all_at_once(name, arch, tmp_path):
     for chunks, code in step_loops(tmp_path, name, arch).items():
         assert sass.waits_for_plain_loads(code) == []
-        # One packet is polled. The others of two tiles of rows (backward: of one, or half of 16) follow in one flight.
-        flight = 2 * chunks - 1 if name == "persistent_forward" else min(chunks, 8 if chunks > 12 else 12) - 1
+        # One packet is polled. The others of two tiles of rows (wide with 4 chunks: of one; backward: of one, or half of
+        # 16) follow in one flight.
+        flight = 2 * chunks - 1
+        if name == "persistent_backward":
+            flight = min(chunks, 8 if chunks > 12 else 12) - 1
+        elif name == "persistent_forward_wide" and chunks == 4:
+            flight = chunks - 1
         assert sass.flights(code)[:2] == [1, flight], chunks
         assert any("LDGSTS" in one.text for one in code)
 
 
 LATE_LOADS = {
     "persistent_forward": "        inbox.first(flights[0], p, t - direction);\n",
+    "persistent_forward_wide": "        inbox.first(flights[0], p, t - direction);\n",
     "persistent_backward": "        inbox.first(flight, p, t - direction);\n",
 }
 

@@ -111,7 +111,7 @@ def test_bound_by_arithmetic():
     """T steps of h W_hh^T on the multiprocessors that have a block, and x W_ih^T on all of them."""
     found = one("cuda", steps=100, batch=16, input_size=768, hidden_size=768, dtype=BF16)
     product = 2 * 16 * 4 * 768 * 768
-    assert found.grid == (96, 1)
+    assert found.grid == (48, 2)
     assert found.bound_us == pytest.approx(100 * product * (132 / 96 + 1) / 989.5e12 * 1e6)
     assert found.bound_why == "16-bit products on 96 of 132 multiprocessors"
     tf32 = one("cuda", steps=100, batch=16, input_size=768, hidden_size=768, tf32=True)
@@ -141,11 +141,12 @@ def test_inference_saves_nothing():
 
 def test_registers_are_those_of_the_instance_that_is_launched(monkeypatch):
     kernels = {
-        "sm_80.cubin": {"persistent_forward_Lstm_bfloat16_3_whole": 1},
+        "sm_80.cubin": {"persistent_forward_wide_Lstm_bfloat16_3_whole": 1},
         "sm_90.cubin": {
-            "persistent_forward_Lstm_bfloat16_3_whole": 2,
-            "persistent_forward_Lstm_bfloat16_4_whole": 3,
-            "persistent_forward_Lstm_bfloat16_4_ragged": 4,
+            "persistent_forward_wide_Lstm_bfloat16_3_whole": 2,
+            "persistent_forward_wide_Lstm_bfloat16_4_whole": 3,
+            "persistent_forward_wide_Lstm_bfloat16_4_ragged": 4,
+            "persistent_forward_Lstm_bfloat16_3_whole": 8,
             "persistent_backward_RnnTanh_tf32_4_whole": 5,
             "step_forward_Gru_float64_1_whole": 6,
             "step_forward_Lstm_float64_1_ragged": 7,
@@ -159,6 +160,7 @@ def test_registers_are_those_of_the_instance_that_is_launched(monkeypatch):
         return one("cuda", *args, **sizes).registers
 
     assert registers(hidden_size=768, dtype=BF16) == 2
+    assert registers(batch=8, hidden_size=768, dtype=BF16) == 8
     assert registers(hidden_size=1024, dtype=BF16) == 3
     assert registers(hidden_size=1000, dtype=BF16) == 4
     assert registers(hidden_size=768, dtype=BF16, chip="a100") == 1
@@ -176,11 +178,11 @@ def test_registers_are_those_of_the_instance_that_is_launched(monkeypatch):
 def test_registers_of_compiled_code(tmp_path, monkeypatch):
     if "cuda" not in planning.machine().on_cpu:
         pytest.skip("no simulator, whose machine code is read: the registers that explain reads are not checked")
-    ptx = (cuda._simulated().folder / "persistent_forward.compute_80.ptx").read_text()
+    ptx = (cuda._simulated().folder / "persistent_forward_wide.compute_80.ptx").read_text()
     assembled = build.assemble(ptx, 90)
     if assembled is None or explain._cuobjdump() is None:
         pytest.skip("no ptxas or no cuobjdump: the registers that explain reads are not checked")
-    (tmp_path / "persistent_forward.sm_90.cubin").symlink_to(assembled[1])
+    (tmp_path / "persistent_forward_wide.sm_90.cubin").symlink_to(assembled[1])
     monkeypatch.setattr(cuda, "DEVICE_CODE", tmp_path)
     monkeypatch.setattr(cuda, "images", lambda capability: ["sm_90.cubin"])
     monkeypatch.setattr(explain, "_compiled", functools.cache(explain._compiled.__wrapped__))
@@ -305,13 +307,13 @@ def test_command(capsys):
     assert main(arguments) == 0
     text = capsys.readouterr().out
     assert text.startswith("gru, T 1024, B 16, I 100, H 768, bfloat16, training, on h100-sxm (from its data sheet)\n")
-    assert "1 launch of 96 x 1 blocks of 256 threads" in text
+    assert "1 launch of 48 x 2 blocks of 256 threads" in text
     assert "1024 launches of" in text
     assert explain.BOUND in text
     assert "measurement" in explain.BOUND
     assert main([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["sequences"][0]["passes"][0]["grid"] == [96, 1]
+    assert found["sequences"][0]["passes"][0]["grid"] == [48, 2]
     assert main(["explain", "--device", "cpu"]) == 0
     text = capsys.readouterr().out
     assert "no bound" in text

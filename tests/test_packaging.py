@@ -130,7 +130,10 @@ def test_cuda_kernels_are_built(checkout):
     library = ctypes.CDLL(str(checkout / "fusedrnn" / "libfusedrnn_cuda.so"))
     assert library.fusedrnn_step_forward
     assert library.fusedrnn_persistent_backward
-    names = ("persistent_backward", "persistent_forward", "step_backward", "step_forward", "step_linear")
+    names = (
+        *("persistent_backward", "persistent_forward", "persistent_forward_wide"),
+        *("step_backward", "step_forward", "step_linear"),
+    )
     assert sorted(p.name for p in (checkout / "fusedrnn" / "device").iterdir()) == [f"{n}.sm_80.cubin" for n in names]
 
 

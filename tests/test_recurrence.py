@@ -10,7 +10,7 @@ import torch
 from problems import CASES, INPUTS, Case, assert_close, at_own_kinks, call, make, models, run, widened
 
 from fusedrnn import _build, planning
-from fusedrnn.backends import common
+from fusedrnn.backends import common, cuda_plan
 from fusedrnn.backends.triton import SEQUENCE_MAX_HIDDEN, math_of
 from fusedrnn.cells import CELLS
 from fusedrnn.planning import Problem
@@ -98,6 +98,26 @@ def test_every_cell_agrees_with_float64(cell, backend, algorithm, math, case, po
     check_against_float64(cell, backend, algorithm, math, case, monkeypatch)
 
 
+@pytest.fixture
+def wide_blocks(monkeypatch):
+    """Persistent forward takes 16 units a block, which planning does for larger problems only."""
+    units = lambda problem: cuda_plan.BACKWARD_UNITS if problem.backward else cuda_plan.WIDE_UNITS
+    monkeypatch.setattr(cuda_plan, "_persistent", lambda p, chip: cuda_plan._with_units(p, chip, units(p)))
+
+
+def wide_cases():
+    for cell, case in itertools.product(CELLS, CASES):
+        if not case.proj and (cell == "lstm" or case in OTHER_CASES):
+            marks = [pytest.mark.slow] if cell.startswith("rnn") else []
+            yield pytest.param(cell, case, marks=marks, id=f"{cell}-{case}")
+
+
+@pytest.mark.parametrize("math", ["tf32", "bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cell, case", [*wide_cases()])
+def test_wide_blocks_agree_with_float64(cell, math, case, poisoned, monkeypatch, wide_blocks):
+    check_against_float64(cell, "cuda", "persistent", math, case, monkeypatch)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(GPU_DEVICE == "cuda", reason="a GPU's schedule cannot be chosen: the order of blocks is not varied")
 @pytest.mark.parametrize(
@@ -106,6 +126,18 @@ def test_every_cell_agrees_with_float64(cell, backend, algorithm, math, case, po
     ids=str,
 )
 def test_every_schedule_gives_the_same_bits(backend, algorithm, math, case, monkeypatch):
+    check_schedules(backend, algorithm, math, case, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(GPU_DEVICE == "cuda", reason="a GPU's schedule cannot be chosen: the order of blocks is not varied")
+@pytest.mark.parametrize("math", ["tf32", "bfloat16"])
+@pytest.mark.parametrize("case", [case for case in CASES if not case.proj], ids=str)
+def test_every_schedule_of_wide_blocks_gives_the_same_bits(math, case, monkeypatch, wide_blocks):
+    check_schedules("cuda", "persistent", math, case, monkeypatch)
+
+
+def check_schedules(backend, algorithm, math, case, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", math == "tf32")
     need(backend)
     given = make(case, MATHS[math])

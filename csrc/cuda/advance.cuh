@@ -44,32 +44,33 @@ constexpr bool kHasCellState = Cell::kStates > 1;
 // Partial sums of a forward block in shared memory: [row][warp][unit], all accumulators of a (row, unit) side
 // by side. Units are permuted by row so that neither the stores nor the loads of a quarter warp meet in a
 // bank.
-template <typename Cell, typename Accumulator>
+template <typename Cell, typename Accumulator, int kUnits = kForwardUnits>
 struct ForwardSums {
   using Sum = Pack<Accumulator, 2 * kMTiles<Cell>>;
-  static constexpr int kBytesPerRow = forward_bytes_per_row(Cell::kAccumulators, sizeof(Accumulator));
-  static_assert(kBytesPerRow == kWarps * kForwardUnits * int(sizeof(Sum)));
+  static constexpr int kBytesPerRow = forward_bytes_per_row(Cell::kAccumulators, sizeof(Accumulator), kUnits);
+  static_assert(kBytesPerRow == kWarps * kUnits * int(sizeof(Sum)));
 
   __device__ static __forceinline__ int place(int row, int warp, int unit) {
-    return (row * kWarps + warp) * kForwardUnits + (unit ^ (row & 6));
+    return (row * kWarps + warp) * kUnits + (unit ^ (row & 6));
   }
 
-  // Where a lane's sums of tile 0 go; row + 1 is kWarps * kForwardUnits on, the next tile 8 times as far.
+  // Where a lane's sums of tile 0 go; row + 1 is kWarps * kUnits on, the next tile 8 times as far.
   __device__ static __forceinline__ int lane_place() {
     const int lane = threadIdx.x & 31;
     return place(2 * (lane & 3), threadIdx.x >> 5, lane >> 2);
   }
 
-  __device__ static __forceinline__ void store(Sum* at, const Accumulator (&acc)[kMTiles<Cell>][4]) {
+  __device__ static __forceinline__ void store(Sum* at, const Accumulator (&acc)[kUnits / 8 * kMTiles<Cell>][4]) {
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
+    for (int i = 0; i < kUnits / 4; ++i) {
+      const int j = i % 2, e = i / 2;  // row; eight of units
       Sum sum;
 #pragma unroll
       for (int m = 0; m < kMTiles<Cell>; ++m) {
-        sum.v[2 * m] = acc[m][j];
-        sum.v[2 * m + 1] = acc[m][2 + j];
+        sum.v[2 * m] = acc[e * kMTiles<Cell> + m][j];
+        sum.v[2 * m + 1] = acc[e * kMTiles<Cell> + m][2 + j];
       }
-      at[j * kWarps * kForwardUnits] = sum;
+      at[j * kWarps * kUnits + 8 * e] = sum;
     }
   }
 
@@ -80,7 +81,7 @@ struct ForwardSums {
     for (int first = 0; first < kWarps; first += kAtOnce) {
       Sum sums[kAtOnce];
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) sums[i] = at[(first + i) * kForwardUnits];
+      for (int i = 0; i < kAtOnce; ++i) sums[i] = at[(first + i) * kUnits];
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i)
 #pragma unroll
@@ -91,7 +92,7 @@ struct ForwardSums {
   // For a row that starts from zeros: the thread that will add up forgets the sums.
   __device__ static __forceinline__ void clear(Sum* at) {
 #pragma unroll 1
-    for (int warp = 0; warp < kWarps; ++warp) at[warp * kForwardUnits] = Sum{};
+    for (int warp = 0; warp < kWarps; ++warp) at[warp * kUnits] = Sum{};
   }
 };
 
@@ -139,12 +140,12 @@ struct BackwardSums {
 
 // One unit of one row, one step on: the sums of all warps, then the cell. acc holds what the sums start from:
 // biases and the hoisted input part.
-template <typename Cell, typename Accumulator>
-__device__ __forceinline__ void advance(const typename ForwardSums<Cell, Accumulator>::Sum* at, Accumulator* acc,
-                                        Accumulator h_prev, Accumulator c_prev, Accumulator& h, Accumulator& c,
-                                        Accumulator* saved) {
+template <typename Cell, typename Accumulator, int kUnits = kForwardUnits>
+__device__ __forceinline__ void advance(const typename ForwardSums<Cell, Accumulator, kUnits>::Sum* at,
+                                        Accumulator* acc, Accumulator h_prev, Accumulator c_prev, Accumulator& h,
+                                        Accumulator& c, Accumulator* saved) {
   static_assert(Cell::kStates <= 2 && Cell::kParameters == 0 && Cell::kInputs == 0, "not in these kernels yet");
-  ForwardSums<Cell, Accumulator>::add_up(at, acc);
+  ForwardSums<Cell, Accumulator, kUnits>::add_up(at, acc);
   const Accumulator prev[2] = {h_prev, c_prev};
   Accumulator next[2];
   Cell::template forward<Accumulator>(acc, prev, nullptr, nullptr, next, saved);

@@ -45,6 +45,13 @@
   FUSEDRNN_SIZES_4(X, 1, 2, 3, 4, Cell, float16)
 #define FUSEDRNN_PERSISTENT_FORWARD(X) FUSEDRNN_EACH_CELL(FUSEDRNN_PERSISTENT_FORWARD_OF, X)
 
+// Twice the weights a block: up to H = 1024 in 16 bits, 512 in tf32.
+#define FUSEDRNN_PERSISTENT_FORWARD_WIDE_OF(Cell, gates, X) \
+  FUSEDRNN_SIZES_2(X, 2, 4, Cell, tf32)                     \
+  FUSEDRNN_SIZES_4(X, 1, 2, 3, 4, Cell, bfloat16)           \
+  FUSEDRNN_SIZES_4(X, 1, 2, 3, 4, Cell, float16)
+#define FUSEDRNN_PERSISTENT_FORWARD_WIDE(X) FUSEDRNN_EACH_CELL(FUSEDRNN_PERSISTENT_FORWARD_WIDE_OF, X)
+
 // By the number of gates: four chunks a gate, at least 8, at most what the registers hold; 3 gates end with a chunk
 // where 4 would not.
 #define FUSEDRNN_PERSISTENT_BACKWARD_1(Cell, X) \

@@ -107,12 +107,21 @@ struct File {
   const char* name;
   std::vector<Instance> instances;
 };
-enum { kStepForward, kStepBackward, kStepLinear, kPersistentForward, kPersistentBackward, kFileCount };
+enum {
+  kStepForward,
+  kStepBackward,
+  kStepLinear,
+  kPersistentForward,
+  kPersistentForwardWide,
+  kPersistentBackward,
+  kFileCount
+};
 #define FUSEDRNN_OF(file, Cell, dtype, size, rows) \
   {k##Cell##Cell, dtype, size, rows, file "_" #Cell "_" #dtype "_" #size "_" #rows},
 #define FUSEDRNN_IN_STEP_FORWARD(...) FUSEDRNN_OF("step_forward", __VA_ARGS__)
 #define FUSEDRNN_IN_STEP_BACKWARD(...) FUSEDRNN_OF("step_backward", __VA_ARGS__)
 #define FUSEDRNN_IN_PERSISTENT_FORWARD(...) FUSEDRNN_OF("persistent_forward", __VA_ARGS__)
+#define FUSEDRNN_IN_PERSISTENT_FORWARD_WIDE(...) FUSEDRNN_OF("persistent_forward_wide", __VA_ARGS__)
 #define FUSEDRNN_IN_PERSISTENT_BACKWARD(...) FUSEDRNN_OF("persistent_backward", __VA_ARGS__)
 #define FUSEDRNN_IN_STEP_LINEAR(dtype, size, rows) {0, dtype, size, rows, "step_linear_" #dtype "_" #size "_" #rows},
 const File kFiles[kFileCount] = {
@@ -120,6 +129,7 @@ const File kFiles[kFileCount] = {
     {"step_backward", {FUSEDRNN_STEP_BACKWARD(FUSEDRNN_IN_STEP_BACKWARD)}},
     {"step_linear", {FUSEDRNN_STEP_LINEAR(FUSEDRNN_IN_STEP_LINEAR)}},
     {"persistent_forward", {FUSEDRNN_PERSISTENT_FORWARD(FUSEDRNN_IN_PERSISTENT_FORWARD)}},
+    {"persistent_forward_wide", {FUSEDRNN_PERSISTENT_FORWARD_WIDE(FUSEDRNN_IN_PERSISTENT_FORWARD_WIDE)}},
     {"persistent_backward", {FUSEDRNN_PERSISTENT_BACKWARD(FUSEDRNN_IN_PERSISTENT_BACKWARD)}},
 };
 
@@ -373,7 +383,8 @@ int pick_step(int file, int cell, int dtype, int rows, bool is_whole) {
 void launch_step(Queue& queue, int file, int instance, int64_t columns, int units, int rows, int shared_of_tile,
                  int shared, void* argument) {
   const int tiles = kFiles[file].instances[instance].size;
-  queue.launch(file, instance, blocks(columns, units), blocks(rows, tiles * 8), tiles * shared_of_tile + shared,
+  // Rows are along x, which takes any number of blocks: recompute's gates are a step of all rows of a sequence.
+  queue.launch(file, instance, blocks(rows, tiles * 8), blocks(columns, units), tiles * shared_of_tile + shared,
                argument);
 }
 
@@ -418,7 +429,7 @@ void step_forward(Queue& queue, const FusedrnnForward& p) {
     now.before_rows = step.before_rows;
     now.next_rows = step.next_rows;
     launch_step(queue, kStepForward, pick_step(kStepForward, p.cell, p.dtype, step.rows, is_whole), p.hidden,
-                kForwardUnits, step.rows, 8 * forward_bytes_per_row(cell.accumulators, wide), 0, &now);
+                kForwardUnits, step.rows, 8 * forward_bytes_per_row(cell.accumulators, wide, kForwardUnits), 0, &now);
     if (p.w_hr) {
       Linear<void> project{};
       project.a = p.w_hr;
@@ -496,11 +507,11 @@ void persistent_forward(Queue& queue, const FusedrnnForward& p) {
   FusedrnnForward copy = p;
   copy.fault = queue.fault();
   const CellFacts& cell = facts_of(p.cell);
-  const int row = forward_bytes_per_row(cell.accumulators, accumulator_size(p.dtype));
-  const int ahead = forward_ahead_bytes(p.slice_rows, cell.gates, element_size(p.dtype));
-  queue.launch(kPersistentForward, pick_persistent(kPersistentForward, p.cell, p.dtype, p.hidden, 1),
-               blocks(p.hidden, kForwardUnits), unsigned(p.groups), 2 * forward_buffer_bytes(p.slice_rows, row) + ahead,
-               &copy, true);
+  const int file = p.units == kWideUnits ? kPersistentForwardWide : kPersistentForward;
+  const int row = forward_bytes_per_row(cell.accumulators, accumulator_size(p.dtype), p.units);
+  const int ahead = forward_ahead_bytes(p.slice_rows, cell.gates, element_size(p.dtype), p.units);
+  queue.launch(file, pick_persistent(file, p.cell, p.dtype, p.hidden, 1), blocks(p.hidden, p.units), unsigned(p.groups),
+               2 * forward_buffer_bytes(p.slice_rows, row) + ahead, &copy, true);
 }
 
 void persistent_backward(Queue& queue, const FusedrnnBackward& p) {

@@ -11,13 +11,15 @@ constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kForwardUnits = 8;
 constexpr int kBackwardUnits = 16;
-constexpr int kForwardRows = 64;  // most rows of a block
+constexpr int kWideUnits = 16;  // of a persistent forward block that holds more weights
+// Most rows of a forward block.
+FUSEDRNN_HD constexpr int forward_rows(int units) { return units == kWideUnits ? 32 : 64; }
 constexpr int kBackwardRows = 32;
 constexpr int kChunkBytes = 64 * kWarps;  // of a row of weights that all warps hold one piece a lane of
 
 // Bytes of a forward block's partial sums, a row: accumulators are kept in pairs.
-constexpr int forward_bytes_per_row(int accumulators, int accumulator_bytes) {
-  return kWarps * kForwardUnits * (accumulators + accumulators % 2) * accumulator_bytes;
+FUSEDRNN_HD constexpr int forward_bytes_per_row(int accumulators, int accumulator_bytes, int units) {
+  return kWarps * units * (accumulators + accumulators % 2) * accumulator_bytes;
 }
 // Tiles are 8 rows high, so is the room for their sums.
 FUSEDRNN_HD constexpr int forward_buffer_bytes(int rows, int bytes_per_row) {
@@ -27,8 +29,8 @@ FUSEDRNN_HD constexpr int forward_buffer_bytes(int rows, int bytes_per_row) {
 // What a persistent block copies ahead of the steps that need it, in two buffers. Forward, of a row: the gates of its
 // units and a reset; of a warp: the offsets of two steps.
 constexpr int kOffsetsOfStep = 2 * 8;  // bytes: of the step and of the next one
-FUSEDRNN_HD constexpr int forward_ahead_bytes(int rows, int gates, int scalar_bytes) {
-  return 2 * ((rows + 7) / 8 * 8 * (gates * kForwardUnits * scalar_bytes + 4) + kWarps * kOffsetsOfStep);
+FUSEDRNN_HD constexpr int forward_ahead_bytes(int rows, int gates, int scalar_bytes, int units) {
+  return 2 * ((rows + 7) / 8 * 8 * (gates * units * scalar_bytes + 4) + kWarps * kOffsetsOfStep);
 }
 
 // A backward block's partial sums: rows are kBackwardPitch apart so that the stores of a warp spread over the banks.

@@ -37,11 +37,11 @@ typedef struct {
   void* cells;          // Acc [N, H] or null
   void* state;          // Acc [B, H], scratch; step without cells
   void* unprojected;    // T [B, H], scratch; step with w_hr
-  int32_t slice_rows;   // persistent: rows of a batch slice, at most 64
+  int32_t slice_rows;   // persistent: rows of a batch slice, at most 64, or 32 with 16 units
   int32_t groups;       // persistent: slices at work at once; group i takes slices i, i + groups, ...
   uint32_t poll_limit;  // persistent: polls of one packet before the kernel traps
-  int32_t reserved2;
-  int32_t* fault;  // [4]: block, step, packet, 1 of the poll that gave up; persistent; the launcher's
+  int32_t units;        // persistent: of a block, 8 or 16
+  int32_t* fault;       // [4]: block, step, packet, 1 of the poll that gave up; persistent; the launcher's
 } FusedrnnForward;
 
 typedef struct {
@@ -69,6 +69,6 @@ typedef struct {
   int32_t slice_rows;     // persistent: at most 32
   int32_t groups;
   uint32_t poll_limit;
-  int32_t reserved2;
+  int32_t units;  // 16
   int32_t* fault;
 } FusedrnnBackward;

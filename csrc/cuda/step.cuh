@@ -81,12 +81,12 @@ template <typename Math, int kTiles, bool kWhole, bool kGap = false, typename Sc
 __device__ __forceinline__ void backward_sums(Accumulator* sums, const Scalar* weights, int64_t n, int64_t k,
                                               const Scalar* from, int rows, int64_t near = 0, int64_t skip = 0) {
   using Sums = BackwardSums<Accumulator>;
-  const int lane = threadIdx.x & 31, first = int(blockIdx.y) * kTiles * 8;
+  const int lane = threadIdx.x & 31, first = int(blockIdx.x) * kTiles * 8;
   if (first < rows) {
     const Scalar *a[2], *b[kTiles];
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      const int64_t row = int64_t(blockIdx.x) * kBackwardUnits + (lane >> 2) + 8 * j;
+      const int64_t row = int64_t(blockIdx.y) * kBackwardUnits + (lane >> 2) + 8 * j;
       a[j] = weights + min(row, n - 1) * k;
     }
 #pragma unroll

@@ -19,9 +19,9 @@ __device__ __forceinline__ void step_backward(const BackwardStep<typename Arithm
   backward_sums<Math, kTiles, kWhole, Gap<Cell>::kAny>(sums, up.a, p.hidden, up.k, up.from, up.matmul_rows,
                                                        Gap<Cell>::kFirst * p.hidden, Gap<Cell>::kWidth * p.hidden);
 
-  const int local = threadIdx.x >> 3, row = int(blockIdx.y) * kTiles * 8 + local;
+  const int local = threadIdx.x >> 3, row = int(blockIdx.x) * kTiles * 8 + local;
   if (local >= kTiles * 8 || row >= step.rows) return;
-  const int64_t hidden = p.hidden, unit = int64_t(blockIdx.x) * kBackwardUnits + 2 * (threadIdx.x & 7);
+  const int64_t hidden = p.hidden, unit = int64_t(blockIdx.y) * kBackwardUnits + 2 * (threadIdx.x & 7);
   const bool recurrent = row < step.before_rows, goes_on = row < step.next_rows;
   const bool reset = p.resets && p.resets[step.offset + row];
   BackwardUnits<Cell, Accumulator> u;

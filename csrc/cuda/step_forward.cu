@@ -16,8 +16,8 @@ __device__ __forceinline__ void step_forward(
   extern __shared__ __align__(16) unsigned char shared[];
   Sum* const sums = reinterpret_cast<Sum*>(shared);
 
-  const int octet = keep(int(threadIdx.x & 31) >> 2), first = keep(int(blockIdx.y) * kTiles * 8);
-  const int lane_unit = min(int(blockIdx.x) * kForwardUnits + octet, p.hidden - 1);
+  const int octet = keep(int(threadIdx.x & 31) >> 2), first = keep(int(blockIdx.x) * kTiles * 8);
+  const int lane_unit = min(int(blockIdx.y) * kForwardUnits + octet, p.hidden - 1);
   Accumulator acc[kTiles][kMT][4] = {};
 #pragma unroll
   for (int part = 0; part < 2; ++part) {
@@ -58,7 +58,7 @@ __device__ __forceinline__ void step_forward(
   for (int tile = 0; tile < kTiles; ++tile) Sums::store(lane_sums + tile * 8 * kWarps * kForwardUnits, acc[tile]);
   __syncthreads();
 
-  const int unit = int(blockIdx.x) * kForwardUnits + (threadIdx.x & 7);
+  const int unit = int(blockIdx.y) * kForwardUnits + (threadIdx.x & 7);
 #pragma unroll
   for (int i = 0; i < kElements; ++i) {
     const int local = (threadIdx.x >> 3) + kStride * i, row = first + local;

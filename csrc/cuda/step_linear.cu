@@ -12,9 +12,9 @@ __device__ __forceinline__ void step_linear(const Linear<typename Arithmetic<Typ
   extern __shared__ __align__(16) unsigned char shared[];
   Accumulator* const sums = reinterpret_cast<Accumulator*>(shared);
   backward_sums<Math, kTiles, kWhole>(sums, p.a, p.n, p.k, p.from, p.matmul_rows);
-  const int local = threadIdx.x >> 3, row = int(blockIdx.y) * kTiles * 8 + local;
+  const int local = threadIdx.x >> 3, row = int(blockIdx.x) * kTiles * 8 + local;
   if (local >= kTiles * 8 || row >= p.rows) return;
-  const int64_t unit = int64_t(blockIdx.x) * kBackwardUnits + 2 * (threadIdx.x & 7);
+  const int64_t unit = int64_t(blockIdx.y) * kBackwardUnits + 2 * (threadIdx.x & 7);
   Accumulator total[2] = {};
   if (row < p.matmul_rows && !(p.cut && p.cut[row]))
     Sums::add_up(sums + Sums::place(local, 0, 2 * (threadIdx.x & 7)), total);

@@ -68,7 +68,7 @@ def _integers(names: str, kind: type) -> list[tuple[str, type]]:
 _EXCHANGE = [
     *_integers("slice_rows groups", ctypes.c_int32),
     ("poll_limit", ctypes.c_uint32),
-    ("reserved2", ctypes.c_int32),
+    ("units", ctypes.c_int32),
     ("fault", ctypes.c_void_p),
 ]
 
@@ -339,6 +339,7 @@ def plan_for(
     device: torch.device,
     algorithm: str,
     backward: bool,
+    steps: int | None = None,
 ) -> Plan:
     """The plan on a device of this machine. Raises RuntimeError if the algorithm asked for cannot run."""
     problem = Problem(
@@ -349,13 +350,14 @@ def plan_for(
         projected=proj_size > 0,
         backward=backward,
         tf32=_dtype_id(dtype) == _TF32,
+        steps=steps,
     )
     return plan(problem, chip(device), algorithm)
 
 
-def _plan_of(cell: Cell, x: Tensor, h0: Tensor, hidden: int, w_hr: Tensor | None, algorithm: str, backward: bool):
+def _plan_of(cell: Cell, x: Tensor, h0: Tensor, hidden: int, w_hr, algorithm: str, backward: bool, steps: int):
     proj = 0 if w_hr is None else h0.shape[1]
-    return plan_for(cell, h0.shape[0], x.shape[-1], hidden, proj, x.dtype, x.device, algorithm, backward)
+    return plan_for(cell, h0.shape[0], x.shape[-1], hidden, proj, x.dtype, x.device, algorithm, backward, steps)
 
 
 def forward(
@@ -380,11 +382,12 @@ def forward(
     if batch == 0:
         y = x.new_empty(rows, out)
     else:
-        chosen = _plan_of(cell, x, h0, hidden, w_hr, algorithm, False)
+        chosen = _plan_of(cell, x, h0, hidden, w_hr, algorithm, False, steps)
         kernels = _kernels(x.device)
         params = _Forward(
             cell=kernels.number_of(cell), dtype=_dtype_id(x.dtype), reverse=reverse, steps=steps, batch=batch,
             input=x_rows.shape[1], hidden=hidden, out=out, slice_rows=chosen.slice_rows, groups=chosen.groups,
+            units=chosen.units,
             poll_limit=_POLL_LIMIT if kernels.simulator is None else _POLL_LIMIT_SIMULATED,
         )  # fmt: skip
         outputs = {"h_n": h_n, "c_n": c_n, "gates": gates, "cells": cells}
@@ -462,11 +465,12 @@ def backward(
     dgates = x.new_empty(rows, count * hidden)
     dy_total = None if w_hr is None else x.new_empty(rows, out)
     if batch > 0:
-        chosen = _plan_of(cell, x, h0, hidden, w_hr, algorithm, True)
+        chosen = _plan_of(cell, x, h0, hidden, w_hr, algorithm, True, steps)
         kernels = _kernels(x.device)
         params = _Backward(
             cell=kernels.number_of(cell), dtype=_dtype_id(x.dtype), reverse=reverse, steps=steps, batch=batch,
             hidden=hidden, out=out, slice_rows=chosen.slice_rows, groups=chosen.groups,
+            units=chosen.units,
             poll_limit=_POLL_LIMIT if kernels.simulator is None else _POLL_LIMIT_SIMULATED,
         )  # fmt: skip
         tensors = {

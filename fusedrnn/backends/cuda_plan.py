@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from fusedrnn.cells import CELLS
 
-FORWARD_UNITS, BACKWARD_UNITS = 8, 16
-FORWARD_ROWS, BACKWARD_ROWS = 64, 32
+FORWARD_UNITS, BACKWARD_UNITS, BACKWARD_ROWS = 8, 16, 32
+WIDE_UNITS = 16  # of a persistent forward block that holds twice the weights
+MOST_ROWS = {(False, FORWARD_UNITS): 64, (False, WIDE_UNITS): 32, (True, BACKWARD_UNITS): BACKWARD_ROWS}
 WARPS = 8
 # Chunks of 64 bytes of every weight row that fit in a warp's registers beside the rest, by (backward, arithmetic);
 # backward, no kernel was made for more than 4 a gate, or 8.
@@ -17,6 +18,9 @@ MOST_CHUNKS = {
     (True, "tf32"): 16,
     (True, "float32"): 12,
 }
+MOST_CHUNKS_WIDE = {"16-bit": 4, "tf32": 4, "float32": 0}
+# Persistent fills a mailbox and multiplies x by W_ih before its own launch.
+FEW_STEPS = 2
 # Slices that a group of blocks takes one after another before step is the better plan.
 MOST_ROUNDS = 4
 # Shared memory of the backward kernel: two buffers of partial sums, then the staged packets of an accumulator.
@@ -48,7 +52,8 @@ CHIP_LIMITS = {
 
 @dataclass(frozen=True)
 class Problem:
-    """One direction of one layer. dtype is its name without "torch."; tf32 whether float32 may be rounded to it."""
+    """One direction of one layer. dtype is its name without "torch."; tf32 whether float32 may be rounded to it; steps
+    where they are known."""
 
     cell: str
     dtype: str
@@ -57,13 +62,14 @@ class Problem:
     projected: bool
     backward: bool
     tf32: bool = False
+    steps: int | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
     """grid is (blocks along units, groups of batch slices).
 
-    Group i takes slices i, i + groups, ... of slice_rows rows.
+    Group i takes slices i, i + groups, ... of slice_rows rows. units: of a block.
     """
 
     algorithm: str
@@ -71,11 +77,27 @@ class Plan:
     slice_rows: int
     groups: int
     shared_bytes: int
+    units: int
     why: str
 
 
 def _persistent(problem: Problem, chip: Chip) -> Plan | str:
-    """The persistent plan, or why there is none."""
+    """The persistent plan, or why there is none.
+
+    Forward, h crosses L2 once for each block along the units, half as often with 16 units a block; they are taken where
+    they keep as much of the chip at work, and where 8 units would be more blocks than it holds.
+    """
+    if problem.backward:
+        return _with_units(problem, chip, BACKWARD_UNITS)
+    narrow, wide = (_with_units(problem, chip, units) for units in (FORWARD_UNITS, WIDE_UNITS))
+    if isinstance(wide, str):
+        return narrow
+    if isinstance(narrow, str):
+        return wide
+    return wide if wide.grid[0] * wide.grid[1] >= narrow.grid[0] * narrow.grid[1] else narrow
+
+
+def _with_units(problem: Problem, chip: Chip, units: int) -> Plan | str:
     size = BYTES[problem.dtype]
     if problem.projected:
         return "with a projection a step needs h of all units before W_hr, two exchanges a step"
@@ -91,19 +113,20 @@ def _persistent(problem: Problem, chip: Chip) -> Plan | str:
     most = MOST_CHUNKS[problem.backward, arithmetic]
     if problem.backward:
         most = min(most, max(8, 4 * gates))
+    elif units == WIDE_UNITS:
+        most = MOST_CHUNKS_WIDE[arithmetic]
     if chunks > most:
         limit = most * 64 * WARPS // size // gates
         return f"a block's slice of W_hh does not fit in registers: {arithmetic} fits up to H = {limit}"
-    units = BACKWARD_UNITS if problem.backward else FORWARD_UNITS
     blocks = -(-problem.hidden // units)
     most_groups = chip.multiprocessors // blocks
     if most_groups == 0:
         return f"{blocks} blocks must be resident at once, {chip.name} has {chip.multiprocessors} multiprocessors"
-    most_rows = BACKWARD_ROWS if problem.backward else FORWARD_ROWS
+    most_rows = MOST_ROWS[problem.backward, units]
     # Two buffers of a row's partial sums; accumulators are kept in pairs.
-    sums = 2 * WARPS * FORWARD_UNITS * (accumulators + accumulators % 2) * 4
+    sums = 2 * WARPS * units * (accumulators + accumulators % 2) * 4
     # Of a row, copied ahead: the gates of its units and a reset.
-    row = sums + 2 * (len(CELLS[problem.cell].gates) * FORWARD_UNITS * size + 4)
+    row = sums + 2 * (len(CELLS[problem.cell].gates) * units * size + 4)
     if not problem.backward:
         most_rows = min(most_rows, (chip.shared_per_block - 2 * OFFSETS) // row // 8 * 8)
     groups = min(most_groups, -(-problem.batch // 8))
@@ -130,7 +153,7 @@ def _persistent(problem: Problem, chip: Chip) -> Plan | str:
         f"W_hh stays in registers: {blocks} x {groups} blocks on {chip.multiprocessors} multiprocessors, "
         f"{slices} slices of {slice_rows} rows"
     )
-    return Plan("persistent", (blocks, groups), slice_rows, groups, shared, why)
+    return Plan("persistent", (blocks, groups), slice_rows, groups, shared, units, why)
 
 
 def plan(problem: Problem, chip: Chip, algorithm: str = "auto") -> Plan:
@@ -141,6 +164,8 @@ def plan(problem: Problem, chip: Chip, algorithm: str = "auto") -> Plan:
     blocks = -(-problem.hidden // units)
     if algorithm == "step":
         why = "step was asked for"
+    elif algorithm == "auto" and problem.steps is not None and problem.steps <= FEW_STEPS:
+        why = f"one launch a step: for T = {problem.steps} persistent takes as many with what comes before it"
     else:
         found = _persistent(problem, chip)
         if isinstance(found, Plan):
@@ -148,4 +173,4 @@ def plan(problem: Problem, chip: Chip, algorithm: str = "auto") -> Plan:
         if algorithm == "persistent":
             raise RuntimeError(f"algorithm 'persistent' was asked for but cannot run: {found}")
         why = f"one launch a step: {found}"
-    return Plan("step", (blocks, -(-problem.batch // 32)), 32, 1, 0, why)
+    return Plan("step", (blocks, -(-problem.batch // 32)), 32, 1, 0, units, why)

@@ -193,8 +193,9 @@ def plan_for(
     device: torch.device,
     algorithm: str,
     backward: bool,
+    steps: int | None = None,
 ) -> Plan:
-    """The plan on a device of this machine, with the tf32 setting in force."""
+    """The plan on a device of this machine, with the tf32 setting in force; nothing in it depends on the steps."""
     return plan(
         cell,
         batch,

@@ -56,6 +56,7 @@ struct Ready {
 
 struct WarpClock {
   double time = 0;        // its next instruction cannot be issued before
+  bool queued = false;    // it has a turn
   double start = 0;       // of the instruction at hand
   Unit why = Unit::Free;  // it waits until then
   std::vector<Ready> registers;

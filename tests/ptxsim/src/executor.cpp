@@ -623,7 +623,11 @@ struct Executor {
     double idle_since = 0;
     using Turn = std::tuple<double, u64, Warp*>;
     std::priority_queue<Turn, std::vector<Turn>, std::greater<Turn>> turns;
-    const auto push = [&](Warp& w) { turns.push({w.clock->time, count++, &w}); };
+    const auto push = [&](Warp& w) {
+      if (w.clock->queued) return;  // it may both run on and be woken, by itself
+      w.clock->queued = true;
+      turns.push({w.clock->time, count++, &w});
+    };
     const auto fill = [&](double time) {
       while (resident.size() < most_resident && next < total) {
         resident.push_back(start_block(next++));
@@ -635,6 +639,7 @@ struct Executor {
     while (!turns.empty()) {
       Warp& w = *std::get<2>(turns.top());
       turns.pop();
+      w.clock->queued = false;
       timing->horizon = turns.empty() ? HUGE_VAL : std::get<0>(turns.top());
       timing->running = &w;
       try {

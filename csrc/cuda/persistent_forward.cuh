@@ -1,0 +1,307 @@
+// Persistent forward: a block owns 8 or 16 units. With 16 it holds twice the weights, and h crosses L2 half as often.
+#pragma once
+
+#include "persistent.cuh"
+
+namespace fusedrnn {
+
+// 16 bytes of a row's consecutive units, one unit a lane, gathered in the first of their lanes.
+template <typename Scalar>
+__device__ __forceinline__ Piece gather(Scalar x) {
+  Piece p;
+  if constexpr (sizeof(Scalar) == 2) {
+    const uint32_t bits = *reinterpret_cast<const uint16_t*>(&x);
+    p.w[0] = bits | __shfl_down_sync(~0u, bits, 1) << 16;
+#pragma unroll
+    for (int i = 1; i < 4; ++i) p.w[i] = __shfl_down_sync(~0u, p.w[0], 2 * i);
+  } else {
+    p.w[0] = __float_as_uint(x);
+#pragma unroll
+    for (int i = 1; i < 4; ++i) p.w[i] = __shfl_down_sync(~0u, p.w[0], i);
+  }
+  return p;
+}
+
+template <typename Cell, typename Type, int kUnits, int kChunks, bool kWhole>
+__device__ __forceinline__ void persistent_forward(const FusedrnnForward& p) {
+  using Math = Arithmetic<Type>;
+  using Scalar = typename Math::Scalar;
+  using Accumulator = typename Math::Accumulator;
+  using Sums = ForwardSums<Cell, Accumulator, kUnits>;
+  using Sum = typename Sums::Sum;
+  constexpr int kPer = 16 / sizeof(Scalar), kGates = Cell::kGates, kAccs = Cell::kAccumulators;
+  constexpr int kEights = kUnits / 8, kMT = kEights * kMTiles<Cell>;
+  // What the registers hold beside the weights: tiles of 8 rows that are multiplied side by side, packets in flight.
+  constexpr int kTiles = kChunks <= (kEights == 1 ? 4 : 3) && !Math::kExact ? 2 : 1;
+  constexpr bool kOverlap = !Math::kExact && kChunks <= 6;  // packets are asked for while others are multiplied
+  constexpr int kPart = kChunks <= 6 ? kChunks : kChunks / 2;
+  constexpr bool kLate = kOverlap || Math::kExact;  // gates are stored after all packets: what the registers allow
+  constexpr int kElements = forward_rows(kUnits) * kUnits / kThreads, kStride = kThreads / kUnits;
+  extern __shared__ __align__(16) unsigned char shared[];
+
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int hidden = int(p.hidden), pitch = kWhole ? hidden : (hidden + kPer - 1) / kPer * kPer;
+  const int pieces = pitch / kPer, piece0 = 4 * warp + (lane & 3);
+  const Inbox<kWhole, kChunks> inbox{Inbox<kWhole, kChunks>::count(piece0, pieces)};
+
+  const int row_bytes = keep(pitch * int(sizeof(Scalar)));
+
+  Piece weights[kChunks][2 * kMT];
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+#pragma unroll
+    for (int a = 0; a < 2 * kMT; ++a) {
+      constexpr int kOfEight = 2 * kMTiles<Cell>;
+      const int gate = a % kOfEight < kAccs ? h_gate<Cell>(a % kOfEight) : -1;
+      const int lane_unit = int(blockIdx.x) * kUnits + 8 * (a / kOfEight) + (lane >> 2);
+      weights[c][a] = Piece{};
+      if (gate >= 0 && lane_unit < hidden && piece0 + 32 * c < pieces) {
+        const Scalar* row = static_cast<const Scalar*>(p.w_hh) + (int64_t(gate) * hidden + lane_unit) * pitch;
+        weights[c][a] = load_piece<true>(row, (piece0 + 32 * c) * kPer, pitch);
+        Math::prepare(weights[c][a]);
+      }
+    }
+  }
+
+  // From here on a thread is row my_row + kStride i and unit `own` of the block.
+  const int own = int(threadIdx.x) % kUnits;
+  const int unit = keep(int(blockIdx.x) * kUnits + own), my_row = keep(int(threadIdx.x) / kUnits);
+  const bool real_unit = unit < hidden, sends = (lane & (kPer - 1)) == 0 && unit < pitch;
+  Accumulator bias[kAccs];
+#pragma unroll
+  for (int a = 0; a < kAccs; ++a) {
+    const int gate = h_gate<Cell>(a);
+    bias[a] = 0;
+    if (p.b_hh && gate >= 0 && real_unit)
+      bias[a] = widen(static_cast<const Scalar*>(p.b_hh)[int64_t(gate) * hidden + unit]);
+  }
+  Sum* const all_sums = reinterpret_cast<Sum*>(shared);
+  const int with_resets = keep(int(p.resets != nullptr));
+  const int sums_out = keep(Sums::lane_place()), sums_in = keep(Sums::place(my_row, 0, own));
+  const int buffer_sums = forward_buffer_bytes(p.slice_rows, Sums::kBytesPerRow) / int(sizeof(Sum));
+  int buffer = 0;
+
+  // Copied ahead: [2][gate][row][unit], [2][row] resets, [2][warp] offsets. A row's lanes copy a packet each.
+  constexpr int kPackets = kUnits / kPer;  // of a gate
+  const int stage_rows = (p.slice_rows + 7) & ~7, stage_size = stage_rows * kGates * kUnits;
+  Scalar* const stage = reinterpret_cast<Scalar*>(all_sums + 2 * buffer_sums);
+  int32_t* const reset_stage = reinterpret_cast<int32_t*>(stage + 2 * stage_size);
+  unsigned char* const offset_stage =
+      reinterpret_cast<unsigned char*>(reset_stage + 2 * stage_rows) + 2 * warp * kOffsetsOfStep;
+  const int copied_gate = own / kPackets, copied_unit = own % kPackets * kPer;
+  const bool copies = copied_gate < kGates && int(blockIdx.x) * kUnits + copied_unit < pitch;
+  const char* const x_at = keep(reinterpret_cast<const char*>(static_cast<const Scalar*>(p.x) +
+                                                              (int64_t(my_row) * kGates + copied_gate) * pitch +
+                                                              int(blockIdx.x) * kUnits + copied_unit));
+  const uint32_t shared_base = shared_address(shared);
+  const auto address_of = [&](const void* at) {
+    return shared_base + uint32_t(static_cast<const unsigned char*>(at) - shared);
+  };
+  const uint32_t x_to = address_of(stage + (copied_gate * stage_rows + my_row) * kUnits + copied_unit),
+                 reset_to = address_of(reset_stage + my_row), offsets_to = address_of(offset_stage);
+  const int x_row = kGates * pitch * int(sizeof(Scalar));
+  const auto copy_ahead = [&](const StepRows& step, int parity) {
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) {
+      if (my_row + kStride * i < step.rows) {
+        if (copies)
+          copy_async<16>(x_to + (parity * stage_size + i * kStride * kUnits) * int(sizeof(Scalar)),
+                         x_at + (step.offset + kStride * i) * x_row);
+        if (with_resets && own == 0)
+          copy_async<4>(reset_to + (parity * stage_rows + kStride * i) * 4,
+                        reinterpret_cast<const int32_t*>(p.resets) + step.offset + my_row + kStride * i);
+      }
+    }
+  };
+
+  for (int64_t first = int64_t(blockIdx.y) * p.slice_rows; first < p.batch;
+       first += int64_t(gridDim.y) * p.slice_rows) {
+    const int limit = int(p.batch - first < p.slice_rows ? p.batch - first : p.slice_rows);
+    const Timeline timeline{p.offsets_device, p.batch, first, limit};
+    const int64_t in_slice = keep(int64_t(my_row) * hidden + unit), in_batch = first * hidden + in_slice;
+    Accumulator c[kElements], h_carried[kElements];
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) {
+      c[i] = h_carried[i] = 0;
+      if (my_row + kStride * i < limit && real_unit) {
+        if constexpr (kHasCellState<Cell>)
+          c[i] = widen(static_cast<const Scalar*>(p.c0)[in_batch + i * kStride * hidden]);
+        if constexpr (Cell::kUsesHPrev)
+          h_carried[i] = widen(static_cast<const Scalar*>(p.h0)[(first + my_row + kStride * i) * pitch + unit]);
+      }
+    }
+    const char* const h0_at =
+        keep(reinterpret_cast<const char*>(static_cast<const Scalar*>(p.h0) + first * pitch + piece0 * kPer));
+    const char* const y_at = keep(reinterpret_cast<const char*>(static_cast<const Scalar*>(p.y) + piece0 * kPer));
+
+    const int direction = keep(p.reverse ? -1 : 1);
+    int t = p.reverse ? int(p.steps) - 1 : 0;
+    StepRows before, now = timeline.at(t), next;
+    if (p.steps > 1) next = timeline.at(t + direction);
+    int parity = 0;  // of the step
+    __syncwarp();
+    copy_ahead(now, 0);
+    if (p.steps > 2) timeline.copy_ahead(t + 2 * direction, offsets_to);
+    end_group();
+    for (int left = int(p.steps) - 1; left >= 0; --left) {
+      t += direction;
+      copy_ahead(next, parity ^ 1);
+      if (left > 2) timeline.copy_ahead(t + 2 * direction, offsets_to + (parity ^ 1) * kOffsetsOfStep);
+      end_group();
+
+      const char* const h_at = keep(y_at + before.offset * row_bytes);
+      const int last_row = now.rows - 1;
+      const auto aim = [&](Flight<kPart>& f, int row) {
+        row = min(row, last_row);
+        f.recurrent = row < before.rows;
+        f.at = (f.recurrent ? h_at : h0_at) + int64_t(row) * row_bytes;
+      };
+      Sum* sums = all_sums + (sums_out + buffer);
+      Flight<kPart> flights[kTiles];
+      // The product of one or two tiles of rows; where packets leave a register, those of the next tiles are asked for.
+      const auto multiply = [&](auto tiles, int next_tile) {
+        constexpr int n = decltype(tiles)::value,
+                      kSplit = kOverlap && n * kEights == 1 ? 2 : 1;  // chains of mma side by side
+        Accumulator acc[n][kSplit][kMT][4] = {};
+        bool more[n];
+#pragma unroll
+        for (int i = 0; i < n; ++i) more[i] = next_tile + 8 * i < now.rows;
+        unrolled<kChunks / kPart>([&](auto portion) {
+          constexpr int begin = decltype(portion)::value * kPart, next = (begin + kPart) % kChunks;
+          if constexpr (n == 2)
+            inbox.template settle<begin>(p, t - direction, flights[0], flights[kTiles - 1]);
+          else
+            inbox.template settle<begin>(p, t - direction, flights[0]);
+          if constexpr (next == 0)
+#pragma unroll
+            for (int i = 0; i < n; ++i)
+              if (more[i]) aim(flights[i], next_tile + 8 * i + (lane >> 2));
+          const auto fetch = [&](auto index) {
+            constexpr int c = decltype(index)::value;
+            unrolled<n>([&](auto tile) {
+              constexpr int i = decltype(tile)::value;
+              if (next > 0 || more[i]) inbox.template fetch<next + c>(flights[i].at, flights[i].p[c]);
+            });
+          };
+          unrolled<kPart>([&](auto index) {
+            constexpr int c = decltype(index)::value;
+#pragma unroll
+            for (int i = 0; i < n; ++i) Math::prepare(flights[i].p[c]);
+#pragma unroll
+            for (int part = 0; part < Math::kParts; ++part)
+#pragma unroll
+              for (int i = 0; i < n; ++i)
+#pragma unroll
+                for (int m = 0; m < kMT; ++m)
+                  Math::multiply_part(part, acc[i][(c * Math::kParts + part) % kSplit][m], weights[begin + c][2 * m],
+                                      weights[begin + c][2 * m + 1], flights[i].p[c]);
+            if constexpr (kOverlap) fetch(index);
+          });
+          if constexpr (!kOverlap) unrolled<kPart>(fetch);
+        });
+#pragma unroll
+        for (int i = 0; i < n; ++i) {
+#pragma unroll
+          for (int m = 0; m < kMT; ++m)
+#pragma unroll
+            for (int j = 0; j < 4 * (kSplit - 1); ++j) acc[i][0][m][j] += acc[i][kSplit - 1][m][j];
+#pragma unroll
+          for (int a = 0; a < kAccs; ++a)
+#pragma unroll
+            for (int m = a / 2; m < kMT; m += kMTiles<Cell>)
+              if (h_gate<Cell>(a) < 0)  // zeros times an infinite h0 are NaN
+                acc[i][0][m][2 * (a % 2)] = acc[i][0][m][2 * (a % 2) + 1] = 0;
+          Sums::store(sums, acc[i][0]);
+          sums += 8 * kWarps * kUnits;
+        }
+      };
+      if (now.rows > 0) {
+        aim(flights[0], lane >> 2);
+        inbox.first(flights[0], p, t - direction);
+        if (kTiles > 1 && now.rows > 8) {
+          aim(flights[kTiles - 1], 8 + (lane >> 2));
+          unrolled<kPart>([&](auto index) {
+            inbox.template fetch<decltype(index)::value>(flights[kTiles - 1].at, flights[kTiles - 1].p[index.value]);
+          });
+        }
+      }
+#pragma unroll 1
+      for (int tile = 0; tile < now.rows; tile += 8 * kTiles) {
+        if (kTiles > 1 && tile + 8 < now.rows) {
+          multiply(Constant<kTiles>(), tile + 8 * kTiles);
+        } else {
+          multiply(Constant<1>(), tile + 8 * kTiles);
+        }
+      }
+      __syncthreads();
+      await_groups<1>();
+
+      if (with_resets) {
+#pragma unroll
+        for (int i = 0; i < kElements; ++i) {
+          const int row = my_row + kStride * i;
+          if (row < now.rows && reset_stage[parity * stage_rows + row]) {
+            h_carried[i] = c[i] = 0;
+            Sums::clear(all_sums + (sums_in + buffer) + i * kStride * kWarps * kUnits);
+          }
+        }
+      }
+      Pack<Scalar, kSavedOrOne<Cell>> saved[kElements] = {};
+      const auto store = [&](int i) {  // nobody waits for this
+        const int row = my_row + kStride * i;
+        if (row >= now.rows || !real_unit) return;
+        const int64_t at = (now.offset + kStride * i) * hidden + in_slice;
+        if constexpr (Cell::kSaved > 0)
+          if (p.gates) reinterpret_cast<Pack<Scalar, Cell::kSaved>*>(static_cast<Scalar*>(p.gates))[at] = saved[i];
+        if constexpr (kHasCellState<Cell>)
+          if (p.cells) static_cast<Accumulator*>(p.cells)[at] = c[i];
+        if (row >= next.rows) {
+          static_cast<Scalar*>(p.h_n)[in_batch + i * kStride * hidden] = narrow<Scalar>(h_carried[i]);
+          if constexpr (kHasCellState<Cell>)
+            static_cast<Scalar*>(p.c_n)[in_batch + i * kStride * hidden] = narrow<Scalar>(c[i]);
+        }
+      };
+#pragma unroll
+      for (int i = 0; i < kElements; ++i) {
+        const int row = my_row + kStride * i;
+        if (32 / kUnits * warp + kStride * i <
+            now.rows) {  // the same for the whole warp: lanes of missing rows help to gather
+          Accumulator acc[kAccs], h, c_now = 0, kept[kSavedOrOne<Cell>];
+          const Scalar* const inputs = stage + (parity * stage_size + row * kUnits) + own;
+          Scalar x[kGates];
+#pragma unroll
+          for (int g = 0; g < kGates; ++g) x[g] = inputs[g * stage_rows * kUnits];
+#pragma unroll
+          for (int a = 0; a < kAccs; ++a) {
+            constexpr auto gate = [](int acc) { return x_gate<Cell>(acc); };
+            acc[a] = gate(a) >= 0 ? bias[a] + widen(x[gate(a) >= 0 ? gate(a) : 0]) : bias[a];
+          }
+          advance<Cell, Accumulator, kUnits>(all_sums + (sums_in + buffer) + i * kStride * kWarps * kUnits, acc,
+                                             h_carried[i], c[i], h, c_now, kept);
+          const Scalar stored = mailbox::encode(narrow<Scalar>(real_unit ? h : Accumulator(0)));
+          const Piece packet = gather(stored);
+          if (row < now.rows && sends) {
+            const int64_t at =
+                kWhole ? (now.offset + kStride * i) * hidden + in_slice : (now.offset + row) * pitch + unit;
+            mailbox::put(static_cast<Scalar*>(p.y) + at, packet);
+          }
+          if (row < now.rows && real_unit) {
+            c[i] = c_now;
+            h_carried[i] = widen(stored);
+#pragma unroll
+            for (int k = 0; k < Cell::kSaved; ++k) saved[i].v[k] = narrow<Scalar>(kept[k]);
+          }
+          if constexpr (!kLate) store(i);
+        }
+      }
+      if constexpr (kLate) unrolled<kElements>([&](auto index) { store(index.value); });
+      buffer = buffer_sums - buffer;
+      before = now;
+      now = next;
+      next = left > 1 ? timeline.copied(t + direction, offset_stage + parity * kOffsetsOfStep) : StepRows();
+      parity ^= 1;
+    }
+  }
+}
+
+}  // namespace fusedrnn
