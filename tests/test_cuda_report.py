@@ -129,8 +129,8 @@ def step_loops(folder, name, arch, edit=None):
 def test_a_step_waits_for_packets_alone_and_asks_for_all_at_once(name, arch, tmp_path):
     for chunks, code in step_loops(tmp_path, name, arch).items():
         assert sass.waits_for_plain_loads(code) == []
-        # One packet is polled. The others of two tiles of rows (wide with 4 chunks: of one; backward: of one, or half of
-        # 16) follow in one flight.
+        # One packet is polled. The others of two tiles of rows (wide with 4 chunks: of one; backward: of one, or half
+        # of 16) follow in one flight.
         flight = 2 * chunks - 1
         if name == "persistent_backward":
             flight = min(chunks, 8 if chunks > 12 else 12) - 1
