@@ -13,6 +13,7 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/record_function.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
@@ -67,6 +68,21 @@ bool is_plain(const Tensor& t) {
   return keys == recorded || keys == cpu;
 }
 
+// Counts what changes y in place, as the y that the caller has does; it does not hold its memory. The y that is saved
+// is another tensor in the same memory, so that a changed one is no error: it is computed again.
+struct Watch : torch::CustomClassHolder {
+  explicit Watch(const Tensor& y) : counter(torch::autograd::impl::version_counter(y)), at(counter.current_version()) {}
+  bool changed() const { return counter.current_version() != at; }
+  c10::VariableVersion counter;
+  uint32_t at;
+};
+
+// Changes the shape of a result in place, and it is no view then, which could not be detached in place.
+Tensor transposed_in_place(Tensor t) {
+  const c10::impl::ExcludeDispatchKeyGuard no_view(c10::DispatchKey::ADInplaceOrView);
+  return t.transpose_(0, 1);
+}
+
 // What the kernels take; `t` outlives it.
 Inputs inputs_of(const Tensors& t, bool reverse) {
   Inputs in;
@@ -85,7 +101,9 @@ Inputs inputs_of(const Tensors& t, bool reverse) {
 // y, h_n, c_n, gates, cells, with the states in the shape they came in.
 std::array<Tensor, 5> run(c10::string_view cell, const Tensors& t, bool reverse, bool keep) {
   // Nothing in here is recorded: neither operations nor that a result is a view.
-  const at::AutoDispatchBelowADInplaceOrView guard;
+  const at::AutoDispatchBelowADInplaceOrView unrecorded;
+  // As the profiler shows the op, which this is not.
+  RECORD_FUNCTION("fusedrnn::sequence", at::ArrayRef<const c10::IValue>({t[0], t[1], t[3], t[4]}));
   Outputs found = sequence(cell, inputs_of(t, reverse), keep, keep);
   return {take(std::move(found.y)), with_dims(take(std::move(found.h_n)), t[1].dim()),
           t[2].defined() ? with_dims(take(std::move(found.c_n)), t[2].dim()) : Tensor(), take(std::move(found.gates)),
@@ -153,10 +171,13 @@ struct Recurrence : torch::autograd::Function<Recurrence> {
     ctx->saved_data["cell"] = std::string(cell);
     ctx->saved_data["reverse"] = reverse;
     variable_list saved(t.begin(), t.end());
-    saved.insert(saved.end(), {y, gates, cells});
-    ctx->save_for_backward(std::move(saved));
     variable_list outputs;
-    if (x.dim() == 3) outputs.push_back(y);
+    if (x.dim() == 3) {
+      outputs.push_back(y);
+      ctx->saved_data["watch"] = c10::IValue::make_capsule(c10::make_intrusive<Watch>(y));
+    }
+    saved.insert(saved.end(), {x.dim() == 3 ? y.variable_data() : y, gates, cells});
+    ctx->save_for_backward(std::move(saved));
     outputs.push_back(h_n);
     if (c0) outputs.push_back(c_n);
     return outputs;
@@ -164,7 +185,7 @@ struct Recurrence : torch::autograd::Function<Recurrence> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     variable_list result(10);
-    const variable_list saved = ctx->get_saved_variables();
+    variable_list saved = ctx->get_saved_variables();
     Tensors t;
     std::array<bool, 8> needs{};
     std::array<int64_t, 3> dims{};
@@ -185,6 +206,9 @@ struct Recurrence : torch::autograd::Function<Recurrence> {
       check_no_tangent(d[k]);
     }
     if (!any) return result;
+    const auto watch = ctx->saved_data.find("watch");
+    const bool changed = watch != ctx->saved_data.end() &&
+                         c10::static_intrusive_pointer_cast<Watch>(watch->second.toCapsule())->changed();
     const std::string& cell = ctx->saved_data["cell"].toStringRef();
     const bool reverse = ctx->saved_data["reverse"].toBool();
     // Or mapped by vmap, or what a hook made of a saved tensor.
@@ -195,8 +219,10 @@ struct Recurrence : torch::autograd::Function<Recurrence> {
     for (size_t k = 1; k < 3; ++k) d[k] = with_dims(d[k], 2);
     std::vector<Tensor> found;
     if (recorded) {
-      found = differentiable_gradient(cell, d, t, reverse, {saved[8], saved[9], saved[10]}, needs);
+      found = differentiable_gradient(cell, d, t, reverse, {changed ? Tensor() : saved[8], saved[9], saved[10]}, needs);
     } else {
+      if (changed) saved[8] = run(cell, t, reverse, false)[0];
+      RECORD_FUNCTION("fusedrnn::sequence_backward", at::ArrayRef<const c10::IValue>({d[0], t[0], t[3], t[4]}));
       Gradients gradients = sequence_backward(cell, borrow(d[0]), borrow(d[1]), borrow(d[2]), {}, inputs_of(t, reverse),
                                               borrow(saved[8]), borrow(saved[9]), borrow(saved[10]), needs);
       for (fusedrnn::Tensor& each : gradients) found.push_back(take(std::move(each)));
@@ -234,8 +260,12 @@ bool nothing_special() {
          !at::impl::torch_function_mode_enabled() && (forced == nullptr || *forced == '\0');
 }
 
-// A Tensor or Parameter of no subclass, and plain.
-bool is_plain(PyObject* object) { return THPVariable_CheckExact(object) && is_plain(THPVariable_Unpack(object)); }
+// A Tensor or Parameter of no subclass, plain, and such that it may be saved for backward.
+bool is_plain(PyObject* object) {
+  if (!THPVariable_CheckExact(object)) return false;
+  const Tensor& t = THPVariable_Unpack(object);
+  return is_plain(t) && !(t.is_inference() && at::GradMode::is_enabled());
+}
 
 // What a module's __dict__ has under a name, or nullptr.
 PyObject* attribute(PyObject* module, PyObject* name) {
@@ -288,6 +318,13 @@ struct Call {
     const pybind11::object names =
         pybind11::reinterpret_steal<pybind11::object>(PySequence_Fast(arguments[2], "names must be a list or tuple"));
     if (!names) throw python_error();
+    static PyObject* const flat_weights_name = PyUnicode_InternFromString("_flat_weights");
+    // What torch.nn reads the weights from: a wrapper may have put its own there.
+    PyObject* flat = attribute(module, flat_weights_name);
+    if (flat != nullptr &&
+        (!PyList_CheckExact(flat) || PyList_GET_SIZE(flat) != PySequence_Fast_GET_SIZE(names.ptr()))) {
+      return false;
+    }
     weights.reserve(PySequence_Fast_GET_SIZE(names.ptr()));
     for (Py_ssize_t k = 0; k < PySequence_Fast_GET_SIZE(names.ptr()); ++k) {
       // No parameter: a parametrization computes it. An attribute of that name comes before the parameter.
@@ -296,6 +333,7 @@ struct Call {
       if (weight == nullptr || !(weight == Py_None || is_plain(weight)) || attribute(module, name) != nullptr) {
         return false;
       }
+      if (flat != nullptr && PyList_GET_ITEM(flat, k) != weight) return false;
       weights.push_back(weight == Py_None ? Tensor() : THPVariable_Unpack(weight));
     }
     return weights.size() >= 2 && weights[0].defined() && weights[1].defined() && weights[1].dim() == 2 &&
@@ -414,7 +452,7 @@ PyObject* layers(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
       }
     }
     const auto together = [all](const std::vector<Tensor>& states) { return all == 1 ? states[0] : at::stack(states); };
-    result = {batch_first ? x.transpose(0, 1) : x, together(h_n), call.has_c ? together(c_n) : Tensor()};
+    result = {batch_first ? transposed_in_place(x) : x, together(h_n), call.has_c ? together(c_n) : Tensor()};
   }
   return tuple_of(result);
   END_HANDLE_TH_ERRORS

@@ -299,12 +299,16 @@ struct Call {
     const bool is_list = PyList_CheckExact(a[2]);
     require(is_list || PyTuple_CheckExact(a[2]));
     const Py_ssize_t count = is_list ? PyList_Size(a[2]) : PyTuple_Size(a[2]);
+    static PyObject* const flat_weights_name = name("_flat_weights");
+    // What torch.nn reads the weights from: a wrapper may have put its own there.
+    PyObject* flat = attribute(module, flat_weights_name);
+    require(!flat || (PyList_CheckExact(flat) && PyList_Size(flat) == count));
     weights.reserve(count);
     for (Py_ssize_t k = 0; k < count; ++k) {
       // No parameter: a parametrization computes it. An attribute of that name comes before the parameter.
       PyObject* name = is_list ? PyList_GetItem(a[2], k) : PyTuple_GetItem(a[2], k);
       PyObject* weight = attribute(parameters, name);
-      require(weight && !attribute(module, name));
+      require(weight && !attribute(module, name) && (!flat || PyList_GetItem(flat, k) == weight));
       weights.push_back(held.take(weight));
     }
     require(count >= 2 && weights[0] && weights[1] && weights[1].dim() == 2 && weights[1].size(1) > 0);

@@ -49,6 +49,9 @@ class RecurrenceFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, dh_n, dc_n, _dgates, dcells):
         *tensors, y, gates, cells = ctx.saved_tensors
+        watch = getattr(ctx, "watch", None)
+        if watch is not None and watch._version != ctx.version:
+            y = None
         if not CELLS[ctx.cell].has_cell_state:
             dc_n = None
         grads = (dy, dh_n, dc_n, dcells if ctx.states else None)
@@ -70,21 +73,41 @@ class RecurrenceFunction(torch.autograd.Function):
 class EagerRecurrenceFunction(torch.autograd.Function):
     """RecurrenceFunction where no transform of torch.func is on: without setup_context, for which torch binds the
     arguments by their signature at every call, and that takes longer than a small step's kernels.
+
+    The y that is returned is another tensor in the memory of the one that is saved: changing it in place is no error,
+    y is computed again then.
     """
 
     @staticmethod
     def forward(ctx, *arguments):
         outputs = RecurrenceFunction.forward(*arguments)
         RecurrenceFunction.setup_context(ctx, arguments, outputs)
-        return outputs
+        y, *others = outputs
+        y = y.data
+        # It counts the changes of y, and does not hold its memory.
+        ctx.watch = y.detach()
+        ctx.watch.data = ctx.watch.new_empty(0)
+        ctx.version = y._version
+        return y, *others
 
     backward = RecurrenceFunction.backward
+
+
+def recorded(*arguments):
+    """The outputs of the op, for autograd; takes what RecurrenceFunction takes."""
+    if torch.compiler.is_compiling():
+        return RecurrenceFunction.apply(*arguments)
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return EagerRecurrenceFunction.apply(*arguments)
+    y, *others = RecurrenceFunction.apply(*arguments)
+    return y.clone(), *others  # so that it may be changed in place
 
 
 class RecurrenceBackwardFunction(torch.autograd.Function):
     """The fused gradient. Differentiable in the output gradients and in the inputs of the forward.
 
-    Takes the fields of Gradients, Inputs and Saved, then cell, backend, algorithm, recompute, needs.
+    Takes the fields of Gradients, Inputs and Saved, then cell, backend, algorithm, recompute, needs; y is None where
+    it was changed since.
     """
 
     @staticmethod
@@ -93,6 +116,8 @@ class RecurrenceBackwardFunction(torch.autograd.Function):
         cell, backend, algorithm, recompute, needs,
     ):  # fmt: skip
         inputs = Inputs(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, resets, reverse)
+        if y is None:
+            y = ops.sequence(cell, *inputs.plain, backend, algorithm, False, False)[0]
         if recompute and CELLS[cell].saved:
             grads = Gradients(dy, dh_n, dc_n, dcells)
             return recomputing.gradient(cell, grads, inputs, y, cells, backend, algorithm, needs)

@@ -16,6 +16,8 @@ CLASSES: dict[type, type] = {getattr(nn, name): getattr(modules, name) for name 
 _THEIRS = {ours: theirs for theirs, ours in CLASSES.items()}
 # What torch.nn's classes do not have.
 _OPTIONS = ("backend", "algorithm", "recompute")
+# What our classes work out for each subclass.
+_OF_A_CLASS = ("_may_be_direct", "_checks_itself")
 # What a subclass may override: nothing of it computes.
 _HARMLESS = {"__init__", "__setstate__", "__getstate__", "reset_parameters", "extra_repr", "flatten_parameters"}
 
@@ -191,7 +193,7 @@ def _swap(model: nn.Module, classes: dict[type, type], verb: str) -> nn.Module:
             continue
         if is_parametrized(module):
             # torch made a class for this module alone, a subclass of its own with the weights as properties.
-            properties = {name: value for name, value in vars(type(module)).items() if name != "_may_be_direct"}
+            properties = {name: value for name, value in vars(type(module)).items() if name not in _OF_A_CLASS}
             target = type(type(module).__name__, (target,), properties)
         if classes is _THEIRS:
             for option in _OPTIONS:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -13,10 +14,13 @@ from torch.autograd import forward_ad
 from torch.nn.utils import rnn as rnn_utils
 
 from fusedrnn import _build, ops, planning, trials
-from fusedrnn.autograd import CellFunction, EagerRecurrenceFunction, RecurrenceFunction
+from fusedrnn.autograd import CellFunction, recorded
 from fusedrnn.backends import reference
 from fusedrnn.backends.common import Inputs, neighbours, sizes_on
 from fusedrnn.cells import CELLS, Cell
+
+# A trace fixes the sizes of weights, of which torch warns; what may change in another call stays open.
+warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"fusedrnn\.")
 
 # (thread, callback) of every open ``recording`` block. A plain list, because Dynamo has to guard on it.
 _recorders: list[tuple[int, Callable]] = []
@@ -38,6 +42,9 @@ def recording(callback: Callable):
         _recorders.remove(entry)
 
 
+_profiled = torch._C._autograd._profiler_enabled
+
+
 def direct(name: str, backend: str | None, algorithm: str | None, *arguments):
     """A module's call as one call of C++ ("cell" or "layers", see csrc/module.cpp) on the backend "cpu"; None where
     it is not built, or something is on that needs the way through Python.
@@ -48,7 +55,8 @@ def direct(name: str, backend: str | None, algorithm: str | None, *arguments):
         backend, algorithm = planning._innermost(tuple(planning._forced), backend, algorithm)
     if algorithm is not None or not (backend is None or backend == "cpu"):
         return None
-    if _build._small_calls is not None and not torch.is_grad_enabled():
+    # A profiler is to see an op, and those below the dispatcher are none.
+    if _build._small_calls is not None and not torch.is_grad_enabled() and not _profiled():
         if name == "layers" and torch.is_autocast_enabled("cpu"):
             return _under_autocast(_build._small_calls.layers, *arguments)
         return getattr(_build._small_calls, name)(*arguments)
@@ -205,10 +213,9 @@ def recurrence_of_states(
     elif inputs.special:
         outputs = _any_cell(cell, inputs, backend, algorithm, recompute and not mine, bool(mine), keep_cells, tensors)
     elif _may_need_gradient(tensors):
-        special = torch.compiler.is_compiling() or _under_transform()
-        outputs = (RecurrenceFunction if special else EagerRecurrenceFunction).apply(
-            *inputs.plain, cell.name, backend, algorithm, recompute and not mine, keep_cells
-        )
+        if not torch.compiler.is_compiling():
+            inputs = inputs._replace(**{name: _savable(getattr(inputs, name)) for name in Inputs._fields[:10]})
+        outputs = recorded(*inputs.plain, cell.name, backend, algorithm, recompute and not mine, keep_cells)
     else:
         outputs = ops.sequence(cell.name, *inputs.plain, backend, algorithm, bool(mine), bool(mine) or keep_cells)
     y, h_n, c_n, gates, cells = outputs[:5]
@@ -238,6 +245,24 @@ def _any_cell(cell, inputs, backend, algorithm, recompute, keep_gates, keep_stat
         # Compiled, it is the op that has the gradient: Dynamo does not look into it.
         return ops.run(call, *ops.packed(inputs))
     return CellFunction.apply(dataclasses.replace(call, keep_states=keep_states), *ops.packed(inputs))
+
+
+def _savable(t: Tensor | None) -> Tensor | None:
+    """``t`` such that autograd can keep it: of an inference tensor a copy."""
+    return t.clone() if t is not None and t.is_inference() else t
+
+
+_NO_VIEW = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+
+
+def reshaped(t: Tensor, operation: str, *dims: int) -> Tensor:
+    """``t.operation(*dims)`` of a result nobody else has. It is no view where it need not be one, as torch.nn's are
+    not: a view cannot be detached in place.
+    """
+    if type(t) is not Tensor or _traced() or torch.jit.is_tracing():
+        return getattr(t, operation)(*dims)
+    with torch._C._ExcludeDispatchKeyGuard(_NO_VIEW):
+        return getattr(t, f"{operation}_")(*dims)
 
 
 def _may_need_gradient(tensors: Sequence[Tensor | None]) -> bool:
@@ -454,7 +479,7 @@ def _stack(
         states = states if time_first else tuple(s.transpose(1, 2) for s in states)
     if padding is not None and padding_value != 0:
         x = padding.cut(x, padding_value)
-    y, h, c = x if time_first else x.transpose(0, 1), _together(h_n), _together(c_n) if c0 is not None else None
+    y, h, c = x, _together(h_n), _together(c_n) if c0 is not None else None
     # torch.nn's LSTM is oneDNN's, in 16 bits throughout, unless packed or with a projection; an RNN adds nothing to h.
     if carried is not None and (cell.name == "gru" or (c0 is not None and (batch_sizes is not None or projection))):
         c = None if c is None else c.to(carried)
@@ -462,12 +487,12 @@ def _stack(
             y, h = y.to(carried), h.to(carried)
         if states is not None:
             states = tuple(s.to(t.dtype) for s, t in zip(states, (h, c)))
-    return y, h, c, states
+    return y if time_first else reshaped(y, "transpose", 0, 1), h, c, states
 
 
 def _together(states: list[Tensor]) -> Tensor:
     """[B, .] of each layer and direction as [L*D, B, .]."""
-    return torch.stack(states) if len(states) > 1 else states[0].unsqueeze(0)
+    return torch.stack(states) if len(states) > 1 else reshaped(states[0], "unsqueeze", 0)
 
 
 def _masks(

@@ -8,6 +8,8 @@ that these may be traced.
 import itertools
 import sys
 import types
+import weakref
+from collections.abc import Sequence
 from typing import NoReturn
 
 import torch
@@ -17,18 +19,53 @@ from torch.nn.utils.rnn import PackedSequence
 from fusedrnn import functional
 from fusedrnn.cells import CELL_OF_MODE
 
+# What torch.nn's forward calls to check its input, and ours only where a subclass overrides it.
+_CHECKS = {"check_forward_args", "get_expected_hidden_size", "get_expected_cell_size"}
 # What a call asks a module for, and the way through C++ does not.
 _ASKED = {
     *("_weights", "_states", "_state_sizes", "_check_states", "_batch_states", "_check_dims", "_step"),
-    *("check_input", "check_hidden_size"),
+    *("check_input", "check_hidden_size", "permute_hidden", "_flat_weights", "_flat_weights_names", "__getattr__"),
+    *_CHECKS,
 }
+
+
+def _overridden(cls: type) -> set[str]:
+    """The names in the classes before ours in the order of ``cls``."""
+    before = itertools.takewhile(lambda base: base.__module__ != __name__, cls.__mro__)
+    return {name for base in before for name in vars(base)}
 
 
 def _may_be_direct(cls: type) -> bool:
     """Whether no class before ours in the order of ``cls`` overrides what is asked, or has weights of its own."""
-    before = itertools.takewhile(lambda base: base.__module__ != __name__, cls.__mro__)
-    names = (name for base in before for name in vars(base))
-    return not any(name in _ASKED or name.startswith(("weight_", "bias_")) for name in names)
+    return not any(name in _ASKED or name.startswith(("weight_", "bias_")) for name in _overridden(cls))
+
+
+def _elsewhere(module: nn.Module, given: tuple, call: tuple, options: dict):
+    """What a call returns where somebody else computes it: ``given`` holds something that is no Tensor and answers
+    __torch_function__, or stands for a value in torch.fx, whose graph gets the module as a leaf. Else None.
+    """
+    if all(t is None or isinstance(t, Tensor) for t in given):
+        return None
+    for t in given:
+        if isinstance(t, torch.fx.Proxy):
+            options = {name: value for name, value in options.items() if value is not None}
+            return t.tracer.create_proxy("call_module", t.tracer.path_of_module(module), call, options)
+    if not torch.overrides.has_torch_function(given):
+        return None
+    # Not that of a user's subclass, which has called this one.
+    forward = next(base.forward for base in type(module).__mro__ if base.__module__ == __name__)
+    if isinstance(call[0], PackedSequence):  # whoever unwraps its arguments looks into tuples
+        whole = forward
+
+        def forward(module, input, *hx, **options):
+            return whole(module, PackedSequence(*input), *hx, **options)
+
+        call = (tuple(call[0]), *call[1:])
+    return torch.overrides.handle_torch_function(forward, given, module, *call, **options)
+
+
+def _all(hx) -> tuple:
+    return tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
 
 
 def _per_sample(module: nn.Module) -> bool:
@@ -81,6 +118,14 @@ class RecurrentLayer(nn.RNNBase):
     def __init_subclass__(cls, **keywords) -> None:
         super().__init_subclass__(**keywords)
         cls._may_be_direct = _may_be_direct(cls)
+        cls._checks_itself = bool(_CHECKS & _overridden(cls))
+
+    def __setattr__(self, name: str, value) -> None:
+        super().__setattr__(name, value)
+        # torch.nn does so at the next call.
+        names, refs = (vars(self).get(f"_flat_weight{what}") for what in ("s_names", "_refs"))
+        if refs and names and name in names:
+            refs[names.index(name)] = None if value is None else weakref.ref(value)
 
     def __prepare_scriptable__(self) -> NoReturn:
         _cannot_be_scripted(self)
@@ -91,13 +136,20 @@ class RecurrentLayer(nn.RNNBase):
             super().flatten_parameters()
 
     def _weights(self) -> list[Tensor]:
-        # By name, so that parametrizations, weight_norm, functional_call and replaced parameters all count.
-        return [getattr(self, name) for name in self._flat_weights_names]
+        # By name, so that parametrizations, weight_norm, functional_call and replaced parameters all count. Where those
+        # are what they were, and _flat_weights is not, a wrapper has put its own there for torch.nn's forward.
+        named = [getattr(self, name, None) for name in self._flat_weights_names]
+        flat = getattr(self, "_flat_weights", named)
+        if all(mine is w for mine, w in zip(flat, named)):
+            return named
+        computed = "_flat_weights" not in vars(self)
+        refs = getattr(self, "_flat_weight_refs", [])
+        unchanged = all(ref is None or w is None or ref() is w for ref, w in zip(refs, named))
+        return list(flat) if computed or unchanged else named
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
-        if input.is_nested or input.layout != torch.strided:
-            kind = "a nested tensor" if input.is_nested else f"layout {input.layout}"
-            raise RuntimeError(f"input must be a dense tensor or a PackedSequence, got {kind}")
+        if input.layout != torch.strided:
+            raise RuntimeError(f"input must be a dense tensor or a PackedSequence, got layout {input.layout}")
         # None where a parametrization computes it: once a call is enough, and functional.layers compares dtypes too.
         weight = self._parameters.get("weight_ih_l0")
         if weight is not None and input.dtype != weight.dtype and not torch._C._is_any_autocast_enabled():
@@ -139,7 +191,7 @@ class RecurrentLayer(nn.RNNBase):
         lengths: Tensor | None = None,
         padding_value: float = 0.0,
     ):
-        """See the class; input [T, B, I], [B, T, I], [T, I] or a PackedSequence."""
+        """See the class; input [T, B, I], [B, T, I], [T, I], a PackedSequence or a nested tensor."""
         if lengths is None and not (return_all_states or self.recompute or (self.dropout and self.training)):
             found = self._direct(input, hx, resets)
             if found is not None:
@@ -149,6 +201,14 @@ class RecurrentLayer(nn.RNNBase):
             self._cannot_be_given(resets=resets is not None, return_all_states=return_all_states)
             return super().forward(input, hx)
         packed = isinstance(input, PackedSequence)
+        if not isinstance(input, Tensor) or not (hx is None or isinstance(hx, Tensor)):
+            given = (input.data if packed else input, *_all(hx), resets, lengths)
+            options = {"resets": resets, "lengths": lengths}
+            options |= {"return_all_states": True} if return_all_states else {}
+            options |= {"padding_value": padding_value} if padding_value else {}
+            found = _elsewhere(self, given, (input,) if hx is None else (input, hx), options)
+            if found is not None:
+                return found
         batch_sizes = sorted_indices = unsorted_indices = None
         batched = True
         if packed:
@@ -156,8 +216,10 @@ class RecurrentLayer(nn.RNNBase):
             if torch.compiler.is_exporting():
                 functional.check_packed_export(batch_sizes)
             self.check_input(input, batch_sizes)
-            if sorted_indices is not None and torch.compiler.is_compiling():
+            if sorted_indices is not None and (torch.compiler.is_compiling() or torch.jit.is_tracing()):
                 batch = sorted_indices.size(0)  # known to the compiler, which would break the graph to read batch_sizes
+            elif torch.jit.is_tracing() and not torch.compiler.is_compiling():
+                batch = batch_sizes[0]  # as a number it would be that of the example
             else:
                 batch = int(batch_sizes[0]) if batch_sizes.numel() else 0
         else:
@@ -166,7 +228,10 @@ class RecurrentLayer(nn.RNNBase):
                     f"{type(self).__name__}: input must be a Tensor or a PackedSequence, got {type(input).__name__}"
                 )
             if input.is_nested:
-                self.check_input(input, None)
+                if resets is not None or return_all_states or lengths is not None:
+                    beside = "resets, return_all_states and lengths"
+                    raise RuntimeError(f"{type(self).__name__}: {beside} cannot be given with nested input")
+                return self._nested(input, hx, padding_value)
             if input.dim() not in (2, 3):
                 raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, got {input.dim()}D instead")
             batched = input.dim() == 3
@@ -184,10 +249,13 @@ class RecurrentLayer(nn.RNNBase):
             states = self._states(hx)
             if not packed:
                 states = self._batch_states(states, batched)
-            self.check_input(input, batch_sizes)
-            self._check_states(states, batch)
             if sorted_indices is not None:
-                states = tuple(s.index_select(1, sorted_indices) for s in states)
+                states = self._permuted(states, sorted_indices)
+            if self._checks_itself:
+                self.check_forward_args(input, states if len(states) > 1 else states[0], batch_sizes)
+            else:
+                self.check_input(input, batch_sizes)
+                self._check_states(states, batch)
         if not packed and input.size(1 if self.batch_first else 0) == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
 
@@ -220,10 +288,10 @@ class RecurrentLayer(nn.RNNBase):
         if packed:
             y = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
             if unsorted_indices is not None:
-                finals = [s.index_select(1, unsorted_indices) for s in finals]
+                finals = self._permuted(finals, unsorted_indices)
         elif not batched:
-            y = y.squeeze(0 if self.batch_first else 1)
-            finals = [s.squeeze(1) for s in finals]
+            y = functional.reshaped(y, "squeeze", 0 if self.batch_first else 1)
+            finals = [functional.reshaped(s, "squeeze", 1) for s in finals]
         final = tuple(finals) if len(finals) > 1 else finals[0]
         if not return_all_states:
             return y, final
@@ -258,8 +326,39 @@ class RecurrentLayer(nn.RNNBase):
         if packed is not None:
             y = PackedSequence(y, batch_sizes, packed.sorted_indices, packed.unsorted_indices)
             if packed.unsorted_indices is not None:
-                finals = [s.index_select(1, packed.unsorted_indices) for s in finals]
+                finals = self._permuted(finals, packed.unsorted_indices)
         return y, finals[0] if len(finals) == 1 else tuple(finals)
+
+    def _permuted(self, states: Sequence[Tensor], order: Tensor) -> Sequence[Tensor]:
+        found = self.permute_hidden(tuple(states) if len(states) > 1 else states[0], order)
+        return found if len(states) > 1 else (found,)
+
+    def _nested(self, input: Tensor, hx, padding_value: float):
+        """forward of a nested tensor [B, *, I]: y is nested as the input is."""
+        name = type(self).__name__
+        if not self.batch_first:
+            raise RuntimeError(f"{name}: a nested input [B, *, I] needs batch_first=True")
+        if padding_value != 0:
+            raise RuntimeError(f"{name}: padding_value cannot be given with nested input, which has no padding")
+        if input.dim() != 3:
+            raise RuntimeError(f"{name}: a nested input must have 3 dimensions [B, *, I], got {input.dim()}")
+        jagged = input.layout == torch.jagged
+        if jagged and (input._ragged_idx != 1 or input.lengths() is not None):
+            raise RuntimeError(
+                f"{name}: of a jagged input [B, *, I] the second dimension must be ragged, without holes"
+            )
+        offsets = input.offsets() if jagged else None
+        lengths = offsets.diff() if jagged else input._nested_tensor_size()[:, 0]
+        padded = torch.nested.to_padded_tensor(input, 0.0)
+        y, states = self.forward(padded, hx, lengths=lengths)
+        if not jagged:
+            rows = [row[:length] for row, length in zip(y, lengths.tolist(), strict=True)]
+            return torch.nested.as_nested_tensor(rows), states
+        # Row by row of the batch, what is inside: as the values of the input.
+        rows = torch.arange(input.values().shape[0], device=y.device)
+        sequence = torch.searchsorted(offsets, rows, right=True) - 1
+        values = y[sequence, rows - offsets[sequence]]
+        return torch.nested.nested_tensor_from_jagged(values, offsets), states
 
     def _cannot_be_given(self, **options: bool) -> None:
         for name, given in options.items():
@@ -439,6 +538,8 @@ class RecurrentCell(nn.RNNCellBase):
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """See the class."""
         h = self._direct(input, hx, None)
+        if h is None:
+            h = _elsewhere(self, (input, hx), (input,) if hx is None else (input, hx), {})
         if h is not None:
             return h
         if _per_sample(self):
@@ -513,6 +614,9 @@ class LSTMCell(RecurrentCell, nn.LSTMCell):
             states = self._direct(input, *(hx or (None, None)))
             if states is not None:
                 return states
+        states = _elsewhere(self, (input, *_all(hx)), (input,) if hx is None else (input, hx), {})
+        if states is not None:
+            return states
         if _per_sample(self):
             return nn.LSTMCell.forward(self, input, hx)
         self._check_dims("input", input)

@@ -416,9 +416,7 @@ def _apply_sequence(*arguments):
         # Gates that need not be kept are computed again.
         found = autograd.apply_cell(arguments[0], inputs, backend, algorithm, not keep_gates, keep_states)
         return _outputs(inputs, keep_states, *found)
-    y, h_n, c_n, gates, cells = autograd.RecurrenceFunction.apply(
-        *inputs.plain, arguments[0], backend, algorithm, False, keep_states
-    )
+    y, h_n, c_n, gates, cells = autograd.recorded(*inputs.plain, arguments[0], backend, algorithm, False, keep_states)
     return _outputs(inputs, keep_states, y, h_n, c_n, gates if keep_gates else y.new_empty(0), cells)
 
 

@@ -300,6 +300,9 @@ def choose(
     if _forced:
         backend, algorithm = _innermost(tuple(_forced), backend, algorithm)
     setting = "" if backend or algorithm else os.environ.get(ENVIRONMENT_VARIABLE, "")
+    if not torch.compiler.is_compiling():
+        # Sizes of weights, which a trace with symbols fixes.
+        input_size, hidden_size, proj_size = int(input_size), int(hidden_size), int(proj_size)
     key = cell, input_size, hidden_size, proj_size, dtype, device, backend, algorithm, setting, heads
     return _choose(try_out, *key)
 

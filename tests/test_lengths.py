@@ -402,3 +402,56 @@ def test_torchs_own_op_takes_them_packed(monkeypatch):
     got = flat(ours(x, tuple(states), lengths=LENGTHS, padding_value=2.0))
     for a, b in zip(got, packed(theirs, x, states, padding_value=2.0), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+@pytest.mark.parametrize(
+    "name, options", [("LSTM", {}), ("GRU", {"bidirectional": True, "num_layers": 2}), ("RNN", {})]
+)
+@pytest.mark.filterwarnings("ignore:.*nested tensors.*")
+def test_nested_input_is_variable_length(name, options, layout):
+    layer = getattr(fusedrnn, name)(3, 4, batch_first=True, dtype=torch.float64, **options)
+    sequences = [torch.randn(length, 3, dtype=torch.float64, requires_grad=True) for length in (5, 1, 7)]
+    wanted = [*sequences, *layer.parameters()]
+
+    def states(hx):
+        return hx if isinstance(hx, tuple) else (hx,)
+
+    nested = torch.nested.as_nested_tensor(sequences, layout=layout)
+    y, got = layer(nested)
+    assert (y.is_nested, y.layout) == (True, layout)
+    if layout == torch.jagged:
+        assert y.shape[:2] == nested.shape[:2]
+        assert (y + nested[..., :1]).shape == y.shape
+    each = [layer(s) for s in sequences]
+    for row, (want, _) in zip(y.unbind(), each, strict=True):
+        torch.testing.assert_close(row, want)
+    for s, *parts in zip(states(got), *(states(hx) for _, hx in each), strict=True):
+        torch.testing.assert_close(s, torch.stack(parts, 1))
+    h = states(got)[0]
+    again = layer(nested, got)[0]
+    for k, row in enumerate(again.unbind()):
+        start = tuple(s[:, k] for s in states(got))
+        torch.testing.assert_close(row, layer(sequences[k], start if name == "LSTM" else start[0])[0])
+    found = torch.autograd.grad(sum(row.sin().sum() for row in y.unbind()) + h.sum(), wanted)
+    want = torch.autograd.grad(sum(a.sin().sum() + states(hx)[0].sum() for a, hx in each), wanted)
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors.*")
+def test_nested_input_that_cannot_be_taken():
+    gru = fusedrnn.GRU(3, 4, batch_first=True)
+    nested = torch.nested.nested_tensor([torch.randn(k, 3) for k in (2, 3)], layout=torch.jagged)
+    compiled = torch.compile(gru, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(nested)[0].values(), gru(nested)[0].values())
+    with pytest.raises(RuntimeError, match="needs batch_first=True"):
+        fusedrnn.GRU(3, 4)(nested)
+    with pytest.raises(RuntimeError, match="cannot be given with nested input"):
+        gru(nested, lengths=torch.tensor([2, 3]))
+    with pytest.raises(RuntimeError, match="no padding"):
+        gru(nested, padding_value=1.0)
+    with pytest.raises(RuntimeError, match="without holes"):
+        gru(nested.transpose(1, 2))
+    with pytest.raises(RuntimeError, match="Expected 3, got 2"):
+        gru(nested[..., :2])

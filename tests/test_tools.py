@@ -4,6 +4,7 @@ import copy
 import importlib
 import pickle
 import sys
+import typing
 import warnings
 
 import pytest
@@ -221,6 +222,267 @@ def test_a_twin_shares_the_parameters_and_leaves_the_module():
     assert ours.weight_hh_l0 is not twin.weight_hh_l0
     assert "backend" not in vars(twin)
     assert ours.backend == "reference"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fx_keeps_the_layer_as_a_leaf(name):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.rnn = nn.Linear(3, 3), getattr(fusedrnn, name)(3, 4)
+
+        def forward(self, x, h):
+            y = self.rnn(self.first(x), (h, h) if name.startswith("LSTM") else h)
+            return (y[0] if name in LAYERS or name == "LSTMCell" else y).relu()
+
+    model = Model()
+    traced = torch.fx.symbolic_trace(model)
+    assert [n.target for n in traced.graph.nodes if n.op == "call_module"] == ["first", "rnn"]
+    assert traced.rnn is model.rnn
+    x, h = torch.randn(2, 3), torch.randn(1 if name in LAYERS else 2, 4)
+    assert torch.equal(traced(x, h), model(x, h))
+    if name in LAYERS:
+        options = torch.fx.symbolic_trace(KeywordModel(model.rnn))
+        assert torch.equal(
+            options(x[None], h[None], torch.tensor([1, 0])),
+            KeywordModel(model.rnn)(x[None], h[None], torch.tensor([1, 0])),
+        )
+
+
+class KeywordModel(nn.Module):
+    def __init__(self, rnn):
+        super().__init__()
+        self.rnn = rnn
+
+    def forward(self, x, h, lengths):
+        return self.rnn(x, lengths=lengths, padding_value=-1.0)[0]
+
+
+class Duck:
+    """No Tensor, but something that answers in its place."""
+
+    called: typing.ClassVar[list] = []
+
+    def __init__(self, t):
+        self.t = t
+
+    def __getattr__(self, name):
+        return getattr(self.__dict__["t"], name)
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        def bare(value):
+            if isinstance(value, Duck):
+                return value.t
+            return type(value)(map(bare, value)) if type(value) in (list, tuple) else value
+
+        cls.called.append(function)
+        return function(*map(bare, args), **{key: bare(value) for key, value in (kwargs or {}).items()})
+
+
+class Mine(fusedrnn.GRU):
+    def forward(self, input, hx=None):
+        return super().forward(input, hx)[0] * 2
+
+
+@pytest.mark.parametrize("cls", [*(getattr(fusedrnn, name) for name in NAMES), Mine])
+def test_what_answers_torch_function(cls):
+    module = cls(3, 4)
+    x, h = torch.randn(2, 3), torch.randn(1 if issubclass(cls, nn.RNNBase) else 2, 4)
+    if issubclass(cls, nn.RNNBase):
+        x, h = x[:, None], h[None]
+    states = [h, h] if "LSTM" in cls.__name__ else [h]
+
+    def call(wrap_x, wrap_h):
+        hx = [wrap_h(s) for s in states]
+        return first(module(wrap_x(x), tuple(hx) if len(hx) > 1 else hx[0]))
+
+    for wraps in ((Duck, Duck), (Duck, lambda t: t), (lambda t: t, Duck)):
+        Duck.called.clear()
+        assert torch.equal(call(*wraps), call(lambda t: t, lambda t: t))
+        assert Duck.called[0].__qualname__ == f"{'GRU' if cls is Mine else cls.__name__}.forward"
+    assert torch.equal(first(module(Duck(x))), first(module(x)))
+    with torch._C.DisableTorchFunctionSubclass(), pytest.raises(TypeError, match="must be a Tensor"):
+        cls.__mro__[cls is Mine].forward(module, Duck(x))
+    with pytest.raises(TypeError, match="must be a"):
+        module(object())
+
+
+def test_a_packed_batch_of_what_answers_torch_function():
+    layer, x = fusedrnn.LSTM(3, 4, bidirectional=True), torch.randn(5, 2, 3)
+    packed = nn.utils.rnn.pack_padded_sequence(x, [5, 2])
+    layer.register_forward_hook(lambda *_: None)
+    duck = nn.utils.rnn.PackedSequence(packed.data, packed.batch_sizes)._replace(data=Duck(packed.data))
+    Duck.called.clear()
+    assert torch.equal(layer(duck)[0].data, layer(packed)[0].data)
+    assert Duck.called
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tensor_subclasses_pass_through(name):
+    module, x = getattr(fusedrnn, name)(3, 4), torch.randn(2, 3, requires_grad=True)
+    y = first(module(x.as_subclass(Subclass)))
+    assert type(y) is Subclass
+    got, want = (torch.autograd.grad(v.sum(), x)[0] for v in (y, first(module(x))))
+    torch.testing.assert_close(got.as_subclass(torch.Tensor), want)
+
+
+class Doubled(nn.Module):
+    def forward(self, w):
+        return w * 2
+
+
+def doubled_list(m):
+    m._flat_weights = [w * 2 for w in m._flat_weights]
+
+
+def doubled_item(m):
+    m._flat_weights[1] = m._flat_weights[1] * 2
+
+
+def doubled_by_a_hook_in_the_list(m):
+    m.register_forward_pre_hook(lambda m, _: m._flat_weights.__setitem__(1, m.weight_hh_l0 * 2))
+
+
+def doubled_by_a_hook_by_name(m):
+    m.raw = m.weight_hh_l0
+    del m.weight_hh_l0
+    m.register_forward_pre_hook(lambda m, _: setattr(m, "weight_hh_l0", m.raw * 2))
+
+
+def set_and_then_doubled(m):
+    m.weight_hh_l0 = nn.Parameter(m.weight_hh_l0.detach() + 1)
+    with torch.no_grad():
+        m(torch.zeros(1, 1, 3))
+    doubled_list(m)
+
+
+def put_among_the_parameters(m):
+    m._parameters["weight_hh_l0"] = nn.Parameter(m.weight_hh_l0.detach() * 2)
+
+
+def deleted(m):
+    w = m.weight_hh_l0
+    del m.weight_hh_l0
+    m._flat_weights[1] = w * 2
+
+
+def parametrized(m):
+    nn.utils.parametrize.register_parametrization(m, "weight_hh_l0", Doubled())
+
+
+WEIGHTS = (
+    doubled_list, doubled_item, doubled_by_a_hook_in_the_list, doubled_by_a_hook_by_name, set_and_then_doubled,
+    put_among_the_parameters, deleted, parametrized,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("change", WEIGHTS)
+def test_weights_set_in_any_way_are_used(change, backend):
+    torch.manual_seed(0)
+    theirs, x = nn.GRU(3, 4), torch.randn(5, 2, 3)
+    ours = fusedrnn.GRU(3, 4, backend=backend)
+    ours.load_state_dict(theirs.state_dict())
+    plain = theirs(x)[0]
+    for module in (theirs, ours):
+        change(module)
+    want = theirs(x)[0]
+    assert not torch.allclose(want, plain)
+    for got in (ours(x)[0], torch.compile(ours, fullgraph=True, backend="aot_eager")(x)[0]):
+        torch.testing.assert_close(got, want)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x)[0], want)
+    if change is not deleted:  # _apply of torch.nn puts the named ones back, and so does ours
+        for module in (theirs, ours):
+            module.double()
+        torch.testing.assert_close(ours(x.double())[0], theirs(x.double())[0])
+
+
+def test_weights_that_a_class_computes_are_used():
+    def doubled(base):
+        got = lambda self: [getattr(self, name) * 2 for name in self._flat_weights_names]
+        return type("Doubled", (base,), {"_flat_weights": property(got, lambda self, _: None)})
+
+    torch.manual_seed(0)
+    theirs, ours, x = doubled(nn.LSTM)(3, 4), doubled(fusedrnn.LSTM)(3, 4), torch.randn(5, 2, 3)
+    ours.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(ours(x)[0], theirs(x)[0])
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x)[0], theirs(x)[0])
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_public_method_is_torch_s(name):
+    theirs, ours = (getattr(package, name)(3, 4, 2, bidirectional=True) for package in (nn, fusedrnn))
+    ours.load_state_dict(theirs.state_dict())
+    x, h, order = torch.randn(5, 2, 3), torch.randn(4, 2, 4), torch.tensor([1, 0])
+    hx = (h, h + 1) if name == "LSTM" else h
+    for call in (
+        lambda m: m.permute_hidden(hx, order),
+        lambda m: m.permute_hidden(hx, None),
+        lambda m: m.get_expected_hidden_size(x, None),
+        lambda m: m.get_expected_hidden_size(x, torch.tensor([2, 1])),
+        lambda m: m.check_input(x, None),
+        lambda m: m.check_forward_args(x, hx, None),
+        lambda m: m.check_hidden_size(h, (4, 2, 4)),
+        lambda m: m.extra_repr(),
+        lambda m: m.all_weights,
+    ):
+        got, want = call(ours), call(theirs)
+        assert str(got) == str(want)
+    for call in (
+        lambda m: m.check_input(x[..., :2], None),
+        lambda m: m.check_forward_args(x, (h[:1], h[:1]) if name == "LSTM" else h[:1], None),
+        lambda m: m.check_hidden_size(h, (4, 2, 5)),
+    ):
+        errors = []
+        for module in (theirs, ours):
+            with pytest.raises(RuntimeError) as raised:
+                call(module)
+            errors.append(str(raised.value))
+        assert errors[0] == errors[1]
+    if name == "LSTM":
+        assert ours.get_expected_cell_size(x, None) == theirs.get_expected_cell_size(x, None)
+
+
+@pytest.mark.parametrize("method", ["permute_hidden", "check_forward_args", "get_expected_hidden_size"])
+def test_a_subclass_that_overrides_a_public_method_is_asked(method):
+    asked = []
+
+    def override(self, *args):
+        asked.append(method)
+        return getattr(fusedrnn.LSTM, method)(self, *args)
+
+    layer = type("Asked", (fusedrnn.LSTM,), {method: override})(3, 4)
+    packed = nn.utils.rnn.pack_padded_sequence(torch.randn(5, 2, 3), [2, 5], enforce_sorted=False)
+    h = torch.randn(1, 2, 4)
+    want = fusedrnn.LSTM.forward(plain := fusedrnn.LSTM(3, 4), packed, (h, h))
+    layer.load_state_dict(plain.state_dict())
+    for grad in (True, False):
+        asked.clear()
+        with torch.set_grad_enabled(grad):
+            assert torch.equal(layer(packed, (h, h))[1][0], want[1][0])
+        assert asked
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("name, options", [("LSTM", {}), ("GRUCell", {}), ("RNN", {"backend": "reference"})])
+def test_the_profiler_sees_the_op(name, options, grad):
+    module = getattr(fusedrnn, name)(3, 4, **options)
+    x = torch.randn(5, 3) if name in CELLS else torch.randn(5, 2, 3)
+    with torch.set_grad_enabled(grad), torch.profiler.profile(record_shapes=True) as profile:
+        y = first(module(x))
+        if grad:
+            y.sum().backward()
+    (seen,) = (e for e in profile.events() if e.name == "fusedrnn::sequence")
+    assert [1, *x.shape][-2:] == next(s for s in seen.input_shapes if s)[-2:]
+    assert sum(e.name == "fusedrnn::sequence_backward" for e in profile.events()) == grad
 
 
 def needs(*packages: str):

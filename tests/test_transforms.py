@@ -11,6 +11,7 @@ import torch
 from problems import INPUTS, Case, make
 from test_recurrence import RUNS, need
 from test_torch_modules import tensors_of
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import fusedrnn
 from fusedrnn import _build, ops
@@ -660,3 +661,135 @@ def test_forward_mode_under_autocast():
             for y, dual in zip(flat(module(x)), flat(torch.func.jvp(lambda a, m=module: flat(m(a)), (x,), (x,))[0])):
                 assert y.dtype == dual.dtype
                 torch.testing.assert_close(y, dual, rtol=2e-2, atol=2e-2)
+
+
+IN_PLACE = [
+    ("LSTM", {}),
+    ("GRU", {"batch_first": True}),
+    ("GRU", {"bidirectional": True, "batch_first": True}),
+    ("RNN", {"num_layers": 2}),
+    ("LSTM", {"recompute": True}),
+    ("GRU", {"recompute": True, "batch_first": True}),
+]
+ACCESS = {
+    "dense": lambda m, x: m(x)[0],
+    "unbatched": lambda m, x: m(x[:, 0])[0],
+    "packed": lambda m, x: m(torch.nn.utils.rnn.pack_padded_sequence(x, [5, 3], enforce_sorted=False))[0].data,
+    "resets": lambda m, x: m(x, resets=x.detach()[..., 0] > 0)[0],
+    "lengths": lambda m, x: m(x, lengths=torch.arange(x.shape[0 if m.batch_first else 1]).clamp(max=2))[0],
+}
+
+
+@pytest.mark.parametrize("backend", [None, "cpu", "reference"])
+@pytest.mark.parametrize("access", ACCESS)
+@pytest.mark.parametrize("name, options", IN_PLACE, ids=str)
+def test_outputs_may_be_changed_in_place(name, options, access, backend):
+    need(backend or "reference")
+    # Whoever asks for an algorithm goes through Python.
+    chosen = {"backend": backend, "algorithm": "persistent" if backend == "cpu" else None}
+    layer = getattr(fusedrnn, name)(3, 4, **options, **chosen)
+    x = torch.randn(5, 2, 3, requires_grad=True)
+    wanted = [x, *layer.parameters()]
+
+    def gradients(y, way):
+        if way == "batched":
+            return torch.autograd.grad(y, wanted[0], torch.randn(3, *y.shape).fill_(0.5), is_grads_batched=True)
+        first = torch.autograd.grad(y.sin().sum(), wanted, create_graph=way == "twice")
+        return first if way == "once" else torch.autograd.grad(sum(g.pow(2).sum() for g in first), wanted)
+
+    for way in ("once", "twice", "batched"):
+        want = gradients(torch.relu(ACCESS[access](layer, x) * 2), way)
+        y = ACCESS[access](layer, x)
+        for a, b in zip(gradients(y.mul_(2).relu_(), way), want, strict=True):
+            assert torch.equal(a, b)
+    with torch.no_grad():
+        (y := ACCESS[access](layer, x)).mul_(2)
+    for outputs in (flat(layer(x)), [ACCESS[access](layer, x)]):
+        for t in outputs:
+            assert t.requires_grad
+            assert not t.detach_().requires_grad
+
+
+def test_outputs_changed_in_place_under_transforms_and_in_traces():
+    layer = fusedrnn.GRU(3, 4)
+    x = torch.randn(5, 2, 3)
+    want = torch.func.grad(lambda a: torch.relu(layer(a)[0]).sum())(x)
+    assert torch.equal(torch.func.grad(lambda a: torch.relu_(layer(a)[0]).sum())(x), want)
+    program = torch.export.export(layer, (x,)).module()
+    leaf = x.clone().requires_grad_()
+    torch.relu_(program(leaf)[0]).sum().backward()
+    torch.testing.assert_close(leaf.grad, want)
+
+
+def test_what_is_saved_is_let_go_with_the_output():
+    """Saved-tensor hooks see y, and what watches it keeps no memory."""
+    layer, x = fusedrnn.GRU(3, 4), torch.randn(5, 2, 3)
+    for algorithm in (None, "persistent"):
+        layer.algorithm = algorithm
+        seen = []
+
+        def pack(t, seen=seen):
+            seen.append(t.data_ptr())
+            return t.clone()
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = layer(x)[0]
+        assert y.data_ptr() in seen
+        memory = StorageWeakRef(y.untyped_storage())
+        loss = y.sum()
+        del y
+        assert memory.expired()
+        loss.backward()
+
+
+@pytest.mark.parametrize("name, shape", [("LSTM", (5, 2, 3)), ("GRU", (5, 3)), ("RNNCell", (2, 3)), ("LSTMCell", (3,))])
+def test_inference_tensors_train(name, shape):
+    module = getattr(fusedrnn, name)(3, 4)
+    with torch.inference_mode():
+        x = torch.randn(shape)
+        states = flat(module(x))[-1 if name in ("GRU", "RNNCell") else -2 :]
+    hx = tuple(states) if len(states) > 1 else states[0]
+    for given in (None, hx):
+        got = torch.autograd.grad(flat(module(x, given))[0].sum(), list(module.parameters()))
+        plain = tuple(s.clone() for s in given) if isinstance(given, tuple) else given is not None and given.clone()
+        want = torch.autograd.grad(
+            flat(module(x.clone(), None if plain is False else plain))[0].sum(), list(module.parameters())
+        )
+        for a, b in zip(got, want, strict=True):
+            assert torch.equal(a, b)
+
+
+class Packing(torch.nn.Module):
+    def __init__(self, name, **options):
+        super().__init__()
+        self.rnn = getattr(fusedrnn, name)(3, 4, **options)
+
+    def forward(self, x, lengths):
+        packed = torch.nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        y, states = self.rnn(packed)
+        return torch.nn.utils.rnn.pad_packed_sequence(y, batch_first=True)[0], *flat([states])
+
+
+@pytest.mark.parametrize("name, options", [("GRU", {}), ("LSTM", {"bidirectional": True, "num_layers": 2})])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning", "ignore::torch.jit.TracerWarning:torch")
+def test_jit_trace_of_packed_input_is_not_frozen_to_the_example(name, options):
+    model = Packing(name, **options)
+    traced = torch.jit.trace(model, (torch.randn(2, 5, 3), torch.tensor([3, 5])))
+    for x, lengths in ((torch.randn(4, 7, 3), [2, 7, 1, 6]), (torch.randn(1, 2, 3), [2])):
+        found = [run(x, torch.tensor(lengths)) for run in (traced, model)]
+        grads = [torch.autograd.grad(y.sin().sum(), list(model.parameters())) for y, *_ in found]
+        for a, b in zip((*found[0], *grads[0]), (*found[1], *grads[1]), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name, options, shape", FUNC)
+def test_make_fx_keeps_sizes_open(name, options, shape):
+    module = getattr(fusedrnn, name)(4, 5, **options)
+    weights = dict(module.named_parameters())
+    make_fx = torch.fx.experimental.proxy_tensor.make_fx
+    call = lambda weights, x: torch.func.functional_call(module, weights, x)
+    traced = make_fx(call, tracing_mode="symbolic")(weights, torch.randn(shape))
+    assert any(node.target is ops.sequence_op for node in traced.graph.nodes)
+    x = torch.randn(shape) if len(shape) < 2 else torch.randn(*shape[:-2], 7, 4)
+    for a, b in zip(flat(traced(weights, x)), flat(module(x)), strict=True):
+        torch.testing.assert_close(a, b)
