@@ -17,7 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from fusedrnn import _build
 from fusedrnn.__main__ import main
+from fusedrnn.benchmarks import calls as small_calls
 from fusedrnn.benchmarks import measure, problems, providers, results, runner
 from fusedrnn.benchmarks import report as report_module
 from fusedrnn.benchmarks.problems import Problem
@@ -768,3 +770,22 @@ def test_report_opens_in_a_browser(report, tmp_path):
     assert 'data-wide="false"' in done.stdout
     assert "data-failed" not in done.stdout
     assert "CONSOLE" not in done.stderr, done.stderr
+
+
+@pytest.mark.skipif(_build._small_calls is None, reason="small calls: not built, or not for this torch")
+def test_small_calls_are_checked_and_timed(capsys, monkeypatch):
+    before = _build._calls
+    assert small_calls.main(["--rounds", "1", "--only", "T=1", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(r["call"], r["H"]) for r in rows] == [(c, h) for c in ("LSTM T=1", "GRU T=1") for h in small_calls.WIDTHS]
+    for row in rows:
+        assert row["forward"].keys() == row["train"].keys() == small_calls.ways().keys() >= {"torch.nn", "wheel"}
+        assert all(0 < row["forward"][name] < row["train"][name] for name in row["train"])
+    assert _build._calls is before
+    assert small_calls.main(["--only", "none"]) == 2
+    # Who is wrong is not timed.
+    monkeypatch.setattr(
+        small_calls.fusedrnn.GRU, "forward", lambda self, x: (torch.zeros(1, 1, self.hidden_size), None)
+    )
+    with pytest.raises(RuntimeError, match="wheel, GRU T=1, H=8 is off by"):
+        small_calls.time_problem("GRU T=1", 8, False, 1)
