@@ -21,8 +21,8 @@ import torch
 
 from fusedrnn import _build, trials
 from fusedrnn.backends import cuda
-from fusedrnn.backends.common import simulator, simulator_folder
-from fusedrnn.cells import BUILT_IN, CELL_OF_MODE, kernels_of
+from fusedrnn.backends.common import MOST_ACCUMULATORS, simulator, simulator_folder
+from fusedrnn.cells import BUILT_IN, CELL_OF_MODE, CELLS, kernels_of
 from fusedrnn.ops import ALGORITHMS, BACKEND_ALGORITHMS, BACKENDS, DTYPES, no_such_algorithm
 
 ENVIRONMENT_VARIABLE = "FUSEDRNN_BACKEND"
@@ -81,7 +81,7 @@ class Choice:
 
 
 # Backends whose kernels have a dense W_hh only.
-_ONE_HEAD = ("cuda", "triton")
+_ONE_HEAD = ("cuda",)
 
 
 def check_choice(backend: str | None, algorithm: str | None) -> None:
@@ -106,6 +106,8 @@ def unsupported(backend: str, problem: Problem, machine: Machine) -> str | None:
         return None
     if backend not in kernels_of(problem.cell):
         return f"it has no kernels of the cell {problem.cell}"
+    if (count := len(CELLS[problem.cell].accumulators)) > MOST_ACCUMULATORS.get(backend, count):
+        return f"its kernels have up to {MOST_ACCUMULATORS[backend]} accumulators, the cell {problem.cell} has {count}"
     if problem.heads != 1 and backend in _ONE_HEAD:
         return f"its kernels have one head, got heads={problem.heads}"
     if backend == "cpu":

@@ -1,5 +1,8 @@
 """Cells that are registered while the process runs: states, parameters, inputs and heads in every skeleton."""
 
+import importlib
+import itertools
+
 import pytest
 import torch
 from own_cells import OWN, compile_for_cpu
@@ -23,6 +26,12 @@ CASES = [
     Case(T=5, B=3, I=6, H=10, strided=True, heads=2),
     Case(T=5, B=9, I=3, H=8, resets=True, reverse=True, strided=True),
 ]
+TRITON_CASES = [
+    Case(T=3, B=3, I=4, H=8, heads=2),
+    Case(T=7, B=5, I=6, H=20, lengths=(7, 7, 4, 2, 1), states=True, resets=True, heads=4),
+    Case(T=4, B=17, I=4, H=34, resets=True, reverse=True, strided=True, heads=2),
+    Case(T=5, B=2, I=7, H=17, bias=False),
+]
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NAMES = [*OWN, "lstm", "gru", "rnn_tanh"]
 # Of built-in cells what test_recurrence has not.
@@ -36,6 +45,9 @@ def need(cell: str, backend: str) -> None:
             compile_for_cpu(cell)
         except RuntimeError as error:
             pytest.skip(f"cells of one's own are not tested on the CPU: {error}")
+    if backend == "triton" and cell in OWN:
+        importlib.import_module("own_cells_triton")
+        cells.register(OWN[cell], "triton")
 
 
 def check(cell, backend, algorithm, dtype, case):
@@ -53,6 +65,20 @@ def check(cell, backend, algorithm, dtype, case):
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_agrees_with_float64(cell, backend, dtype, case, poisoned):
     check(cell, backend, "auto", DTYPES[dtype], case)
+
+
+def in_triton():
+    """A kernel takes seconds to compile: two dtypes and the cells that differ are in `make test`."""
+    for cell, dtype, algorithm, case in itertools.product(NAMES, DTYPES, ("step", "sequence"), TRITON_CASES):
+        fast = dtype == ("bfloat16" if cell in ("test_slstm", "gru") else "float32") and cell in (*OWN, "gru")
+        if cell in OWN or case.heads > 1:
+            yield pytest.param(cell, dtype, algorithm, case, marks=[] if fast else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize("cell, dtype, algorithm, case", [*in_triton()], ids=str)
+def test_triton_agrees_with_float64(cell, dtype, algorithm, case, poisoned, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    check(cell, "triton", algorithm, DTYPES[dtype], case)
 
 
 @pytest.mark.parametrize("cell", NAMES)

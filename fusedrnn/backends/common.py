@@ -99,14 +99,18 @@ def simulator(name: str = ""):
     return importlib.import_module(f"ptxsim{name}")
 
 
-def check_kernels(backend: str, cell: Cell, inputs: Inputs) -> None:
-    """Raises where a GPU backend has no kernels for the cell or for what it takes."""
+MOST_ACCUMULATORS = {"triton": 4, "cuda": 4}
+
+
+def check_kernels(backend: str, cell: Cell) -> None:
+    """Raises where a backend has no kernels of the cell."""
     if backend not in kernels_of(cell.name):
         raise RuntimeError(f"backend {backend!r} cannot run: it has no kernels of the cell {cell.name}")
-    if inputs.special:
+    count, most = len(cell.accumulators), MOST_ACCUMULATORS.get(backend)
+    if most is not None and count > most:
         raise RuntimeError(
-            f"backend {backend!r} cannot run: its kernels have one head and cells without parameters, inputs and more "
-            f"than two states, got heads={inputs.heads} and the cell {cell.name}"
+            f"backend {backend!r} cannot run: its kernels have up to {most} accumulators, the cell "
+            f"{cell.name} has {count}"
         )
 
 
@@ -306,6 +310,16 @@ def weight_gradients(
         *(dgates.new_empty(0) if d is None else d.sum(0) for d in dparameters),
         *(dgates.new_empty(0) if d is None else d.view(*x.shape[:-1], hidden) for d in dinputs),
     )
+
+
+def recurrent_product(dgates: Tensor, w_hh: Tensor, heads: int) -> Tensor:
+    """dgates [rows, G*H] W_hh, of each head its own: [rows, P]."""
+    if heads == 1:
+        return product(dgates, w_hh)
+    rows, units = dgates.shape[0], w_hh.shape[1]
+    blocks, weights = dgates.reshape(rows, -1, heads, units), w_hh.view(-1, heads, units, units)
+    found = [product(blocks[:, :, k].flatten(1), weights[:, k].flatten(0, 1)) for k in range(heads)]
+    return torch.cat(found, 1)
 
 
 def _recurrent_gradient(heads: int, hidden: int, dgates: Tensor, started: Tensor) -> Tensor:

@@ -365,7 +365,12 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See the op ``fusedrnn::sequence``."""
     _check(algorithm)
-    check_kernels("cuda", cell, inputs)
+    check_kernels("cuda", cell)
+    if inputs.special:
+        raise RuntimeError(
+            "backend 'cuda' cannot run: its kernels have one head and no cell with parameters, inputs or more than two "
+            f"states, got heads={inputs.heads} and the cell {cell.name}"
+        )
     x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, resets, reverse = inputs.plain
     batch, out = h0.shape
     hidden = w_hh.shape[0] // len(cell.gates)
@@ -449,7 +454,12 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """See the op ``fusedrnn::sequence_backward``."""
     _check(algorithm)
-    check_kernels("cuda", cell, inputs)
+    check_kernels("cuda", cell)
+    if inputs.special:
+        raise RuntimeError(
+            "backend 'cuda' cannot run: its kernels have one head and no cell with parameters, inputs or more than two "
+            f"states, got heads={inputs.heads} and the cell {cell.name}"
+        )
     x, h0, c0, _, w_hh, _, _, w_hr, batch_sizes, resets, reverse = inputs.plain
     y, gates, cells = saved[:3]
     dy, dh_n, dc_n, dcells = grads[:4]

@@ -23,13 +23,14 @@ from fusedrnn.backends.common import (
     gate_columns,
     last_rows,
     product,
+    recurrent_product,
     rows_of,
     simulator,
     sizes_on,
     step_rows,
     weight_gradients,
 )
-from fusedrnn.cells import Cell, accumulation_dtype
+from fusedrnn.cells import BUILT_IN, Cell, accumulation_dtype
 
 ALGORITHMS = ("step", "sequence")
 
@@ -95,6 +96,7 @@ def plan(
     backward: bool = False,
     tf32: bool = False,
     chip: Chip = SM80,
+    heads: int = 1,
 ) -> Plan:
     """The plan for a problem; proj_size 0 is no projection.
 
@@ -104,18 +106,18 @@ def plan(
     if algorithm not in ("auto", *ALGORITHMS):
         raise ValueError(f"backend 'triton' has the algorithms step and sequence, got {algorithm!r}")
     math = math_of(dtype, tf32)
-    found, reason = _plan_sequence(cell, batch, hidden_size, proj_size, dtype, math, chip, backward)
+    found, reason = _plan_sequence(cell, batch, hidden_size // heads, proj_size, dtype, math, chip, backward, heads)
     if algorithm == "sequence" and found is None:
         raise ValueError(f"algorithm 'sequence' of backend 'triton' cannot run: {reason}")
     if algorithm == "step":
         found, reason = None, "algorithm 'step' was asked for"
     if found is not None:
         return found
-    return _plan_step(cell, batch, input_size, hidden_size, proj_size, dtype, math, chip, backward, reason)
+    return _plan_step(cell, batch, input_size, hidden_size, proj_size, dtype, math, chip, backward, reason, heads)
 
 
-def _plan_sequence(cell, batch, hidden_size, proj_size, dtype, math, chip, backward) -> tuple[Plan | None, str]:
-    """The plan, or None and why there is none."""
+def _plan_sequence(cell, batch, hidden_size, proj_size, dtype, math, chip, backward, heads) -> tuple[Plan | None, str]:
+    """The plan, or None and why there is none. hidden_size is that of a head, which a program owns."""
     if proj_size:
         return None, f"a projection (proj_size={proj_size}) needs h of all units before W_hr"
     if hidden_size > SEQUENCE_MAX_HIDDEN[math]:
@@ -124,29 +126,29 @@ def _plan_sequence(cell, batch, hidden_size, proj_size, dtype, math, chip, backw
     BU = _power_of_2(hidden_size, 16, 1024)
     # Few rows a program keep a step short; more only when every multiprocessor has a program anyway.
     BB = max(8, chip.min_columns) if math in ("half", "tf32") else 16
-    if batch > BB * chip.multiprocessors:
+    if batch * heads > BB * chip.multiprocessors:
         BB = 16
     num_warps = {"half": BU // 16, "tf32": BU // 16, "ieee": BU // 8, "double": 8 if backward else 4}[math]
     shared = len(cell.gates) * BU * BU * dtype.itemsize + BU * BB * 4
     if shared > chip.shared_bytes:
         return None, f"W_hh takes {shared} bytes of shared memory to load, {chip.name} has {chip.shared_bytes}"
     why = f"W_hh of hidden_size={hidden_size} fits one program"
-    grid = (1, -(-batch // BB))
+    grid = (heads, -(-batch // BB))
     return Plan("sequence", grid, BU, BB, BU, num_warps, 1, _precision(math), shared, why), why
 
 
-def _plan_step(cell, batch, input_size, hidden_size, proj_size, dtype, math, chip, backward, why) -> Plan:
+def _plan_step(cell, batch, input_size, hidden_size, proj_size, dtype, math, chip, backward, why, heads) -> Plan:
     wide = math == "half"
     BB = _power_of_2(batch, chip.min_columns, 64 if wide else 16)
     if backward:
         # The matmul's rows are units: 16 fill a matrix instruction.
-        columns, operands = proj_size or len(cell.gates) * hidden_size, 1
+        columns, operands = proj_size or len(cell.gates) * hidden_size // heads, 1
         BU = rows = 16 if BB <= 32 else 32
         num_warps = 2 if BB <= 16 else 4
     else:
         # The matmul's rows are the accumulators of BU units: with 32 of them there are programs enough to load W
         # on every multiprocessor at once; a larger batch has the work for 64.
-        columns, operands = max(input_size, proj_size or hidden_size), 2
+        columns, operands = max(input_size, proj_size or hidden_size // heads), 2
         rows = 32 if BB <= 32 else 64
         BU = rows // _power_of_2(len(cell.accumulators), 1, rows)
         # A warp loads both its operands once for its whole tile: fewer warps, fewer instructions.
@@ -159,7 +161,7 @@ def _plan_step(cell, batch, input_size, hidden_size, proj_size, dtype, math, chi
     while tiles * operands * (rows + BB) * BK * dtype.itemsize > chip.shared_bytes:
         BK //= 2
     shared = tiles * operands * (rows + BB) * BK * dtype.itemsize
-    grid = (-(-hidden_size // BU), -(-batch // BB))
+    grid = (heads * -(-hidden_size // heads // BU), -(-batch // BB))
     return Plan("step", grid, BU, BB, BK, num_warps, num_stages, _precision(math), shared, why)
 
 
@@ -194,6 +196,7 @@ def plan_for(
     algorithm: str,
     backward: bool,
     steps: int | None = None,
+    heads: int = 1,
 ) -> Plan:
     """The plan on a device of this machine, with the tf32 setting in force; nothing in it depends on the steps."""
     return plan(
@@ -207,12 +210,53 @@ def plan_for(
         backward=backward,
         tf32=dtype == torch.float32 and allow_tf32(),
         chip=_chip(device),
+        heads=heads,
     )
 
 
-def _plan_of(cell: Cell, x: Tensor, h0: Tensor, w_hh: Tensor, w_hr: Tensor | None, algorithm: str, backward: bool):
-    hidden, proj = w_hh.shape[0] // len(cell.gates), 0 if w_hr is None else h0.shape[1]
-    return plan_for(cell, h0.shape[0], x.shape[-1], hidden, proj, x.dtype, x.device, algorithm, backward)
+def _plan_of(cell: Cell, inputs: Inputs, algorithm: str, backward: bool) -> Plan:
+    x, h0, heads = inputs.x, inputs.h0, inputs.heads
+    hidden, proj = inputs.w_hh.shape[0] // len(cell.gates), 0 if inputs.w_hr is None else h0.shape[1]
+    return plan_for(cell, h0.shape[0], x.shape[-1], hidden, proj, x.dtype, x.device, algorithm, backward, heads=heads)
+
+
+def _stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """Tensors of one shape one after the other, zeros for None; None without any, or where there is None only."""
+    given = [t for t in tensors if t is not None]
+    if not given:
+        return None
+    if len(tensors) == 1:
+        return _dense(given[0])
+    return torch.stack([torch.zeros_like(given[0]) if t is None else t for t in tensors])
+
+
+def _apart(stacked: Tensor, count: int) -> list[Tensor]:
+    """The tensors of a stack: outputs of an op may not share memory."""
+    return [stacked] if count == 1 else [t.clone() for t in stacked]
+
+
+def _empty(like: Tensor, count: int, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """A stack of ``count`` for a kernel to write to; of one the tensor itself, of none no elements."""
+    sizes = (0,) if count == 0 else shape if count == 1 else (count, *shape)
+    return like.new_empty(sizes, dtype=dtype)
+
+
+def _extras(cell: Cell, inputs: Inputs, rows: int) -> tuple[dict, dict]:
+    """Arguments and constants of every kernel for what cells of one's own have."""
+    hidden, others = inputs.w_hh.shape[0] // len(cell.gates), len(cell.states) - 1
+    args = {
+        "parameters": _stacked(inputs.parameters),
+        "inputs": _stacked([rows_of(t) for t in inputs.inputs]),
+        # Not where nobody looks: larger numbers have another type.
+        "s_state": inputs.h0.shape[0] * hidden if others > 1 else 0,
+        "s_rows": rows * hidden if max(others, len(cell.parameters), len(cell.inputs)) > 1 else 0,
+        "H": hidden,
+        "D": inputs.w_hh.shape[1],
+    }
+    constants = {
+        "K": others, "PARAMETERS": len(cell.parameters), "INPUTS": len(cell.inputs), "HEADS": inputs.heads,
+    }  # fmt: skip
+    return args, constants
 
 
 @functools.cache
@@ -326,30 +370,29 @@ def _both_biases(b_ih: Tensor | None, b_hh: Tensor | None) -> tuple[Tensor | Non
     return _dense(b_ih), _dense(b_hh)
 
 
-def forward(
-    cell: Cell, inputs: Inputs, algorithm: str, keep_gates: bool, keep_cells: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def forward(cell: Cell, inputs: Inputs, algorithm: str, keep_gates: bool, keep_cells: bool) -> tuple[Tensor, ...]:
     """See the op ``fusedrnn::sequence``."""
     _check(inputs.x)
-    check_kernels("triton", cell, inputs)
-    x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, *_ = inputs
-    batch, hidden = h0.shape[0], w_hh.shape[0] // len(cell.gates)
-    how = _plan_of(cell, x, h0, w_hh, w_hr, algorithm, backward=False)
+    check_kernels("triton", cell)
+    x, h0, _, w_ih, w_hh, b_ih, b_hh, w_hr, *_ = inputs
+    batch, hidden, others = h0.shape[0], w_hh.shape[0] // len(cell.gates), len(cell.states) - 1
+    how = _plan_of(cell, inputs, algorithm, backward=False)
     steps = x.shape[:-1]
     acc_dtype = accumulation_dtype(x.dtype)
-    empty, empty_acc = x.new_empty(0), x.new_empty(0, dtype=acc_dtype)
     y = x.new_empty(*steps, h0.shape[1])
     h_n = torch.empty_like(h0, memory_format=torch.contiguous_format)
-    c_n = torch.empty_like(c0, memory_format=torch.contiguous_format) if cell.has_cell_state else empty
-    gates = x.new_empty(*steps, len(cell.saved) * hidden) if keep_gates and cell.saved else empty
-    cells = x.new_empty(*steps, hidden, dtype=acc_dtype) if keep_cells and cell.has_cell_state else empty_acc
+    c_n = _empty(x, others, batch, hidden)
+    gates = x.new_empty(*steps, len(cell.saved) * hidden) if keep_gates and cell.saved else x.new_empty(0)
+    cells = _empty(x, others * keep_cells, *steps, hidden, dtype=acc_dtype)
     if batch:
         run = _step_forward if how.algorithm == "step" else _sequence_forward
         b_ih, b_hh = _both_biases(b_ih, b_hh)
-        given = Inputs(*map(_dense, (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)), *inputs[8:])
+        c0 = _stacked(inputs.states0)
+        given = Inputs(*map(_dense, (x, h0)), c0, *map(_dense, (w_ih, w_hh, b_ih, b_hh, w_hr)), *inputs[8:])
         with _guard(x):
             run(cell, how, given, y, h_n, c_n, gates, cells)
-    return y, h_n, c_n, gates, cells
+    finals, every = _apart(c_n, max(others, 1)), _apart(cells, max(others, 1)) if keep_cells else [cells]
+    return y, h_n, finals[0], gates, every[0], *finals[1:], *every[1:]
 
 
 def _step_forward(cell: Cell, how: Plan, inputs: Inputs, y, h_n, c_n, gates, cells) -> None:
@@ -360,13 +403,15 @@ def _step_forward(cell: Cell, how: Plan, inputs: Inputs, y, h_n, c_n, gates, cel
     # tl.split halves a block: a step sums for a power of 2 of accumulators, the last ones perhaps of nothing.
     accumulators = _power_of_2(len(cell.accumulators), 1, 4)
     I, (batch, P), H = x.shape[-1], h0.shape, w_hh.shape[0] // len(cell.gates)
+    others = len(cell.states) - 1
     x_gate, h_gate = (_gate_of(accumulators, acc) for acc in (cell.x_acc, cell.h_acc))
     together = -1 not in x_gate + h_gate
     rows = step_rows(x, batch_sizes)
     y_rows = y.view(-1, P)
     saved = cells.numel() > 0
-    if cell.has_cell_state and not saved:
-        cells = x.new_empty(2 * batch, H, dtype=accumulation_dtype(x.dtype))
+    if others and not saved:
+        cells = x.new_empty(others, 2 * batch, H, dtype=accumulation_dtype(x.dtype))
+    extra_args, extra_constants = _extras(cell, inputs, y_rows.shape[0])
     projected = w_hr is not None
     h = x.new_empty(batch, H) if projected else y
     args = {
@@ -386,10 +431,12 @@ def _step_forward(cell: Cell, how: Plan, inputs: Inputs, y, h_n, c_n, gates, cel
         "cells": cells if cell.has_cell_state else None,
         "resets": _flags(resets, x.dtype),
         "I": I,
-        "H": H,
         "P": P,
+        "s_cells": cells.numel() // others if others > 1 else 0,
+        **extra_args,
     }
     constants = {
+        **extra_constants,
         "FORWARD": KERNELS[cell.name].forward,
         "X_GATE": x_gate,
         "H_GATE": h_gate,
@@ -397,8 +444,8 @@ def _step_forward(cell: Cell, how: Plan, inputs: Inputs, y, h_n, c_n, gates, cel
         "BU": how.BU,
         "BB": how.BB,
         "BK": how.BK,
-        "SAME_K": I == P,
-        "EVEN_K": I % how.BK == 0 and P % how.BK == 0,
+        "SAME_K": w_hh.shape[1] == I,
+        "EVEN_K": I % how.BK == 0 and w_hh.shape[1] % how.BK == 0,
         "PRECISION": how.precision,
     }
     for k, (row, n, i_prev, n_prev, _, n_next) in enumerate(_neighbours(rows, reverse)):
@@ -426,6 +473,7 @@ def _sequence_forward(cell: Cell, how: Plan, inputs: Inputs, y, h_n, c_n, gates,
         b_x, b_hh = b_ih + b_hh, None
     x = rows_of(x)
     gates_x = product(x, w_ih.t(), b_x)
+    extra_args, extra_constants = _extras(cell, inputs, x.shape[0])
     args = {
         "gates_x": gates_x,
         "h0": h0,
@@ -442,9 +490,10 @@ def _sequence_forward(cell: Cell, how: Plan, inputs: Inputs, y, h_n, c_n, gates,
         "offsets": offsets,
         "T": len(rows),
         "B": h0.shape[0],
-        "H": w_hh.shape[1],
+        **extra_args,
     }
     constants = {
+        **extra_constants,
         "FORWARD": KERNELS[cell.name].forward,
         "X_GATE": _gate_of(accumulators, cell.x_acc),
         "H_GATE": _gate_of(accumulators, cell.h_acc),
@@ -454,7 +503,7 @@ def _sequence_forward(cell: Cell, how: Plan, inputs: Inputs, y, h_n, c_n, gates,
         "BB": how.BB,
         "PRECISION": how.precision,
     }
-    launch(sequence_forward_kernel, how.grid[1:], args, constants, how.num_warps, how.num_stages)
+    launch(sequence_forward_kernel, how.grid[::-1], args, constants, how.num_warps, how.num_stages)
 
 
 def backward(
@@ -462,19 +511,22 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """See the op ``fusedrnn::sequence_backward``."""
     _check(inputs.x)
-    check_kernels("triton", cell, inputs)
-    x, h0, c0, _, w_hh, _, _, w_hr, batch_sizes, _, reverse = inputs.plain
-    batch, hidden = h0.shape[0], w_hh.shape[0] // len(cell.gates)
-    how = _plan_of(cell, x, h0, w_hh, w_hr, algorithm, backward=True)
+    check_kernels("triton", cell)
+    x, h0, _, _, w_hh, _, _, w_hr, batch_sizes, _, reverse = inputs.plain
+    batch, hidden, others = h0.shape[0], w_hh.shape[0] // len(cell.gates), len(cell.states) - 1
+    how = _plan_of(cell, inputs, algorithm, backward=True)
     rows = step_rows(x, batch_sizes)
     n_rows = rows[-1][0] + rows[-1][1]
     dgates = x.new_empty(n_rows, len(cell.accumulators) * hidden)
-    dh0, dc0 = torch.empty_like(h0, memory_format=torch.contiguous_format), x.new_empty(0)
-    if cell.has_cell_state:
-        dc0 = torch.empty_like(c0, memory_format=torch.contiguous_format)
+    dh0 = torch.empty_like(h0, memory_format=torch.contiguous_format)
+    dc0 = _empty(x, others, batch, hidden)
+    dparameters = x.new_empty(len(cell.parameters), n_rows, hidden)
+    dinputs = x.new_empty(len(cell.inputs), n_rows, hidden)
     dy_total = h = None
-    given = inputs._replace(h0=_dense(h0), c0=_dense(c0), w_hh=_dense(w_hh), w_hr=_dense(w_hr))
-    grads, kept = Gradients(*map(_dense, grads[:4])), Saved(*map(_dense, saved[:3]))
+    given = inputs._replace(h0=_dense(h0), c0=_stacked(inputs.states0), w_hh=_dense(w_hh), w_hr=_dense(w_hr))
+    dc_n, dcells = (_stacked(t) for t in ((grads.dc_n, *grads.dothers_n), (grads.dcells, *grads.dothers)))
+    grads = Gradients(_dense(grads.dy), _dense(grads.dh_n), dc_n, dcells)
+    kept = Saved(_dense(saved.y), _dense(saved.gates), _stacked((saved.cells, *saved.others)))
     if w_hr is not None:
         # Grows into the whole gradient of y: from outside, from h_n, and from the next step.
         shape = (n_rows, h0.shape[1])
@@ -485,13 +537,16 @@ def backward(
     if batch:
         run = _step_backward if how.algorithm == "step" else _sequence_backward
         with _guard(x):
-            run(cell, how, grads, given, kept, rows, dgates, dh0, dc0, dy_total, needs)
-    return weight_gradients(cell, inputs, saved.y, dgates, h, dy_total, needs, dh0, dc0)
+            run(cell, how, grads, given, kept, rows, dgates, dparameters, dinputs, dh0, dc0, dy_total, needs)
+    dc0, *dothers = _apart(dc0, max(others, 1))
+    more = dothers, [*dparameters], [t.clone() for t in dinputs]
+    return weight_gradients(cell, inputs, saved.y, dgates, h, dy_total, needs, dh0, dc0, *more)
 
 
 def _step_backward(
-    cell: Cell, how: Plan, grads: Gradients, inputs: Inputs, saved: Saved, rows, dgates, dh0, dc0, dy_total, needs
-) -> None:
+    cell: Cell, how: Plan, grads: Gradients, inputs: Inputs, saved: Saved, rows, dgates, dparameters, dinputs, dh0, dc0,
+    dy_total, needs,
+) -> None:  # fmt: skip
     from fusedrnn.kernels.cells import KERNELS
     from fusedrnn.kernels.step import step_backward_kernel
 
@@ -499,13 +554,19 @@ def _step_backward(
     _, h0, c0, _, w_hh, _, _, w_hr, batch_sizes, resets, reverse = inputs.plain
     y, gates, cells = saved[:3]
     kernels = KERNELS[cell.name]
-    (batch, P), H = h0.shape, w_hh.shape[0] // len(cell.gates)
+    (batch, P), H, others = h0.shape, w_hh.shape[0] // len(cell.gates), len(cell.states) - 1
+    extra_args, extra_constants = _extras(cell, inputs, dgates.shape[0])
     acc_dtype = accumulation_dtype(y.dtype)
     projected = w_hr is not None
     cut, flags = None if resets is None else resets.reshape(-1, 1), _flags(resets, y.dtype)
     if projected:
         d, w_t, K, runs = dy_total, w_hr.t().contiguous(), P, ((0, 0, 1),)
         dy = dh_n = None
+    elif inputs.heads > 1:
+        # Of a unit the columns of its head, gate after gate.
+        K = w_hh.shape[1]
+        d, w_t = dgates, w_hh.view(-1, inputs.heads, K, K).permute(1, 3, 0, 2).reshape(H, -1)
+        runs = tuple((a, g, 1) for g, a in enumerate(cell.h_acc))
     else:
         d, w_t, K, runs = dgates, w_hh.t().contiguous(), H, _runs(cell.h_acc)
     args = {
@@ -521,18 +582,21 @@ def _step_backward(
         "gates": gates if cell.saved else None,
         "cells": cells if cell.has_cell_state else None,
         "dgates": dgates,
-        "dc": y.new_empty(2, batch, H, dtype=acc_dtype) if cell.has_cell_state else None,
+        "dparameters": dparameters,
+        "dinputs": dinputs,
+        "dc": y.new_empty(others, 2, batch, H, dtype=acc_dtype) if others else None,
         "dh": y.new_empty(2, batch, H, dtype=acc_dtype) if kernels.has_direct else None,
         "dc0": dc0 if cell.has_cell_state else None,
         "dh0": dh0 if kernels.has_direct else None,
         "resets": flags,
         "resets_d": None if projected else flags,
-        "H": H,
         "LW": w_t.shape[1],
         "LD": d.shape[1],
-        "K": K,
+        **extra_args,
+        "D": K,
     }
     constants = {
+        **extra_constants,
         "BACKWARD": kernels.backward,
         "RUNS": runs,
         "A": len(cell.accumulators),
@@ -562,15 +626,16 @@ def _step_backward(
         first = slice(0, batch)
         if reverse:
             first = last_rows(dgates.shape[0], batch, batch_sizes, dgates.device)
-        through = product(gate_columns(dgates[first], cell.h_acc, H), w_hh)
+        through = recurrent_product(gate_columns(dgates[first], cell.h_acc, H), w_hh, inputs.heads)
         if cut is not None:
             through.masked_fill_(cut[first], 0)
         dh0.copy_(through + dh0 if kernels.has_direct else through)
 
 
 def _sequence_backward(
-    cell: Cell, how: Plan, grads: Gradients, inputs: Inputs, saved: Saved, rows, dgates, dh0, dc0, dy_total, needs
-) -> None:
+    cell: Cell, how: Plan, grads: Gradients, inputs: Inputs, saved: Saved, rows, dgates, dparameters, dinputs, dh0, dc0,
+    dy_total, needs,
+) -> None:  # fmt: skip
     from fusedrnn.kernels.cells import KERNELS
     from fusedrnn.kernels.sequence import sequence_backward_kernel
 
@@ -579,6 +644,7 @@ def _sequence_backward(
     y, gates, cells = saved[:3]
     kernels = KERNELS[cell.name]
     sizes, offsets = _device_steps(batch_sizes, y.device)
+    extra_args, extra_constants = _extras(cell, inputs, dgates.shape[0])
     args = {
         "w_hh": w_hh,
         "dy": dy,
@@ -591,6 +657,8 @@ def _sequence_backward(
         "gates": gates if cell.saved else None,
         "cells": cells if cell.has_cell_state else None,
         "dgates": dgates,
+        "dparameters": dparameters,
+        "dinputs": dinputs,
         "dh0": dh0,
         "dc0": dc0 if cell.has_cell_state else None,
         "resets": _flags(resets, y.dtype),
@@ -598,9 +666,11 @@ def _sequence_backward(
         "offsets": offsets,
         "T": len(rows),
         "B": h0.shape[0],
-        "H": w_hh.shape[1],
+        **extra_args,
     }
     constants = {
+        **extra_constants,
+        "CLEAR": cell.name not in BUILT_IN,
         "BACKWARD": kernels.backward,
         "H_GATE": _gate_of(len(cell.accumulators), cell.h_acc),
         "S": len(cell.saved),
@@ -611,4 +681,4 @@ def _sequence_backward(
         "BB": how.BB,
         "PRECISION": how.precision,
     }
-    launch(sequence_backward_kernel, how.grid[1:], args, constants, how.num_warps, how.num_stages)
+    launch(sequence_backward_kernel, how.grid[::-1], args, constants, how.num_warps, how.num_stages)
