@@ -13,6 +13,7 @@ from fusedrnn.convert import ConversionEntry, conversion_report, convert, revert
 from fusedrnn.definition import cell
 from fusedrnn.explain import explain
 from fusedrnn.gates import record_gates
+from fusedrnn.lowering import decompositions
 from fusedrnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from fusedrnn.planning import backend, plan
 from fusedrnn.trials import Timing, tune
@@ -32,6 +33,7 @@ __all__ = [
     "cell",
     "conversion_report",
     "convert",
+    "decompositions",
     "explain",
     "functional",
     "integrations",

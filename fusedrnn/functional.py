@@ -529,7 +529,8 @@ def _masks(
     if padding is not None:
         mask = mask & padding.inside
     if batch_sizes is None:
-        return (mask,) if directions == 1 else (mask, torch.cat([mask[1:], torch.zeros_like(mask[:1])]))
+        # No tensor of T - 1 steps, which would be a case of its own in a compiled graph where that is 1.
+        return (mask,) if directions == 1 else (mask, torch.cat([mask, torch.zeros_like(mask[:1])])[1:])
     rows = x.shape[0]
     after, inside, step, place = neighbours(sizes_on(batch_sizes, x.device), rows, 1)
     packed = mask[step, place]

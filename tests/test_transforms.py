@@ -793,3 +793,43 @@ def test_make_fx_keeps_sizes_open(name, options, shape):
     x = torch.randn(shape) if len(shape) < 2 else torch.randn(*shape[:-2], 7, 4)
     for a, b in zip(flat(traced(weights, x)), flat(module(x)), strict=True):
         torch.testing.assert_close(a, b)
+
+
+LOWERED = [
+    ("LSTM", {}, None, torch.float32),
+    ("LSTM", {"proj_size": 2, "bias": False}, None, torch.bfloat16),
+    ("LSTM", {"bidirectional": True}, "resets", torch.float64),
+    ("GRU", {"bidirectional": True, "num_layers": 2}, "lengths", torch.float32),
+    ("RNN", {"nonlinearity": "relu"}, "lengths", torch.float64),
+    ("LSTM", {"return_all_states": True}, None, torch.float32),
+]
+
+
+@pytest.mark.parametrize(
+    "name, options, given, dtype, dynamic", [*((*case, True) for case in LOWERED), (*LOWERED[2], False)], ids=str
+)
+def test_a_program_in_operations_of_torch_alone(name, options, given, dtype, dynamic):
+    options = dict(options)
+    call = {"return_all_states": True} if options.pop("return_all_states", False) else {}
+    layer = getattr(fusedrnn, name)(3, 4, dtype=dtype, **options).eval()
+
+    def inputs(steps, batch):
+        of = {"resets": torch.rand(steps, batch) < 0.3, "lengths": torch.randint(0, steps + 1, (batch,))}
+        return torch.randn(steps, batch, 3, dtype=dtype), call | ({given: of[given]} if given else {})
+
+    open_size, (x, keywords) = torch.export.Dim.DYNAMIC, inputs(5, 2)
+    dims = {"resets": {0: open_size, 1: open_size}, "lengths": {0: open_size}}
+    shapes = {"input": {0: open_size, 1: open_size}} | {k: dims.get(k) for k in keywords}
+    program = torch.export.export(layer, (x,), keywords, dynamic_shapes=shapes if dynamic else None)
+    table = torch.export.default_decompositions() if dynamic else {}
+    table.update(fusedrnn.decompositions())
+    lowered = program.run_decompositions(table)
+    called = {str(n.target) for n in lowered.graph.nodes if n.op == "call_function"}
+    assert not any("fusedrnn" in target for target in called)
+    assert ("scan" in called) == dynamic
+    for steps, batch in ((5, 2), (9, 3), (2, 2)) if dynamic else ((5, 2),):
+        x, keywords = inputs(steps, batch)
+        with fusedrnn.backend("reference"):
+            want = flat(layer(x, **keywords))
+        for a, b in zip(flat(lowered.module()(x, **keywords)), want, strict=True):
+            torch.testing.assert_close(a, b)
