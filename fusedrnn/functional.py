@@ -213,7 +213,7 @@ def recurrence_of_states(
     elif inputs.special:
         outputs = _any_cell(cell, inputs, backend, algorithm, recompute and not mine, bool(mine), keep_cells, tensors)
     elif _may_need_gradient(tensors):
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and any(t is not None and t.is_inference() for t in inputs[:10]):
             inputs = inputs._replace(**{name: _savable(getattr(inputs, name)) for name in Inputs._fields[:10]})
         outputs = recorded(*inputs.plain, cell.name, backend, algorithm, recompute and not mine, keep_cells)
     else:

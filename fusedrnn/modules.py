@@ -558,12 +558,11 @@ class RecurrentCell(nn.RNNCellBase):
         if input.size(1) != input_size:
             raise RuntimeError(f"input has inconsistent input_size: got {input.size(1)} expected {input_size}")
         if states is None:
-            # Not one tensor twice: Dynamo refuses that. A node of ONNX starts from zeros by itself.
-            exported = functional.exporting_to_onnx()
-            states = tuple(
-                None if exported else input.new_zeros(input.size(0), self.hidden_size)
-                for _ in range(1 + cell.has_cell_state)
-            )
+            # A node of ONNX starts from zeros by itself.
+            zeros = None if functional.exporting_to_onnx() else input.new_zeros(input.size(0), self.hidden_size)
+            states = (zeros,) * len(cell.states)
+            if torch.compiler.is_compiling() and len(states) > 1:
+                states = (zeros, input.new_zeros(input.size(0), self.hidden_size))  # Dynamo refuses one tensor twice
         elif not batched:
             states = tuple(s.unsqueeze(0) for s in states)
         for k, state in enumerate(states if states[0] is not None else ()):
