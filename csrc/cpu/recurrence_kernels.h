@@ -335,10 +335,11 @@ struct Skeleton {
   };
   // of_head: units of a head.
   FUSEDRNN_INLINE Place place(int64_t block, int64_t vectors, int64_t v, int64_t of_head) const {
-    const int64_t of_block = vectors * kWidth;
-    const int64_t head = heads == 1 ? 0 : block / divide_up(of_head, of_block);
-    const int64_t inside = (heads == 1 ? block : block - head * divide_up(of_head, of_block)) * of_block + v * kWidth;
-    return {head, head * of_head + inside, block * of_block + v * kWidth, of_head - inside};
+    const int64_t at = (block * vectors + v) * kWidth;
+    if (heads == 1) return {0, at, at, of_head - at};
+    const int64_t blocks = divide_up(of_head, vectors * kWidth), head = block / blocks;
+    const int64_t inside = at - head * blocks * vectors * kWidth;
+    return {head, head * of_head + inside, at, of_head - inside};
   }
 
   int64_t offset(int64_t t) const { return shape.offsets[t]; }
@@ -558,12 +559,12 @@ struct ForwardRun : Skeleton<Cell, E> {
   // All gates of a block of units: `rows` from `skip` on times a weight [G*H, depth] that is read where it lies.
   void all_gates(V* sums, const O* const* rows, int64_t skip, int64_t count, const void* weight, const Place& at,
                  int64_t depth) const {
-    const O* from[kGroup];
-    for (int64_t i = 0; i < count; ++i) from[i] = rows[i] + skip;
+    const O* moved[kGroup];
+    for (int64_t i = 0; i < count && skip; ++i) moved[i] = rows[i] + skip;
     for (int64_t i = 0; i < count * kG; ++i) sums[i] = V(C(0));
     for (int g = 0; g < kG; ++g) {
       const E* of_gate = static_cast<const E*>(weight) + (g * hidden + at.unit) * depth;
-      dots(sums + g, kG, from, count, of_gate, at.count, depth);
+      dots(sums + g, kG, skip ? moved : rows, count, of_gate, at.count, depth);
     }
   }
 

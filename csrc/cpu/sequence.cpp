@@ -358,27 +358,25 @@ Matrix gate_columns(const Tensor& dgates, const std::vector<int64_t>& accumulato
   return matrix(copy);
 }
 
-// Of tensors that are there in one piece each, perhaps as copies, the addresses: of `first`, where there is one, then
-// of `others`.
+// Of tensors that are there in one piece each, perhaps as copies, the addresses: of `first`, where there is one or
+// `always`, then of `others`.
 struct Addresses {
+  Tensor one;
   std::vector<Tensor> held;
   const void* of[kMostArrays] = {};
 
-  explicit Addresses(const Tensor& first, const std::vector<Tensor>& others = {}) {
-    held.reserve(1 + others.size());
-    if (first) add(first);
-    for (const Tensor& t : others) add(t);
+  explicit Addresses(const std::vector<Tensor>& others) { add(0, others); }
+  Addresses(const Tensor& first, const std::vector<Tensor>& others, bool always = false) {
+    const bool leads = first || always;
+    if (leads) one = first.contiguous();
+    of[0] = one.data();
+    add(leads ? 1 : 0, others);
   }
-  // With a gap for one that is None.
-  Addresses(size_t count, const Tensor& first, const std::vector<Tensor>& others) {
-    held.reserve(1 + others.size());
-    if (count == 0) return;
-    add(first);
-    for (const Tensor& t : others) add(t);
-  }
-  void add(const Tensor& t) {
-    held.push_back(t.contiguous());
-    of[held.size() - 1] = held.back().data();
+  void add(size_t at, const std::vector<Tensor>& tensors) {
+    for (const Tensor& t : tensors) {
+      held.push_back(t.contiguous());
+      of[at++] = held.back().data();
+    }
   }
 };
 
@@ -409,7 +407,7 @@ void forward(const Problem& s, const Inputs& in, void* y, void* h_n, const Targe
   const Tensor h0 = in.h0.contiguous(), w_hh = in.w_hh.contiguous();
   const Tensor b_ih = in.b_ih.contiguous(), b_hh = in.b_hh.contiguous(), w_hr = in.w_hr.contiguous();
   const Tensor resets = in.resets.contiguous();
-  const Addresses states0(in.c0, in.more.states), parameters({}, in.more.parameters), inputs({}, in.more.inputs);
+  const Addresses states0(in.c0, in.more.states), parameters(in.more.parameters), inputs(in.more.inputs);
   Tensor gates_x, gates_h;
   const void* of_x = nullptr;
   if (!one_kernel) {
@@ -514,10 +512,9 @@ Gradients sequence_backward(std::string_view cell, const Tensor& dy, const Tenso
   if (s.rows > 0) {
     const Tensor w_hh = in.w_hh.contiguous(), gatesc = gates.contiguous();
     const Tensor dyc = dy.contiguous(), dh_nc = dh_n.contiguous(), w_hr = in.w_hr.contiguous();
-    const Addresses dstates_n(s.cell.has_cell_state(), dc_n, more.dfinal),
-        devery(s.cell.has_cell_state(), dcells, more.devery), states0(in.c0, in.more.states),
-        every(s.cell.has_cell_state(), cells, more.every), parameters({}, in.more.parameters),
-        inputs({}, in.more.inputs);
+    const Addresses dstates_n(dc_n, more.dfinal, s.cell.has_cell_state()),
+        devery(dcells, more.devery, s.cell.has_cell_state()), states0(in.c0, in.more.states),
+        every(cells, more.every, s.cell.has_cell_state()), parameters(in.more.parameters), inputs(in.more.inputs);
     Targets dstates0, of_parameters, of_inputs;
     dstates0.add(d[2]);
     dstates0.add(more.found.states);
