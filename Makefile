@@ -49,7 +49,8 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -q -rs $(WORKERS) -m "not slow" $(ARGS)
 
-test-all: $(INSTALLED) $(VENV)/.fusedrnn-extra-examples $(VENV)/.fusedrnn-extra-docs $(VENV)/.fusedrnn-extra-tools
+test-all: $(INSTALLED) $(VENV)/.fusedrnn-extra-examples $(VENV)/.fusedrnn-extra-docs $(VENV)/.fusedrnn-extra-tools \
+  $(VENV)/.fusedrnn-extra-models
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -q -rs $(WORKERS) $(ARGS)
 
 bench: $(INSTALLED)

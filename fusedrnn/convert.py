@@ -52,8 +52,9 @@ def convert(model: nn.Module) -> nn.Module:
     pickles wherever the user's class does.
 
     Left alone, with a warning that names the module and the reason: subclasses that override a method that computes
-    (the reason names it), modules whose ``forward`` was replaced, ScriptModules, quantised layers, and dtypes without a
-    kernel. :func:`conversion_report` lists all of them; :func:`revert` undoes the swap.
+    (the reason names it; a ``forward`` that calls ``super().forward`` does not), modules whose ``forward`` was
+    replaced, ScriptModules, quantised layers, and dtypes without a kernel. :func:`conversion_report` lists all of them;
+    :func:`revert` undoes the swap.
 
     Raises:
         TypeError: ``model`` is not a torch.nn.Module.
@@ -136,11 +137,20 @@ def _stops(cls: type) -> str:
     used -= {"__module__", "__doc__", "__dict__", "__weakref__", "__annotations__", "__static_attributes__"}
     used -= {"__firstlineno__", "__constants__", "__qualname__", "__parameters__", "__orig_bases__"}
     for base in cls.__mro__[: cls.__mro__.index(theirs)]:
-        name = next((name for name in vars(base) if name in used or name.startswith(("weight_", "bias_"))), None)
+        if base in theirs.__mro__:
+            continue
+        stops = (name for name in vars(base) if name in used or name.startswith(("weight_", "bias_")))
+        name = next((name for name in stops if not (name == "forward" and _hands_over(vars(base)[name]))), None)
         if name is not None:
             kind = "overrides" if hasattr(theirs, name) else "has an attribute that fusedrnn's class uses,"
             return f"that {kind} {name}"
     return ""
+
+
+def _hands_over(forward) -> bool:
+    """Whether it calls super().forward, which then is ours."""
+    code = getattr(forward, "__code__", None)
+    return code is not None and "__class__" in code.co_freevars and {"super", "forward"} <= set(code.co_names)
 
 
 def _target(cls: type, classes: dict[type, type]) -> type | None:

@@ -1,5 +1,6 @@
 """Other tools: what asks a module for its class, what looks its type up in a table, what reads its weights."""
 
+import abc
 import copy
 import importlib
 import pickle
@@ -211,6 +212,46 @@ def test_a_subclass_that_overrides_no_computation(cls, monkeypatch):
     for name in (weight, weight.replace("hh", "ih")):
         nn.utils.parametrize.remove_parametrizations(layer, name)
     assert type(layer) is cls
+
+
+class Padded(abc.ABC, nn.RNNBase):
+    """As in pytorch-forecasting: a base class beside torch.nn's, whose forward hands over to super()."""
+
+    @abc.abstractmethod
+    def start(self): ...
+
+    def forward(self, x, hx=None, lengths=None):
+        if lengths is None:
+            return super().forward(x, hx=hx)
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
+        y, hx = super().forward(packed, hx=hx)
+        return nn.utils.rnn.pad_packed_sequence(y)[0], hx
+
+
+class PaddedGRU(Padded, nn.GRU):
+    def start(self):
+        return None
+
+
+class OfItsOwn(nn.GRU):
+    def forward(self, x, hx=None):
+        return nn.GRU.forward(self, x, hx)
+
+
+def test_a_forward_that_hands_over():
+    layer, x = PaddedGRU(3, 4), torch.randn(5, 2, 3)
+    want = layer(x, lengths=torch.tensor([2, 5]))
+    fusedrnn.convert(layer)
+    assert isinstance(layer, fusedrnn.GRU)
+    ran = []
+    with fusedrnn.functional.recording(lambda *about: ran.append(about[0].name)):
+        got = layer(x, lengths=torch.tensor([2, 5]))
+    assert ran == ["gru"]
+    torch.testing.assert_close(got, want)
+    assert type(pickle.loads(pickle.dumps(layer))) is type(layer)
+    assert type(fusedrnn.revert(layer)) is PaddedGRU
+    with pytest.warns(UserWarning, match="a subclass of GRU that overrides forward"):
+        fusedrnn.convert(OfItsOwn(3, 4))
 
 
 def test_a_twin_shares_the_parameters_and_leaves_the_module():
