@@ -463,24 +463,29 @@ PyObject* call_layers(PyObject* const* a) {
 const char* products(Dtype dtype) { return host_multiplies(dtype) ? "host" : "panels"; }
 
 PyObject* facts(PyObject* const*) {
-  return Py_BuildValue("{s:s, s:s, s:s, s:{s:s, s:s}}", "compiler", __VERSION__, "cpu_capability", kernels().name,
-                       "cpu_capabilities_built", compiled_capabilities(), "cpu_products", "bfloat16",
-                       products(Dtype::kBfloat16), "float16", products(Dtype::kFloat16));
+  return Py_BuildValue("{s:s, s:s, s:s, s:{s:s, s:s, s:s}}", "compiler", __VERSION__, "cpu_capability", kernels().name,
+                       "cpu_capabilities_built", compiled_capabilities(), "cpu_products", "float32",
+                       products(Dtype::kFloat32), "bfloat16", products(Dtype::kBfloat16), "float16",
+                       products(Dtype::kFloat16));
 }
 
 // Whether this torch hands its tensors to C: whether `sequence`, `cell` and the others ever answer.
 PyObject* small_calls(PyObject* const*) { return PyBool_FromLong(torch_state().available()); }
 
-// (capability, has_bfloat16, onednn_limit or None, of_bfloat16, forced or None): who multiplies, of any processor; for
-// the tests.
+// (capability, is_intel, has_bfloat16, onednn_limit or None, dtype, forced or None): who multiplies, of any processor;
+// for the tests.
 PyObject* cpu_products(PyObject* const* a) {
   const auto optional_text = [](PyObject* object) {
     return object == Py_None ? std::optional<std::string>() : std::string(text(object));
   };
   const std::string capability(text(a[0]));
-  const auto limit = optional_text(a[2]), forced = optional_text(a[4]);
-  const Processor processor{capability.c_str(), is_true(a[1]), limit ? limit->c_str() : nullptr};
-  const bool host = host_multiplies(processor, is_true(a[3]) ? Dtype::kBfloat16 : Dtype::kFloat16,
+  const auto limit = optional_text(a[3]), forced = optional_text(a[5]);
+  const Processor processor{capability.c_str(), is_true(a[1]), is_true(a[2]), limit ? limit->c_str() : nullptr};
+  const std::string_view dtype = text(a[4]);
+  const bool host = host_multiplies(processor,
+                                    dtype == "float32"    ? Dtype::kFloat32
+                                    : dtype == "bfloat16" ? Dtype::kBfloat16
+                                                          : Dtype::kFloat16,
                                     forced ? forced->c_str() : nullptr);
   return PyUnicode_FromString(host ? "host" : "panels");
 }
@@ -498,7 +503,7 @@ PyMethodDef methods[] = {
     method<call_layers, 12>("layers"),
     method<facts, 0>("facts"),
     method<small_calls, 0>("small_calls"),
-    method<cpu_products, 5>("cpu_products"),
+    method<cpu_products, 6>("cpu_products"),
     {nullptr, nullptr, 0, nullptr},
 };
 

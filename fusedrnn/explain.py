@@ -462,7 +462,7 @@ def _cpu(z: _Sizes, backward: bool) -> Pass:
     else:
         fits = "fit" if panel <= cache else "do not fit"
         why += f"; {capability}; a core's panels of W_hh {fits} in its own cache of {_si(cache)}B"
-    if z.s == 2 and (backward or panel is not None):
+    if z.s <= 4 and (backward or panel is not None):
         by_host = info["cpu_products"][str(z.dtype).removeprefix("torch.")] == "host"
         why += f"; products outside of the loop by {'the host' if by_host else 'panels of ours'}"
     flops, outside = _matmul_flops(z, backward, inside=False)

@@ -354,16 +354,20 @@ def test_products_of_the_host_on_a_processor_that_would_not_take_them():
 )
 def test_who_multiplies_on_which_processor(capability, bfloat16, limit, forced, want):
     choose = _build._extension.cpu_products
-    assert choose(capability, bfloat16, limit, True, forced) == want
-    # What the host makes of float16 is nowhere known to be right and fast.
-    assert choose(capability, bfloat16, limit, False, forced) == (forced or "panels")
+    for intel in (True, False):
+        assert choose(capability, intel, bfloat16, limit, "bfloat16", forced) == want
+        # What the host makes of float16 is nowhere known to be right and fast.
+        assert choose(capability, intel, bfloat16, limit, "float16", forced) == (forced or "panels")
+    assert choose(capability, True, bfloat16, limit, "float32", forced) == (forced or "host")
+    of_others = "host" if capability == "portable" else "panels"
+    assert choose(capability, False, bfloat16, limit, "float32", forced) == (forced or of_others)
 
 
 def test_products_that_were_forced():
     with pytest.raises(RuntimeError, match="FUSEDRNN_CPU_PRODUCTS must be host or panels, got 'both'"):
-        _build._extension.cpu_products("avx512", True, None, True, "both")
+        _build._extension.cpu_products("avx512", True, True, None, "bfloat16", "both")
     here = _build.build_info()["cpu_products"]
-    assert set(here) == {"bfloat16", "float16"}
+    assert set(here) == {"float32", "bfloat16", "float16"}
     other = "panels" if here["bfloat16"] == "host" else "host"
     call = "import fusedrnn, torch; fusedrnn.LSTM(4, 4, dtype=torch.float16)(torch.zeros(200, 8, 4).half())"
     ran = subprocess.run(
@@ -375,7 +379,7 @@ def test_products_that_were_forced():
         [sys.executable, "-m", "fusedrnn", "info"],
         env={**os.environ, "FUSEDRNN_CPU_PRODUCTS": other}, capture_output=True, text=True,
     )  # fmt: skip
-    assert re.search(rf"cpu_products\s+bfloat16: {other}, float16: {other}\n", ran.stdout), ran.stdout + ran.stderr
+    assert re.search(rf"cpu_products\s+float32: {other}, bfloat16: {other}, float16: {other}\n", ran.stdout), ran.stdout + ran.stderr
 
 
 FEATURES = (*range(1, 10), 16, 17, 33)

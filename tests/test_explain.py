@@ -242,7 +242,7 @@ def test_cpu(threads, batch, hidden, text, monkeypatch):
     assert one("cpu", steps=100, **sizes | {"batch": 1}, backward=True).panel_bytes
     share = threads if "units" in text else 1
     assert found.panel_bytes == 4 * hidden * hidden * 4 // share
-    products = {"bfloat16": "host", "float16": "panels"}
+    products = {"float32": "panels", "bfloat16": "host", "float16": "panels"}
     monkeypatch.setattr(explain._build, "build_info", lambda: {"cpu_capability": "amx", "cpu_products": products})
     for dtype, texts in (
         (torch.bfloat16, ("amx: bfloat16 tiles", "products outside of the loop by the host")),

@@ -10,6 +10,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <string_view>
 
 #include "recurrence.h"
 
@@ -98,6 +99,15 @@ bool has_bfloat16() {
 #endif
 }
 
+bool is_intel() {
+#if defined(__x86_64__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(0, &a, &b, &c, &d) && b == signature_INTEL_ebx;
+#else
+  return false;
+#endif
+}
+
 const char* environment(const char* name) {
   const char* value = getenv(name);
   return value && *value ? value : nullptr;
@@ -110,6 +120,9 @@ bool host_multiplies(const Processor& processor, Dtype dtype, const char* forced
     throw std::runtime_error(std::string("FUSEDRNN_CPU_PRODUCTS must be host or panels, got '") + forced + "'");
   }
   if (forced) return strcmp(forced, "host") == 0;
+  const std::string_view capability(processor.capability);
+  const bool avx512 = capability == "avx512" || capability == "amx";
+  if (dtype == Dtype::kFloat32) return processor.intel || !(avx512 || capability == "avx2");
   if (dtype != Dtype::kBfloat16 || !processor.bfloat16) return false;
   // Without these instructions oneDNN splits an infinity into infinity - infinity.
   const std::string limit = processor.onednn_limit ? processor.onednn_limit : "ALL";
@@ -118,20 +131,21 @@ bool host_multiplies(const Processor& processor, Dtype dtype, const char* forced
                            "AVX512_CORE_AMX_FP16", "AVX10_1_512", "AVX10_1_512_AMX", "AVX10_1_512_AMX_FP16"}) {
     has |= limit == name;
   }
-  return has && (strcmp(processor.capability, "avx512") == 0 || strcmp(processor.capability, "amx") == 0);
+  return has && avx512;
 }
 
 bool host_multiplies(Dtype dtype) {
   struct Found {
-    bool bfloat16, float16;
+    bool float32, bfloat16, float16;
   };
   static const Found found = [] {
     const char* limit = environment("ONEDNN_MAX_CPU_ISA");
     const char* forced = environment("FUSEDRNN_CPU_PRODUCTS");
-    const Processor here{kernels().name, has_bfloat16(), limit ? limit : environment("DNNL_MAX_CPU_ISA")};
-    return Found{host_multiplies(here, Dtype::kBfloat16, forced), host_multiplies(here, Dtype::kFloat16, forced)};
+    const Processor here{kernels().name, is_intel(), has_bfloat16(), limit ? limit : environment("DNNL_MAX_CPU_ISA")};
+    return Found{host_multiplies(here, Dtype::kFloat32, forced), host_multiplies(here, Dtype::kBfloat16, forced),
+                 host_multiplies(here, Dtype::kFloat16, forced)};
   }();
-  return dtype == Dtype::kBfloat16 ? found.bfloat16 : found.float16;
+  return dtype == Dtype::kFloat32 ? found.float32 : dtype == Dtype::kBfloat16 ? found.bfloat16 : found.float16;
 }
 
 const Kernels& kernels() {

@@ -1,4 +1,4 @@
-// Products of 16-bit matrices, sums in float32, rounded once, whatever the operands hold and whatever their sizes.
+// Products of matrices, sums in float32, in 16 bits rounded once, whatever the operands hold and whatever their sizes.
 //
 // Both operands are widened as they are packed: rows of A into panels [depth][W], of which a tile uses the first
 // kTileRows lanes at most, columns of B into panels [depth][2][W]. A tile of sums stays in registers for a block of
@@ -14,10 +14,13 @@ struct Blocks {
   // What the registers hold: kTileRows * kVectors sums, a row of B, and what A is spread into.
   static constexpr int kVectors = 2, kTileRows = FUSEDRNN_VECTOR_BYTES == 64 ? 14 : FUSEDRNN_VECTOR_BYTES == 32 ? 6 : 4;
   static constexpr int kTileColumns = kVectors * kWidth;
-  // A panel of A stays in the first-level cache, those of kTiles tiles and of kColumns columns in the second-level one.
-  static constexpr int64_t kDepth = 256, kTiles = 168 / kTileRows, kColumns = 256;
-  // Sums of so many rows wait in memory while the depth goes on.
-  static constexpr int64_t kRows = 2048;
+  // A panel of A stays in the first-level cache, those of kColumns columns of B in the second-level one.
+  static constexpr int64_t kDepth = 256, kColumns = 256;
+  // So many elements of A are packed at once, for all columns; sums of so many rows wait in memory while the depth goes
+  // on.
+  static constexpr int64_t kPacked = 2048 * 1024, kRows = 2048;
+  // Floats of a panel. A line more than it holds: panels a power of two apart would push each other out of the cache.
+  static constexpr int64_t panel(int vectors, int64_t depth) { return (depth * vectors + 1) * kWidth; }
 };
 
 // Panels of `each` lanes at most, one behind the other; lanes that no row or column fills hold anything.
@@ -25,18 +28,29 @@ template <int kVectors, typename E>
 void pack_panels(float* panels, int64_t each, const E* from, int64_t lane_stride, int64_t depth_stride, int64_t lanes,
                  int64_t depth) {
   constexpr int64_t kWidth = Blocks::kWidth, kStep = kVectors * kWidth;
+  const int64_t panel = Blocks::panel(kVectors, depth);
   if (lane_stride == 1) {
-    for (int64_t k = 0; k < depth; ++k) {
-      float* at = panels + k * kStep;
-      for (int64_t first = 0; first < lanes; first += each, at += depth * kStep) {
-        for (int v = 0; v < kVectors; ++v) {
-          const int64_t lane = first + v * kWidth;
-          if (lane < lanes) store(at + v * kWidth, load<float>(from + k * depth_stride + lane, lanes - lane));
+    // Some panels at a time: what lies side by side is read at once, and no prefetcher foresees the next row.
+    constexpr int64_t kGroup = 8, kAhead = 8;
+    const int64_t group = kGroup * each;
+    for (; lanes > 0; lanes -= group, from += group, panels += kGroup * panel) {
+      const int64_t width = min(group, lanes);
+      for (int64_t k = 0; k < depth; ++k) {
+        const E* const row = from + k * depth_stride;
+        for (int64_t lane = 0; lane < width && k + kAhead < depth; lane += 64 / sizeof(E)) {
+          __builtin_prefetch(row + kAhead * depth_stride + lane);
+        }
+        float* at = panels + k * kStep;
+        for (int64_t first = 0; first < width; first += each, at += panel) {
+          for (int v = 0; v < kVectors; ++v) {
+            const int64_t lane = first + v * kWidth;
+            if (lane < width) store(at + v * kWidth, load<float>(row + lane, lanes - lane));
+          }
         }
       }
     }
   } else {
-    for (int64_t first = 0; first < lanes; first += each, panels += depth * kStep) {
+    for (int64_t first = 0; first < lanes; first += each, panels += panel) {
       const int64_t count = min(each, lanes - first);
       for (int64_t lane = 0; lane < count; lane += kWidth) {
         pack_rows<float>(panels + lane, kStep, from + (first + lane) * lane_stride, lane_stride, count - lane, depth);
@@ -87,12 +101,13 @@ class ProductRun {
       : p(problem),
         row_parts(parts_of_rows()),
         column_parts(problem.threads / row_parts),
-        most_rows(min(divide_up(p.rows, row_parts), Blocks::kRows) + Blocks::kTileRows),
+        rows_at_once(min(max(Blocks::kPacked / p.depth, 8 * Blocks::kTileRows), Blocks::kRows)),
+        most_rows(min(divide_up(p.rows, row_parts), rows_at_once) + Blocks::kTileRows),
         most_columns(min(divide_up(p.columns, column_parts * Blocks::kTileColumns) + 1, kPanels) *
                      Blocks::kTileColumns),
         most_depth(min(p.depth, Blocks::kDepth)),
-        a_size(min(Blocks::kTiles, most_rows) * Blocks::kWidth * most_depth),
-        b_size(most_columns * most_depth),
+        a_size(divide_up(most_rows, Blocks::kTileRows) * depth_blocks() * Blocks::panel(1, most_depth)),
+        b_size(divide_up(most_columns, Blocks::kTileColumns) * Blocks::panel(Blocks::kVectors, most_depth)),
         sums_size(p.depth > Blocks::kDepth ? most_rows * kPanels * Blocks::kVectors : 0),
         a_panels(p.threads * a_size),
         b_panels(p.threads * b_size),
@@ -108,10 +123,11 @@ class ProductRun {
  private:
   static constexpr int64_t kPanels = Blocks::kColumns / Blocks::kTileColumns;
   const Product& p;
-  const int64_t row_parts, column_parts, most_rows, most_columns, most_depth, a_size, b_size, sums_size;
+  const int64_t row_parts, column_parts, rows_at_once, most_rows, most_columns, most_depth, a_size, b_size, sums_size;
   Buffer<float> a_panels, b_panels;  // of each thread
   Buffer<Vec<float>> all_sums;       // of each thread: [tile][panel of columns][row of the tile][kVectors]
 
+  int64_t depth_blocks() const { return divide_up(p.depth, Blocks::kDepth); }
   // Parts of the rows times parts of the columns are the threads; every part of the one packs all of the other.
   int64_t parts_of_rows() const {
     int64_t best = 1;
@@ -127,44 +143,44 @@ class ProductRun {
     const int64_t row_end = p.rows * (i + 1) / row_parts;
     const int64_t panels = divide_up(p.columns, Blocks::kTileColumns);
     const int64_t column_end = min(p.columns, panels * (j + 1) / column_parts * Blocks::kTileColumns);
-    for (int64_t row = p.rows * i / row_parts; row < row_end; row += Blocks::kRows) {
-      const int64_t rows = min(Blocks::kRows, row_end - row);
+    for (int64_t row = p.rows * i / row_parts; row < row_end; row += rows_at_once) {
+      const int64_t rows = min(rows_at_once, row_end - row);
       const int64_t each = divide_up(rows, divide_up(rows, Blocks::kTileRows));
-      int64_t packed = -1;
+      for (int64_t k = 0; k < p.depth; k += Blocks::kDepth) {
+        pack_panels<1>(a_panel(thread, rows, each, k), each, static_cast<const E*>(p.a) + row * p.a_row + k * p.a_depth,
+                       p.a_row, p.a_depth, rows, min(Blocks::kDepth, p.depth - k));
+      }
       for (int64_t c = panels * j / column_parts * Blocks::kTileColumns; c < column_end; c += Blocks::kColumns) {
         const int64_t columns = min(Blocks::kColumns, column_end - c);
         for (int64_t k = 0; k < p.depth; k += Blocks::kDepth) {
-          block(row, rows, each, c, columns, k, min(Blocks::kDepth, p.depth - k), thread, packed);
+          block(row, rows, each, c, columns, k, min(Blocks::kDepth, p.depth - k), thread);
         }
       }
     }
   }
 
-  // The rows and columns of a block of the depth; `packed` is the place in A that the panels of A hold.
+  float* a_panel(int thread, int64_t rows, int64_t each, int64_t k) const {
+    return a_panels + thread * a_size + divide_up(rows, each) * (k / Blocks::kDepth) * Blocks::panel(1, most_depth);
+  }
+
+  // The rows and columns of a block of the depth.
   void block(int64_t row, int64_t rows, int64_t each, int64_t column, int64_t columns, int64_t k, int64_t depth,
-             int thread, int64_t& packed) {
-    constexpr int kVectors = Blocks::kVectors, kWidth = Blocks::kWidth;
-    float *const a = a_panels + thread * a_size, *const b = b_panels + thread * b_size;
-    const E* const from = static_cast<const E*>(p.a) + k * p.a_depth;
+             int thread) {
+    constexpr int kVectors = Blocks::kVectors;
+    float* const b = b_panels + thread * b_size;
     pack_panels<kVectors>(b, Blocks::kTileColumns, static_cast<const E*>(p.b) + k * p.b_depth + column * p.b_column,
                           p.b_column, p.b_depth, columns, depth);
     const bool whole = p.depth <= Blocks::kDepth, last = k + depth == p.depth;
     Vec<float>* sums = all_sums + thread * sums_size;
-    for (int64_t i = 0; i < rows; i += Blocks::kTiles * each) {
-      const int64_t some = min(Blocks::kTiles * each, rows - i), place = k * p.rows + row + i;
-      if (packed != place) {
-        pack_panels<1>(a, each, from + (row + i) * p.a_row, p.a_row, p.a_depth, some, depth);
-      }
-      packed = place;
-      for (int64_t r = 0; r < some; r += each) {
-        const float* const tile = a + r / each * depth * kWidth;
-        const int64_t count = min(each, some - r);
-        for (int64_t j = 0; j < columns; j += Blocks::kTileColumns, sums += each * kVectors) {
-          Vec<float> few[Blocks::kTileRows * kVectors];
-          Vec<float>* const to = whole ? few : sums;
-          multiply_tile_of<Blocks::kTileRows>(count, to, tile, b + j * depth, depth, k > 0);
-          if (last) write(to, row + i + r, count, column + j, min(Blocks::kTileColumns, columns - j));
-        }
+    const float* tile = a_panel(thread, rows, each, k);
+    for (int64_t r = 0; r < rows; r += each, tile += Blocks::panel(1, depth)) {
+      const int64_t count = min(each, rows - r);
+      for (int64_t j = 0; j < columns; j += Blocks::kTileColumns, sums += each * kVectors) {
+        Vec<float> few[Blocks::kTileRows * kVectors];
+        Vec<float>* const to = whole ? few : sums;
+        multiply_tile_of<Blocks::kTileRows>(
+            count, to, tile, b + j / Blocks::kTileColumns * Blocks::panel(kVectors, depth), depth, k > 0);
+        if (last) write(to, row + r, count, column + j, min(Blocks::kTileColumns, columns - j));
       }
     }
   }
@@ -173,13 +189,16 @@ class ProductRun {
     for (int64_t r = 0; r < rows; ++r) {
       E* const to = static_cast<E*>(p.c) + (row + r) * p.c_row + column;
       for (int v = 0; v < Blocks::kVectors && v * Blocks::kWidth < columns; ++v) {
-        store(to + v * Blocks::kWidth, sums[r * Blocks::kVectors + v], columns - v * Blocks::kWidth);
+        const int64_t some = columns - v * Blocks::kWidth;
+        const Vec<float> sum = sums[r * Blocks::kVectors + v];
+        store(to + v * Blocks::kWidth, p.add ? sum + load<float>(to + v * Blocks::kWidth, some) : sum, some);
       }
     }
   }
 };
 
 inline void run_product(const Product& problem) {
+  if (problem.dtype == Dtype::kFloat32) return ProductRun<float>(problem).run();
   if (problem.dtype == Dtype::kBfloat16) return ProductRun<Bfloat16>(problem).run();
   ProductRun<Half>(problem).run();
 }

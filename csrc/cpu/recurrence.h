@@ -81,9 +81,9 @@ struct Backward {
   void* h;            // E [N, H]: the unprojected output; with w_hr only
 };
 
-// C = A B in 16 bits: sums in float32, rounded once. Strides are in elements; of each operand one of the two is 1.
+// C = A B, sums in float32, in 16 bits rounded once. Strides are in elements; of each operand one of the two is 1.
 struct Product {
-  Dtype dtype;  // bfloat16 or float16
+  Dtype dtype;  // float32, bfloat16 or float16
   int64_t rows, columns, depth;
   const void* a;  // [rows, depth]
   int64_t a_row, a_depth;
@@ -92,6 +92,7 @@ struct Product {
   void* c;  // [rows, columns]
   int64_t c_row;
   int threads;  // at most
+  bool add;     // C += A B, in float32 only
 };
 
 // Up to so many rows, steps times batch, reading the weights where they lie beats repacking them.
@@ -145,10 +146,12 @@ extern const Kernels kernels;
 // std::runtime_error where that names none.
 FUSEDRNN_API const Kernels& kernels();
 
-// Who multiplies two 16-bit matrices: the host's GEMM, where the processor has instructions for it and oneDNN, which
-// uses them, is right; else Kernels::product.
+// Who multiplies two matrices. In 16 bits the host's GEMM, where the processor has instructions for it and oneDNN,
+// which uses them, is right; in float32 the host's but on processors with AVX2 or AVX-512 of others than Intel, where
+// MKL, which torch.mm asks, is slower than the kernels that torch.nn uses; else Kernels::product.
 struct Processor {
   const char* capability;    // Kernels::name
+  bool intel;                // as the processor says itself
   bool bfloat16;             // products of bfloat16: AVX512-BF16, or AMX
   const char* onednn_limit;  // ONEDNN_MAX_CPU_ISA, or null
 };

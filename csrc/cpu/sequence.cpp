@@ -236,19 +236,22 @@ struct Problem {
 
 Tensor none(int32_t dtype) { return Tensor::empty({0}, dtype); }
 
-// Every product of two matrices outside of the loop comes through here.
-void product_out(const Matrix& c, const Matrix& a, const Matrix& b) {
+// Every product of two matrices outside of the loop comes through here. With `add`, not in 16 bits, c += a b; false
+// where this torch has no way to that.
+bool product_out(const Matrix& c, const Matrix& a, const Matrix& b, bool add = false) {
   const int64_t rows = a.rows, depth = a.columns, columns = b.columns;
-  if (bytes_of(c.dtype()) > 2 || rows * columns == 0 || depth == 0) {
+  if (c.dtype() == kDouble || rows * columns == 0 || depth == 0 ||
+      (c.dtype() == kFloat && host_multiplies(Dtype::kFloat32))) {
+    if (add) return torch_addmm(c, a, b);
     torch_mm_out(c, a, b);
-    return;
+    return true;
   }
   const int64_t work = rows * depth * columns;
   const bool large = std::min({rows, depth, columns}) >= kHostLeast && work >= kHostWork;
-  if (host_multiplies(dtype_of(c.dtype())) && large) {
+  if (c.dtype() != kFloat && host_multiplies(dtype_of(c.dtype())) && large) {
     if (depth % 2 == 0) {
       torch_mm_out(c, a, b);
-      return;
+      return true;
     }
     // It takes the depth in pairs: the last of an odd one would have a NaN of the next row beside it.
     const Tensor left = Tensor::empty({rows, depth + 1}, c.dtype()),
@@ -261,7 +264,7 @@ void product_out(const Matrix& c, const Matrix& a, const Matrix& b) {
     torch_copy(padded_left.narrow_columns(0, depth), a);
     torch_copy(padded_right.narrow_rows(0, depth), b);
     torch_mm_out(c, padded_left, padded_right);
-    return;
+    return true;
   }
   // Where neither stride is 1, a copy.
   Tensor copies[2];
@@ -276,7 +279,8 @@ void product_out(const Matrix& c, const Matrix& a, const Matrix& b) {
   const bool alone = in_parallel_region() || work < 65536;
   kernels().product({dtype_of(c.dtype()), rows, columns, depth, left.data(), left.row_stride, left.column_stride,
                      right.data(), right.row_stride, right.column_stride, c.data(), c.row_stride,
-                     alone ? 1 : torch_threads()});
+                     alone ? 1 : torch_threads(), add});
+  return true;
 }
 
 Tensor product(const Matrix& a, const Matrix& b) {
@@ -333,7 +337,7 @@ Tensor recurrent_gradient(const Problem& s, const Matrix& dgates, const Tensor& 
     Tensor result = product(dgates.narrow_rows(reverse ? inner : 0, s.batch).t(), matrix(h0));
     if (inner == 0) return result;
     const Matrix y_rows = Matrix::rows_of(y).narrow_rows(reverse ? s.batch : 0, inner);
-    if (torch_addmm(matrix(result), dgates.narrow_rows(reverse ? 0 : s.batch, inner).t(), y_rows)) return result;
+    if (product_out(matrix(result), dgates.narrow_rows(reverse ? 0 : s.batch, inner).t(), y_rows, true)) return result;
   }
   const Tensor started = previous_rows(s, h0, y, resets, reverse);
   return product(dgates.t(), matrix(started));

@@ -1,6 +1,7 @@
 #include "tensor.h"
 
 #include <dlfcn.h>
+#include <stdlib.h>
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -28,6 +29,19 @@ StableIValue call(const char* name, const char* overload, std::array<StableIValu
 }
 
 StableIValue argument(const Tensor& t) { return reinterpret_cast<uintptr_t>(new_reference(t.handle())); }
+
+// The C library gives what is freed at the end of the heap back to the system as soon as that is twice the largest
+// block that it saw freed, and each page that comes again costs a fault: a step of training lost a third of its time to
+// them. It learns from one block, of which no page is touched; 32 MiB are the most that it learns. Who sets
+// MALLOC_TRIM_THRESHOLD_ or MALLOC_MMAP_THRESHOLD_ has the last word.
+void keep_pages() {
+  static const bool once = [] {
+    void* volatile block = malloc((32 << 20) - (64 << 10));
+    free(block);
+    return true;
+  }();
+  static_cast<void>(once);
+}
 
 void drop(StableIValue tensor) { aoti_torch_delete_tensor_object(reinterpret_cast<AtenTensorHandle>(tensor)); }
 
@@ -114,6 +128,7 @@ Tensor Tensor::empty(Sizes sizes, int32_t dtype) {
     t.strides_[k] = stride;
     stride *= std::max<int64_t>(sizes.data[k], 1);
   }
+  if (stride * t.element_size() >= 1 << 20) keep_pages();
   static const int32_t cpu = aoti_torch_device_type_cpu();
   FUSEDRNN_TORCH(aoti_torch_empty_strided(t.dim_, t.sizes_, t.strides_, dtype, cpu, 0, &t.handle_));
   t.owned_ = true;
