@@ -373,6 +373,15 @@ PyObject* call_cell(PyObject* const* a) {
   return (call.has_c ? tuple_of({&h, &c}) : wrap(h)).release();
 }
 
+// (cell, w_hh): W_hh packed for this processor, what the list `_packed` of a frozen layer holds.
+PyObject* call_pack(PyObject* const* a) {
+  require_plain();
+  Arguments held(aoti_torch_grad_mode_is_enabled());
+  const Tensor w_hh = held.take(a[1]);
+  require(w_hh && w_hh.dim() == 2 && w_hh.numel() > 0);
+  return wrap(pack(text(a[0]), w_hh)).release();
+}
+
 // A layer's call; after what Call takes: bias, num_layers, directions, batch_first, batch_sizes of packed input or
 // None, resets of one direction or None. y, h_n, and c_n where there is a c.
 PyObject* call_layers(PyObject* const* a) {
@@ -409,12 +418,19 @@ PyObject* call_layers(PyObject* const* a) {
   Tensor zeros[2];
   call.settle_states({all, batch}, out, hidden, zeros);
   std::vector<Inputs> sequences(all);
+  // Of a frozen layer: a tensor for each.
+  static PyObject* const packed_name = name("_packed");
+  PyObject* const kept = attribute(a[1], packed_name);
+  require(!kept || (PyList_CheckExact(kept) && PyList_Size(kept) == all));
   for (int64_t k = 0; k < all; ++k) {
+    if (kept) sequences[k].panels = call.held.take(PyList_GetItem(kept, k));
     const Tensor* w = &call.weights[k * per];
     for (int64_t j = 0; j < per; ++j) require(static_cast<bool>(w[j]));
     call.settle_weights(sequences[k], w, bias, projection ? w[per - 1].with_dims(2) : Tensor(),
                         k < directions ? call.x.size(-1) : width);
     require(w[1].size(0) == call.gates * hidden && w[1].size(1) == out);
+    const Tensor& panels = sequences[k].panels;
+    require(!panels || panels.numel() >= w[1].numel() * w[1].element_size());
   }
   Tensor h_n = Tensor::empty({all, batch, out}, dtype), c_n;
   if (call.has_c) c_n = Tensor::empty({all, batch, hidden}, dtype);
@@ -497,13 +513,10 @@ PyMethodDef method(const char* name) {
 }
 
 PyMethodDef methods[] = {
-    method<call_sequence, 14>("sequence"),
-    method<call_sequence_backward, 20>("sequence_backward"),
-    method<call_cell, 6>("cell"),
-    method<call_layers, 12>("layers"),
-    method<facts, 0>("facts"),
-    method<small_calls, 0>("small_calls"),
-    method<cpu_products, 6>("cpu_products"),
+    method<call_sequence, 14>("sequence"), method<call_sequence_backward, 20>("sequence_backward"),
+    method<call_cell, 6>("cell"),          method<call_layers, 12>("layers"),
+    method<call_pack, 2>("pack"),          method<facts, 0>("facts"),
+    method<small_calls, 0>("small_calls"), method<cpu_products, 6>("cpu_products"),
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -12,6 +12,7 @@ from fusedrnn._build import build_info
 from fusedrnn.convert import ConversionEntry, conversion_report, convert, revert
 from fusedrnn.definition import cell
 from fusedrnn.explain import explain
+from fusedrnn.freezing import freeze, unfreeze
 from fusedrnn.gates import record_gates
 from fusedrnn.lowering import decompositions
 from fusedrnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
@@ -35,11 +36,13 @@ __all__ = [
     "convert",
     "decompositions",
     "explain",
+    "freeze",
     "functional",
     "integrations",
     "plan",
     "record_gates",
     "revert",
     "tune",
+    "unfreeze",
     "zoo",
 ]

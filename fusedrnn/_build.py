@@ -121,9 +121,9 @@ def build_info() -> dict[str, Any]:
 
     ``extension`` tells whether the C++ extension is loaded, ``extension_why`` why it is not.
     ``cpu_capability`` is the instruction set in use, one of ``cpu_capabilities_built``; the environment
-    variable FUSEDRNN_CPU_CAPABILITY lowers it. ``cpu_products`` tells who multiplies the matrices of a dtype on the CPU: "host"
-    (torch's GEMM: float32 on Intel's processors, bfloat16 where there are units for it) or "panels" of ours;
-    FUSEDRNN_CPU_PRODUCTS forces one.
+    variable FUSEDRNN_CPU_CAPABILITY lowers it. ``cpu_products`` tells who multiplies the matrices of a dtype on the
+    CPU: "host" (torch's GEMM: float32 on Intel's processors, bfloat16 where there are units for it) or "panels" of
+    ours; FUSEDRNN_CPU_PRODUCTS forces one.
     ``small_calls`` names what takes the calls of modules past torch's dispatcher: "fusedrnn._direct", of a source build
     for this very torch, with gradients; "fusedrnn._C" (torch 2.14 and later) without gradients; or nothing.
     ``cuda_why`` is what the build decided on CUDA.

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from fusedrnn import modules, ops
+from fusedrnn.freezing import unfreeze
 
 _NAMES = ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell")
 # Of torch.nn's classes ours.
@@ -65,12 +66,15 @@ def convert(model: nn.Module) -> nn.Module:
 def revert(model: nn.Module) -> nn.Module:
     """Swaps every fusedrnn layer and cell inside ``model``, in place, for torch.nn's: the inverse of :func:`convert`.
 
-    Options that torch.nn does not have (``backend``, ``algorithm``, ``recompute``) are dropped. A subclass that convert
+    Options that torch.nn does not have (``backend``, ``algorithm``, ``recompute``) are dropped, frozen layers are
+    unfrozen. A subclass that convert
     took gets its class back; subclasses of ours that the user wrote are left, with a warning. Returns ``model``.
 
     Raises:
         TypeError: ``model`` is not a torch.nn.Module.
     """
+    if isinstance(model, nn.Module):
+        unfreeze(model)
     return _swap(model, _THEIRS, "revert")
 
 

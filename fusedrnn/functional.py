@@ -56,7 +56,8 @@ def direct(name: str, backend: str | None, algorithm: str | None, *arguments):
     if algorithm is not None or not (backend is None or backend == "cpu"):
         return None
     # A profiler is to see an op, and those below the dispatcher are none.
-    if _build._small_calls is not None and not torch.is_grad_enabled() and not _profiled():
+    packed = "_packed" in arguments[1]  # of a frozen layer
+    if _build._small_calls is not None and (packed or not torch.is_grad_enabled()) and not _profiled():
         if name == "layers" and torch.is_autocast_enabled("cpu"):
             return _under_autocast(_build._small_calls.layers, *arguments)
         return getattr(_build._small_calls, name)(*arguments)
@@ -83,6 +84,7 @@ def _under_autocast(call: Callable, cell: str, module: dict, names: Sequence[str
     carried = _carried_dtype(input if h0 is None else h0 if c0 is None else c0)
     input, h0, c0, *cast = ops.autocast("cpu", *given)
     module = module | {"_parameters": dict(zip(names, cast))}
+    module.pop("_packed", None)  # of other weights
     torch.set_autocast_enabled("cpu", False)
     try:
         found = call(cell, module, names, input, h0, c0, *options)

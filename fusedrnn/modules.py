@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn import functional
 from fusedrnn.cells import CELL_OF_MODE
+from fusedrnn.freezing import Freezable
 
 # What torch.nn's forward calls to check its input, and ours only where a subclass overrides it.
 _CHECKS = {"check_forward_args", "get_expected_hidden_size", "get_expected_cell_size"}
@@ -89,7 +90,7 @@ def _cannot_be_scripted(module: nn.Module) -> NoReturn:
     )
 
 
-class RecurrentLayer(nn.RNNBase):
+class RecurrentLayer(Freezable, nn.RNNBase):
     """What LSTM, GRU and RNN share: checks, unbatched and packed input, the call of the functional layer."""
 
     backend: str | None = None
@@ -192,6 +193,8 @@ class RecurrentLayer(nn.RNNBase):
         padding_value: float = 0.0,
     ):
         """See the class; input [T, B, I], [B, T, I], [T, I], a PackedSequence or a nested tensor."""
+        if self._frozen is not None:
+            self._check_frozen()
         if lengths is None and not (return_all_states or self.recompute or (self.dropout and self.training)):
             found = self._direct(input, hx, resets)
             if found is not None:
@@ -495,7 +498,7 @@ class RNN(RecurrentLayer, nn.RNN):
 _CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
-class RecurrentCell(nn.RNNCellBase):
+class RecurrentCell(Freezable, nn.RNNCellBase):
     """What the three cells share: checks, input without a batch, one step in one launch."""
 
     mode: str
@@ -528,6 +531,8 @@ class RecurrentCell(nn.RNNCellBase):
 
     def _direct(self, input: Tensor, h0: Tensor | None, c0: Tensor | None):
         """What forward returns, in one call of C++; None where that does not apply."""
+        if self._frozen is not None:
+            self._check_frozen()
         if not self._may_be_direct:
             return None
         cell = CELL_OF_MODE[self.mode].name

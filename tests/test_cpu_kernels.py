@@ -379,7 +379,9 @@ def test_products_that_were_forced():
         [sys.executable, "-m", "fusedrnn", "info"],
         env={**os.environ, "FUSEDRNN_CPU_PRODUCTS": other}, capture_output=True, text=True,
     )  # fmt: skip
-    assert re.search(rf"cpu_products\s+float32: {other}, bfloat16: {other}, float16: {other}\n", ran.stdout), ran.stdout + ran.stderr
+    assert re.search(rf"cpu_products\s+float32: {other}, bfloat16: {other}, float16: {other}\n", ran.stdout), (
+        ran.stdout + ran.stderr
+    )
 
 
 FEATURES = (*range(1, 10), 16, 17, 33)

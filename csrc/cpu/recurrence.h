@@ -55,6 +55,9 @@ struct Forward {
   Out states_n;         // E [B, H] each
   void* gates;          // E [N, S*H], or null: not saved
   Out every_state;      // C [N, H] each, null: not saved
+  const void* panels;  // W_hh as `pack_into` once got it, aligned to 64 bytes; null: packed here, or read where it lies
+  void* pack_into;     // where given, W_hh is written there as panels, and nothing is computed
+  int64_t* pack_bytes;  // where given, how many bytes that takes, and nothing is computed
 };
 
 struct Backward {
@@ -121,7 +124,7 @@ struct OwnCell {
   void (*forward)(const Forward&);
   void (*backward)(const Backward&);
 };
-constexpr int64_t kOwnCell = 1;
+constexpr int64_t kOwnCell = 2;
 // At most so many states, parameters and inputs each.
 constexpr int64_t kMostArrays = 16;
 

@@ -416,7 +416,8 @@ struct ForwardRun : Skeleton<Cell, E> {
   using V = typename Base::V;
   const Forward& p;
   const int64_t unit_blocks, out_blocks;
-  Buffer<Packed<E>> panels;      // [unit block][P][G][W], or tiles
+  Buffer<Packed<E>> panels;      // [unit block][P][G][W], or tiles; where none are given
+  Packed<E>* const packed;       // those or the given ones
   Buffer<Packed<E>> out_panels;  // [out block][H][kPlain][W]
   Buffer<C> bias;                // [A][padded]
   Buffer<C> others;              // [states beside h][B][padded]
@@ -431,7 +432,10 @@ struct ForwardRun : Skeleton<Cell, E> {
         p(problem),
         unit_blocks(heads * divide_up(head_units, kWidth)),
         out_blocks(projected ? divide_up(out, kPlain * kWidth) : 0),
-        panels(this->direct ? 0 : unit_blocks * Base::panel_size(kG, 1, head_out)),
+        panels(this->direct || is_packed(problem) ? 0 : packed_size()),
+        packed(problem.pack_into ? static_cast<Packed<E>*>(problem.pack_into)
+               : problem.panels  ? static_cast<Packed<E>*>(const_cast<void*>(problem.panels))
+                                 : panels),
         out_panels(out_blocks * hidden * kPlain * kWidth),
         bias(kA * padded),
         others((kN - 1) * batch * padded),
@@ -443,9 +447,20 @@ struct ForwardRun : Skeleton<Cell, E> {
   }
 
   // Whether the recurrent weights are read where they lie, if at all.
-  static bool reads_weights(const Forward& problem) { return problem.gates_h || is_short(problem.shape); }
+  static bool reads_weights(const Forward& problem) {
+    return problem.gates_h || (is_short(problem.shape) && !is_packed(problem));
+  }
+  static bool is_packed(const Forward& problem) { return problem.panels || problem.pack_into || problem.pack_bytes; }
 
   void run() {
+    if (p.pack_bytes) {
+      *p.pack_bytes = packed_size() * static_cast<int64_t>(sizeof(Packed<E>));
+      return;
+    }
+    if (p.pack_into) {
+      for (int64_t block = 0; block < unit_blocks; ++block) pack(block);
+      return;
+    }
     in_parallel(this->shape.threads, [this](int thread, int threads) { work(thread, threads); });
   }
 
@@ -487,14 +502,7 @@ struct ForwardRun : Skeleton<Cell, E> {
     const auto units = Base::share_of(unit_blocks, thread, threads);
     for (int64_t block = units.begin; block < units.end; ++block) {
       const Place at = place_of(block);
-      for (int g = 0; g < kG && !this->direct; ++g) {
-        const E* of_gate = static_cast<const E*>(p.w_hh) + (g * hidden + at.unit) * head_out;
-        if constexpr (kTiles) {
-          tiles_of_rows(panel_of(block) + g * Tile::kSize, kG, of_gate, head_out, at.count, head_out);
-        } else {
-          pack_rows<C>(panel_of(block) + g * kWidth, kG * kWidth, of_gate, head_out, at.count, head_out);
-        }
-      }
+      if (!this->direct && !p.panels) pack(block);
       for (int a = 0; a < kA; ++a) store(bias + a * padded + at.at, V(C(0)));
       for (int g = 0; g < kG; ++g) {
         add_bias(Cell::x_acc(g) * padded + at.at, p.b_ih, g * hidden + at.unit, at.count);
@@ -527,11 +535,24 @@ struct ForwardRun : Skeleton<Cell, E> {
     }
   }
 
+  void pack(int64_t block) const {
+    const Place at = place_of(block);
+    for (int g = 0; g < kG; ++g) {
+      const E* of_gate = static_cast<const E*>(p.w_hh) + (g * hidden + at.unit) * head_out;
+      if constexpr (kTiles) {
+        tiles_of_rows(panel_of(block) + g * Tile::kSize, kG, of_gate, head_out, at.count, head_out);
+      } else {
+        pack_rows<C>(panel_of(block) + g * kWidth, kG * kWidth, of_gate, head_out, at.count, head_out);
+      }
+    }
+  }
+
   void add_bias(int64_t at, const void* b, int64_t from, int64_t count) {
     if (b) store(bias + at, load(bias + at) + load<C>(static_cast<const E*>(b) + from, count));
   }
 
-  Packed<E>* panel_of(int64_t block) const { return panels + block * Base::panel_size(kG, 1, head_out); }
+  int64_t packed_size() const { return unit_blocks * Base::panel_size(kG, 1, head_out); }
+  Packed<E>* panel_of(int64_t block) const { return packed + block * Base::panel_size(kG, 1, head_out); }
   FUSEDRNN_INLINE Place place_of(int64_t block) const { return this->place(block, 1, 0, head_units); }
   FUSEDRNN_INLINE C* other(int k, int64_t b) const { return others + ((k - 1) * batch + b) * padded; }
 

@@ -422,9 +422,28 @@ void forward(const Problem& s, const Inputs& in, void* y, void* h_n, const Targe
   }
   if (two_products) gates_h = product(matrix(h0), matrix(w_hh).t());
   const auto run = s.cell.forward ? s.cell.forward : kernels().forward;
-  run({s.shape_of(x, resets, in.reverse), of_x, gates_h.data(), x.data(), w_ih.data(), s.input, h0.data(), states0.of,
-       w_hh.data(), b_ih.data(), b_hh.data(), w_hr.data(), parameters.of, inputs.of, y, h_n, states_n.of,
-       gates.writable(), every_state ? every_state->of : nullptr});
+  run({s.shape_of(x, resets, in.reverse),
+       of_x,
+       gates_h.data(),
+       x.data(),
+       w_ih.data(),
+       s.input,
+       h0.data(),
+       states0.of,
+       w_hh.data(),
+       b_ih.data(),
+       b_hh.data(),
+       w_hr.data(),
+       parameters.of,
+       inputs.of,
+       y,
+       h_n,
+       states_n.of,
+       gates.writable(),
+       every_state ? every_state->of : nullptr,
+       s.cell.forward ? nullptr : in.panels.data(),
+       nullptr,
+       nullptr});
 }
 
 }  // namespace
@@ -437,6 +456,29 @@ std::pair<int64_t, bool> gates_and_c(std::string_view cell) {
 Counts counts_of(std::string_view cell) {
   const CellEntry& found = find_cell(cell);
   return {found.states, found.parameters, found.inputs};
+}
+
+Tensor pack(std::string_view cell, const Tensor& w_hh) {
+  const CellEntry& found = find_cell(cell);
+  FUSEDRNN_CHECK(!found.forward, "fusedrnn: the weights of ", cell, " cannot be packed once");
+  const Tensor w = w_hh.contiguous();
+  const int64_t offsets[] = {0, 0};
+  Forward problem{};
+  problem.shape.cell = found.kind;
+  problem.shape.dtype = dtype_of(w.dtype());
+  problem.shape.hidden = w.size(0) / found.gates;
+  problem.shape.out = w.size(1);
+  problem.shape.heads = problem.shape.threads = 1;
+  problem.shape.offsets = offsets;
+  problem.gates_x = problem.w_hh = w.data();
+  int64_t bytes = 0;
+  problem.pack_bytes = &bytes;
+  kernels().forward(problem);
+  Tensor panels = Tensor::empty({bytes}, kUint8);
+  problem.pack_bytes = nullptr;
+  problem.pack_into = panels.writable();
+  if (bytes) kernels().forward(problem);
+  return panels;
 }
 
 Outputs sequence(std::string_view cell, const Inputs& in, bool keep_gates, bool keep_cells) {

@@ -22,6 +22,7 @@ struct Inputs {
   bool reverse = false;
   int64_t heads = 1;
   More more;
+  Tensor panels;  // of w_hh, as `pack` gave them: w_hh is not packed again
 };
 
 // Of what was not kept, and of a c that there is not, a tensor without elements.
@@ -47,6 +48,9 @@ struct Counts {
   int64_t states, parameters, inputs;
 };
 Counts counts_of(std::string_view cell);
+
+// W_hh [G*H, P] of a cell as the kernels of this processor want it: bytes that Inputs::panels takes. One head.
+FUSEDRNN_API Tensor pack(std::string_view cell, const Tensor& w_hh);
 
 FUSEDRNN_API Outputs sequence(std::string_view cell, const Inputs& in, bool keep_gates, bool keep_cells);
 

@@ -78,6 +78,7 @@ int64_t bytes_of(int32_t dtype) {
     case kFloat:
       return 4;
     case kBool:
+    case kUint8:
       return 1;
     default:
       return 2;

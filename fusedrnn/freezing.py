@@ -1,0 +1,142 @@
+"""Layers that are only run: weights packed once for the processor, by promise that nobody changes them."""
+
+import torch
+from torch import Tensor, nn
+
+from fusedrnn import _build
+from fusedrnn.cells import CELL_OF_MODE
+
+
+class Freezable(nn.Module):
+    """What layers and cells have for :func:`freeze`."""
+
+    # Of a frozen one: the parameters that were packed, by name, and whether each wanted a gradient.
+    _frozen: dict[str, tuple[Tensor, bool]] | None = None
+
+    @property
+    def packed_bytes(self) -> int:
+        """How many bytes packed weights take, beside the parameters; 0 where none are kept."""
+        return sum(t.numel() for t in self.__dict__.get("_packed", ()))
+
+    def _check_frozen(self) -> None:
+        """Raises RuntimeError where the promise of freeze is seen to be broken."""
+        recorded = torch.is_grad_enabled()
+        for name, (weight, _) in self._frozen.items():
+            if self._parameters.get(name) is not weight or name in self.__dict__:
+                raise RuntimeError(
+                    f"{type(self).__name__} is frozen, and its {name} was replaced: call fusedrnn.freeze again, or "
+                    "fusedrnn.unfreeze"
+                )
+            if recorded and weight.requires_grad:
+                raise self._cannot_train(f"{name} requires grad")
+
+    def _cannot_train(self, why: str) -> RuntimeError:
+        return RuntimeError(f"{type(self).__name__} is frozen and cannot be trained ({why}): call fusedrnn.unfreeze")
+
+    def _freeze(self, wanted: dict[str, bool]) -> None:
+        self.__dict__.pop("_packed", None)
+        self._frozen = {name: (self._parameters[name], grad) for name, grad in wanted.items()}
+        for name in wanted:
+            self._parameters[name].requires_grad_(False)
+        if _build._small_calls is None or not isinstance(self, nn.RNNBase):
+            return  # a single step reads weights where they lie
+        cell = CELL_OF_MODE[self.mode].name
+        weights = [self._parameters[name] for name in self._flat_weights_names if name.startswith("weight_hh")]
+        packed = [_build._small_calls.pack(cell, w) if w.device.type == "cpu" else None for w in weights]
+        if all(t is not None for t in packed):
+            self.__dict__["_packed"] = packed
+
+    def _wanted(self) -> dict[str, bool]:
+        return {name: grad for name, (_, grad) in self._frozen.items()}
+
+    def _unfreeze(self) -> None:
+        for name, grad in self._wanted().items():
+            if isinstance(self._parameters.get(name), Tensor):
+                self._parameters[name].requires_grad_(grad)
+        self.__dict__.pop("_packed", None)
+        del self._frozen
+
+    # What changes the weights by a call of the module packs them again.
+    def _apply(self, *args, **kwargs):
+        super()._apply(*args, **kwargs)
+        if self._frozen is not None:
+            self._freeze(self._wanted())
+        return self
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self._frozen is not None:
+            self._freeze(self._wanted())
+
+    def train(self, mode: bool = True):
+        if mode and self._frozen is not None:
+            raise self._cannot_train("train() was called")
+        return super().train(mode)
+
+    # Packed weights are those of one processor: a copy packs its own.
+    def __getstate__(self) -> dict:
+        # RNNBase has its own, a cell that of Python 3.11's object, if any.
+        inherited = nn.RNNBase.__getstate__(self) if isinstance(self, nn.RNNBase) else self.__dict__
+        state = {name: value for name, value in inherited.items() if name != "_packed"}
+        if self._frozen is not None:
+            state["_frozen"] = self._wanted()
+        return state
+
+    def __setstate__(self, state: dict) -> None:
+        state = dict(state)
+        wanted = state.pop("_frozen", None)
+        super().__setstate__(state)
+        if wanted is not None:
+            self._freeze(wanted)
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Promises that the weights of every layer and cell of fusedrnn inside ``model`` stay as they are, in place.
+
+    On the CPU W_hh is then packed once and not at every call (``layer.packed_bytes``). The layers go to ``eval()``,
+    their parameters want no gradient any more, and a change of the numbers in them that is not made by the module
+    itself (``p.data.copy_``, an optimizer, an alias in NumPy) is not seen: call freeze again, or :func:`unfreeze`
+    first. ``load_state_dict``, ``to`` and the like do pack again. Copies and pickles are frozen as well. Returns
+    ``model``.
+
+    Raises:
+        TypeError: ``model`` is not a torch.nn.Module.
+        ValueError: there is no layer or cell of fusedrnn in it, or one whose weights are computed (parametrizations).
+        RuntimeError: at a call, where a parameter was replaced by another object or requires grad again; at
+            ``train()``.
+    """
+    layers = _layers(model, "freeze")
+    if not layers:
+        raise ValueError(
+            "freeze: there is no layer or cell of fusedrnn in the model; call fusedrnn.convert on it first"
+        )
+    wanted = []
+    for layer in layers:
+        names = layer._flat_weights_names if isinstance(layer, nn.RNNBase) else list(layer._parameters)
+        computed = [name for name in names if name not in layer._parameters]
+        if computed:
+            raise ValueError(f"freeze: {', '.join(computed)} of {type(layer).__name__} is computed, not a parameter")
+        given = {name: layer._parameters[name].requires_grad for name in names if layer._parameters[name] is not None}
+        wanted.append(given | (layer._wanted() if layer._frozen is not None else {}))
+    for layer, names in zip(layers, wanted, strict=True):
+        layer._freeze(names)
+        layer.eval()
+    return model
+
+
+def unfreeze(model: nn.Module) -> nn.Module:
+    """Undoes :func:`freeze` in place; parameters want a gradient again if they did. Returns ``model``.
+
+    Raises:
+        TypeError: ``model`` is not a torch.nn.Module.
+    """
+    for layer in _layers(model, "unfreeze"):
+        if layer._frozen is not None:
+            layer._unfreeze()
+    return model
+
+
+def _layers(model: nn.Module, caller: str) -> list[Freezable]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller} takes a torch.nn.Module, got {type(model).__name__}")
+    return [module for module in model.modules() if isinstance(module, Freezable)]
