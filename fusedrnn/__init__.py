@@ -14,6 +14,7 @@ from fusedrnn.definition import cell
 from fusedrnn.explain import explain
 from fusedrnn.freezing import freeze, unfreeze
 from fusedrnn.gates import record_gates
+from fusedrnn.layer import Layer
 from fusedrnn.lowering import decompositions
 from fusedrnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from fusedrnn.planning import backend, plan
@@ -27,6 +28,7 @@ __all__ = [
     "ConversionEntry",
     "GRUCell",
     "LSTMCell",
+    "Layer",
     "RNNCell",
     "Timing",
     "backend",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fusedrnn import printing
-from fusedrnn.cells import CELLS, Cell
+from fusedrnn.cells import BUILT_IN, CELLS, Cell, register
 from fusedrnn.graph import CellError, Traced, trace
 
 _lock = threading.RLock()
@@ -109,7 +109,8 @@ class Definition:
         """
         keywords = dict(zip((*self.parameters, *self.inputs), (*parameters, *inputs), strict=True))
         found = self.function(self._of_gates(*x), self._of_gates(*u), self._of_states(*states), **keywords)
-        news = (found,) if isinstance(found, Tensor) else tuple(found) if isinstance(found, (tuple, list)) else found
+        news = (found,) if isinstance(found, Tensor) else found
+        news = tuple(news) if isinstance(news, (tuple, list)) else news
         if not isinstance(news, tuple) or not all(isinstance(t, Tensor) for t in news):
             raise TypeError(f"the cell {self.name} must return a tensor for each state, got {type(found).__name__}")
         if len(news) != len(self.states):
@@ -158,6 +159,8 @@ class Definition:
     def cell(self) -> Cell:
         """Its entry in the table of cells, under a name that is of this content alone."""
         with _lock:
+            if self.name in BUILT_IN and self.__module__ == "fusedrnn.zoo":
+                return CELLS[self.name]  # compiled ahead
             t = self.traced
             source = printing.plain_torch(t, self.name)
             key = hashlib.sha256(repr((source, t.gates, t.states, t.parameters, t.inputs)).encode()).hexdigest()[:12]
@@ -165,20 +168,22 @@ class Definition:
             if name not in CELLS:
                 names = {"torch": torch, "number": lambda value, like: torch.full_like(like, value)}
                 exec(compile(source, f"<cell {name}>", "exec"), names)
-                CELLS[name] = Cell(
-                    name=name,
-                    mode=name,
-                    gates=t.gates,
-                    accumulators=t.accumulators,
-                    x_acc=t.x_acc,
-                    h_acc=t.h_acc,
-                    saved=t.saved_names,
-                    forward=names[f"{self.name}_forward"],
-                    backward=names[f"{self.name}_backward"],
-                    states=t.states,
-                    parameters=t.parameters,
-                    inputs=t.inputs,
-                    has_direct=t.direct,
+                register(
+                    Cell(
+                        name=name,
+                        mode=name,
+                        gates=t.gates,
+                        accumulators=t.accumulators,
+                        x_acc=t.x_acc,
+                        h_acc=t.h_acc,
+                        saved=t.saved_names,
+                        forward=names[f"{self.name}_forward"],
+                        backward=names[f"{self.name}_backward"],
+                        states=t.states,
+                        parameters=t.parameters,
+                        inputs=t.inputs,
+                        has_direct=t.direct,
+                    )
                 )
                 DEFINITIONS[name] = self
             return CELLS[name]

@@ -203,6 +203,10 @@ class RecurrentLayer(Freezable, nn.RNNBase):
             # Such weights know torch's functions only, and torch.nn's own forward has what rules there are.
             self._cannot_be_given(resets=resets is not None, return_all_states=return_all_states)
             return super().forward(input, hx)
+        return self._checked(input, hx, resets, return_all_states, lengths, padding_value)
+
+    def _checked(self, input, hx, resets, return_all_states, lengths, padding_value, inputs=()):
+        """forward past the way through C++; ``inputs`` are those of a cell of one's own."""
         packed = isinstance(input, PackedSequence)
         if not isinstance(input, Tensor) or not (hx is None or isinstance(hx, Tensor)):
             given = (input.data if packed else input, *_all(hx), resets, lengths)
@@ -266,6 +270,28 @@ class RecurrentLayer(Freezable, nn.RNNBase):
             resets = self._batch_resets(resets, batched, sorted_indices)
         if lengths is not None and not batched:
             raise RuntimeError("lengths is for a batch: cut an unbatched input instead")
+        inputs = self._batch_inputs(inputs, batched, batch_sizes, sorted_indices)
+        y, finals, every = self._run(
+            input, states, batch_sizes, resets, return_all_states, lengths, padding_value, inputs
+        )
+        if packed:
+            y = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
+            if unsorted_indices is not None:
+                finals = self._permuted(finals, unsorted_indices)
+        elif not batched:
+            y = functional.reshaped(y, "squeeze", 0 if self.batch_first else 1)
+            finals = [functional.reshaped(s, "squeeze", 1) for s in finals]
+        final = tuple(finals) if len(finals) > 1 else finals[0]
+        if not return_all_states:
+            return y, final
+        if packed:
+            every = [PackedSequence(s.transpose(0, 1), batch_sizes, sorted_indices, unsorted_indices) for s in every]
+        elif not batched:
+            every = [s.squeeze(1 if self.batch_first else 2) for s in every]
+        return y, final, tuple(every) if len(every) > 1 else every[0]
+
+    def _run(self, input, states, batch_sizes, resets, return_all_states, lengths, padding_value, inputs):
+        """y, the final states and every state (or None) of a batch that was checked."""
         y, *finals, every = functional.layers(
             CELL_OF_MODE[self.mode],
             input,
@@ -287,22 +313,10 @@ class RecurrentLayer(Freezable, nn.RNNBase):
             lengths,
             padding_value,
         )
-        finals = [s for s in finals if s is not None]
-        if packed:
-            y = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
-            if unsorted_indices is not None:
-                finals = self._permuted(finals, unsorted_indices)
-        elif not batched:
-            y = functional.reshaped(y, "squeeze", 0 if self.batch_first else 1)
-            finals = [functional.reshaped(s, "squeeze", 1) for s in finals]
-        final = tuple(finals) if len(finals) > 1 else finals[0]
-        if not return_all_states:
-            return y, final
-        if packed:
-            every = [PackedSequence(s.transpose(0, 1), batch_sizes, sorted_indices, unsorted_indices) for s in every]
-        elif not batched:
-            every = [s.squeeze(1 if self.batch_first else 2) for s in every]
-        return y, final, tuple(every) if len(every) > 1 else every[0]
+        return y, [s for s in finals if s is not None], every
+
+    def _batch_inputs(self, inputs, batched: bool, batch_sizes: Tensor | None, sorted_indices: Tensor | None):
+        return inputs
 
     def _direct(self, input, hx, resets=None):
         """What forward returns, in one call of C++; None where that does not apply."""

@@ -62,7 +62,8 @@ def about(device: torch.device) -> tuple[str, ...]:
     return (*found, hashlib.sha256(repr(stamps).encode()).hexdigest()[:12])
 
 
-def _folder() -> Path:
+def cache_folder() -> Path:
+    """Where results are kept; nothing is made."""
     if named := os.environ.get("FUSEDRNN_CACHE"):
         return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fusedrnn"
@@ -74,7 +75,7 @@ _right: set[tuple] = set()
 
 
 def _path(key: tuple) -> Path:
-    return _folder() / f"{key[0]}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}.json"
+    return cache_folder() / f"{key[0]}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}.json"
 
 
 def _known(key: tuple):

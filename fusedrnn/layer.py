@@ -1,0 +1,315 @@
+"""The layer of a cell of one's own. Sizes: T steps, B batch, I input, H hidden, P output, G gates, L layers, D
+directions, N rows of packed data.
+"""
+
+import math
+import os
+import warnings
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from fusedrnn import compiled, functional, ops, planning
+from fusedrnn.backends.common import Inputs
+from fusedrnn.definition import Definition
+from fusedrnn.modules import RecurrentLayer
+
+
+class Layer(RecurrentLayer):
+    """A recurrent layer of any cell: what :class:`LSTM` is for the LSTM.
+
+    Weights have torch's names and shapes: weight_ih_l0 [G*H, I], weight_hh_l0 [G*H, H], bias_ih_l0 and bias_hh_l0
+    [G*H], the rows of a gate after another in the order of the cell's gates; the cell's own parameters are vectors [H],
+    p_i_l0, p_i_l0_reverse and so on. All begin uniform in ±1/sqrt(H), as torch.nn's.
+
+    On the CPU the cell is compiled by the C++ compiler (CXX, or g++) at its first call, and kept in a cache on disk
+    (FUSEDRNN_CACHE, else ~/.cache/fusedrnn). Where there is no compiler the reference runs, a loop of torch's
+    operations, with one warning.
+
+    Args:
+        cell: a definition (:func:`fusedrnn.cell`), such as those of :mod:`fusedrnn.zoo`.
+        input_size: I.
+        hidden_size: H.
+        num_layers, bias, batch_first, dropout, bidirectional: as in :class:`LSTM`.
+        proj_size: P, projects h to P features (0: no projection); for a cell that does not read h beside W_hh h, and
+            whose output can be made of what it keeps and its other states, as an LSTM's and an sLSTM's.
+        heads: W_hh is block-diagonal, a block for each group of H / heads units: weight_hh_l0 is [G*H, H / heads].
+        device, dtype, backend, algorithm, recompute: as in :class:`LSTM`.
+
+    Raises:
+        TypeError: ``cell`` is no definition.
+        ValueError: sizes that do not fit.
+        RuntimeError: the cell's function has an operation without a printer, or asks for the value of a tensor.
+    """
+
+    def __init__(
+        self,
+        cell: Definition,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        heads: int = 1,
+        device=None,
+        dtype=None,
+        *,
+        backend: str | None = None,
+        algorithm: str | None = None,
+        recompute: bool = False,
+    ) -> None:
+        nn.Module.__init__(self)
+        if not isinstance(cell, Definition):
+            raise TypeError(f"cell must be a definition (fusedrnn.cell makes one of a function), got {cell!r}")
+        for name, size in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
+            if not isinstance(size, int):
+                raise TypeError(f"{name} should be of type int, got: {type(size).__name__}")
+            if size <= 0:
+                raise ValueError(f"{name} must be greater than zero")
+        if not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1 or isinstance(dropout, bool):
+            raise ValueError(
+                "dropout should be a number in range [0, 1] representing the probability of an element being zeroed"
+            )
+        if dropout > 0 and num_layers == 1:
+            warnings.warn(
+                "dropout option adds dropout after all but last recurrent layer, so non-zero dropout expects "
+                f"num_layers greater than 1, but got dropout={dropout} and num_layers={num_layers}",
+                stacklevel=2,
+            )
+        if not isinstance(heads, int) or heads < 1 or hidden_size % heads:
+            raise ValueError(f"heads must divide hidden_size, {hidden_size}, got {heads}")
+        found = cell.cell
+        if proj_size:
+            if not 0 < proj_size < hidden_size:
+                raise ValueError("proj_size has to be a positive integer, smaller than hidden_size, or zero to disable")
+            if heads > 1:
+                raise ValueError(f"proj_size goes with one head, got {heads}")
+            if found.name != "lstm":
+                raise ValueError(f"proj_size is for the LSTM, not for the cell {cell.name}")
+        functional.planning.check_choice(backend, algorithm)
+        self.cell, self.mode = cell, found.mode
+        self.input_size, self.hidden_size, self.num_layers, self.bias = input_size, hidden_size, num_layers, bias
+        self.batch_first, self.dropout, self.bidirectional = batch_first, float(dropout), bidirectional
+        self.proj_size, self.heads = proj_size, heads
+        if recompute:
+            self.recompute = True
+        if backend is not None or algorithm is not None:
+            self.backend, self.algorithm = backend, algorithm
+        options = {"device": device, "dtype": dtype}
+        self._flat_weights_names: list[str] = []
+        self._all_weights: list[list[str]] = []
+        rows, out = len(found.gates) * hidden_size, proj_size or hidden_size
+        for layer in range(num_layers):
+            for suffix in ("", "_reverse") if bidirectional else ("",):
+                columns = input_size if layer == 0 else out * (2 if bidirectional else 1)
+                shapes = {"weight_ih": (rows, columns), "weight_hh": (rows, out // heads)}
+                shapes |= {"bias_ih": (rows,), "bias_hh": (rows,)} if bias else {}
+                shapes |= {"weight_hr": (out, hidden_size)} if proj_size else {}
+                shapes |= dict.fromkeys(found.parameters, (hidden_size,))
+                names = [f"{name}_l{layer}{suffix}" for name in shapes]
+                for name, shape in zip(names, shapes.values()):
+                    if hasattr(self, name):
+                        raise ValueError(f"a parameter of the cell {cell.name} has the name of another one: {name}")
+                    setattr(self, name, nn.Parameter(torch.empty(shape, **options)))
+                self._flat_weights_names += names
+                self._all_weights.append(names)
+        self._init_flat_weights()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        bound = 1 / math.sqrt(self.hidden_size)
+        for weight in self.parameters():
+            nn.init.uniform_(weight, -bound, bound)
+
+    def extra_repr(self) -> str:
+        heads = f", heads={self.heads}" if self.heads != 1 else ""
+        return f"{self.cell.name}, {super().extra_repr()}{heads}"
+
+    def flatten_parameters(self) -> None:
+        """Nothing: no kernel wants the weights in one piece."""
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise RuntimeError(
+            "torch.jit.script cannot compile fusedrnn.Layer: torch.jit.trace, torch.compile and torch.export can"
+        )
+
+    def _states(self, hx) -> tuple[Tensor, ...]:
+        names = self.cell.states
+        if len(names) == 1:
+            return super()._states(hx)
+        if not isinstance(hx, (tuple, list)) or len(hx) != len(names):
+            got = f"{len(hx)} of them" if isinstance(hx, (tuple, list)) else type(hx).__name__
+            raise TypeError(f"Layer: hx must be a tuple of {len(names)} Tensors ({', '.join(names)}), got {got}")
+        for name, state in zip(names, hx):
+            if not isinstance(state, Tensor):
+                raise TypeError(f"Layer: {name} in hx must be a Tensor, got {type(state).__name__}")
+        return tuple(hx)
+
+    def _state_sizes(self) -> tuple[int, ...]:
+        return (self.proj_size or self.hidden_size, *[self.hidden_size] * (len(self.cell.states) - 1))
+
+    def permute_hidden(self, hx, permutation: Tensor | None):
+        if permutation is None or isinstance(hx, Tensor):
+            return super().permute_hidden(hx, permutation)
+        return tuple(s.index_select(1, permutation) for s in hx)
+
+    def _direct(self, input, hx, resets=None):
+        return None
+
+    def forward(
+        self,
+        input,
+        hx=None,
+        *,
+        resets: Tensor | None = None,
+        return_all_states: bool = False,
+        lengths: Tensor | None = None,
+        padding_value: float = 0.0,
+        **inputs,
+    ):
+        """The whole sequence.
+
+        Args:
+            input: [T, B, I], [B, T, I] with ``batch_first``, [T, I], or a PackedSequence.
+            hx: the states to start from, [L*D, B, H] each: a tensor for a cell of one state, else a tuple in their
+                order; zeros if absent.
+            resets, return_all_states, lengths, padding_value: as in :meth:`LSTM.forward`.
+            inputs: the cell's inputs by name, each in the layout of ``input`` with H for I, for all layers and
+                directions; or with L*D in front, one for each. A step of it belongs to that step of the input, in the
+                reverse direction too.
+
+        Returns:
+            y [T, B, D*P] (or as ``input``), the final states as ``hx``; with ``return_all_states`` then every state, as
+            :meth:`LSTM.forward` has it.
+
+        Raises:
+            TypeError: something is no Tensor; an input of the cell is missing, or it has none of that name.
+            ValueError, RuntimeError: shapes, dtypes or devices do not fit together.
+        """
+        for name in inputs:
+            if name not in self.cell.inputs:
+                has = f"its inputs are {', '.join(self.cell.inputs)}" if self.cell.inputs else "its cell has no inputs"
+                raise TypeError(f"Layer.forward() got an unexpected keyword argument {name!r}: {has}")
+        for name in self.cell.inputs:
+            if name not in inputs:
+                raise TypeError(f"Layer.forward() needs {name}=, an input of the cell {self.cell.name}")
+        given = [inputs[name] for name in self.cell.inputs]
+        return self._checked(input, hx, resets, return_all_states, lengths, padding_value, given)
+
+    def _batch_inputs(self, inputs, batched: bool, batch_sizes: Tensor | None, sorted_indices: Tensor | None) -> list:
+        """Each as [T, B, H] (packed [N, H]), or with L*D in front."""
+        if not inputs:
+            return []
+        found = []
+        dims = 2 if batch_sizes is not None or not batched else 3
+        for name, t in zip(self.cell.inputs, inputs, strict=True):
+            if isinstance(t, PackedSequence):
+                if batch_sizes is None or not torch.equal(t.batch_sizes, batch_sizes):
+                    raise RuntimeError(f"Layer: {name} must be packed as the input is")
+                t = t.data
+            if not isinstance(t, Tensor):
+                raise TypeError(f"Layer: {name} must be a Tensor, got {type(t).__name__}")
+            if t.dim() not in (dims, dims + 1):
+                raise RuntimeError(f"Layer: {name} must have {dims} dimensions, or {dims + 1}, got {t.dim()}")
+            if not batched:
+                t = t.unsqueeze(-2 if not self.batch_first else -3)
+            if batch_sizes is None and self.batch_first:
+                t = t.transpose(-2, -3)
+            found.append(t)
+        return found
+
+    def _run(self, input, states, batch_sizes, resets, return_all_states, lengths, padding_value, inputs):
+        cell, directions = self.cell.cell, 2 if self.bidirectional else 1
+        time_first = batch_sizes is not None or not self.batch_first
+        x = input if time_first else input.transpose(0, 1)
+        weights, device = self._weights(), input.device.type
+        x, *tensors = functional._distinct(ops.autocast(device, x, *states, *weights, *inputs))
+        n = len(states)
+        states, weights, inputs = tensors[:n], tensors[n : n + len(weights)], tensors[n + len(weights) :]
+        kinds = [*(("hidden", t) for t in states), *(("parameter", t) for t in weights)]
+        for what, t in (*kinds, *zip(self.cell.inputs, inputs)):
+            functional._check_same(x, t, what)
+        lead = self.num_layers * directions
+        rows = (*x.shape[:-1], self.hidden_size)
+        for name, t in zip(self.cell.inputs, inputs):
+            if tuple(t.shape) not in (rows, (lead, *rows)):
+                raise RuntimeError(
+                    f"Layer: {name} must have shape {list(rows)} (steps first), or {[lead, *rows]}, got {list(t.shape)}"
+                )
+        inputs = [t.unsqueeze(0).expand(lead, *rows) if tuple(t.shape) == rows else t for t in inputs]
+        runs, algorithm = self._choose(x)
+        padding = None
+        if lengths is not None:
+            lengths = functional._check_lengths(lengths, x, states[0].shape[1], batch_sizes)
+            padding = functional.Padding.of(lengths, x.shape[0])
+            x = padding.cut(x)
+        masks = (None,) * directions
+        if resets is not None:
+            masks = functional._masks(resets, x, states[0].shape[1], batch_sizes, time_first, directions, padding)
+        per = len(weights) // lead
+        own = len(cell.parameters)
+        finals: list[Sequence[Tensor]] = []
+        every: list[Sequence[Tensor]] = []
+        for layer in range(self.num_layers):
+            ys = []
+            for direction in range(directions):
+                k = layer * directions + direction
+                w_ih, w_hh, *rest = weights[k * per : (k + 1) * per]
+                parameters, rest = tuple(rest[len(rest) - own :]), rest[: len(rest) - own]
+                b_ih, b_hh = rest[:2] if self.bias else (None, None)
+                w_hr = rest[-1] if self.proj_size else None
+                h0, c0, *others = (*(s[k] for s in states), None)[: max(n, 2)]
+                given = Inputs(
+                    x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, masks[direction], direction == 1,
+                    tuple(others), parameters, tuple(t[k] for t in inputs), self.heads,
+                )  # fmt: skip
+                y, ends, all_states = functional.recurrence_of_states(
+                    cell, given, runs, algorithm, self.recompute, return_all_states, layer, padding
+                )
+                ys.append(y)
+                finals.append(ends[:n])
+                every.append([y, *all_states[: n - 1]])
+            x = ys[0] if directions == 1 else torch.cat(ys, -1)
+            if self.dropout and self.training and layer + 1 < self.num_layers:
+                x = F.dropout(x, self.dropout)
+        states_of = None
+        if return_all_states:
+            states_of = tuple(torch.stack(s).to(x.dtype) for s in zip(*every))
+            states_of = states_of if time_first else tuple(s.transpose(1, 2) for s in states_of)
+        if padding is not None and padding_value != 0:
+            x = padding.cut(x, padding_value)
+        return x if time_first else x.transpose(0, 1), [functional._together([*s]) for s in zip(*finals)], states_of
+
+    def _choose(self, x: Tensor) -> tuple[str, str]:
+        """The backend that runs, which has the cell compiled by then, and its algorithm."""
+        name, asked = self.cell.cell.name, self.backend
+        if planning._forced:
+            asked, _ = planning._innermost(tuple(planning._forced), asked, self.algorithm)
+        asked = asked or planning.parse(os.environ.get(planning.ENVIRONMENT_VARIABLE, ""))[0]
+        backend = asked or ("cpu" if x.device.type == "cpu" else "triton")
+        why = compiled.ensure(name, backend) if backend in ("cpu", "triton", "cuda") else ""
+        if why and asked:
+            raise RuntimeError(f"backend {backend!r} was asked for but cannot run: {why}")
+        chosen = planning.choose(
+            name,
+            input_size=self.input_size,
+            hidden_size=self.hidden_size,
+            proj_size=self.proj_size,
+            dtype=x.dtype,
+            device=x.device,
+            backend=self.backend,
+            algorithm=self.algorithm,
+            heads=self.heads,
+        )
+        if why and chosen.backend == "reference":
+            planning._tell_once(
+                f"fusedrnn: the reference, a loop of torch's operations, runs the cell {self.cell.name}: {why}"
+            )
+        return chosen.backend, chosen.algorithm

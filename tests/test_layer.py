@@ -1,0 +1,414 @@
+"""fusedrnn.Layer of cells of one's own, against a loop of their functions in float64."""
+
+import copy
+import io
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+import fusedrnn
+from fusedrnn import compiled, zoo
+from fusedrnn.definition import Definition
+
+ZOO = {name: value for name, value in vars(zoo).items() if isinstance(value, Definition)}
+OFTEN = ("mgu", "slstm")
+pytestmark = pytest.mark.filterwarnings("ignore:.*is not writable:UserWarning")
+
+
+def slow_but(names, often=OFTEN):
+    return [pytest.param(name, marks=[] if name in often else [pytest.mark.slow]) for name in names]
+
+
+def loop(layer, x, hx=None, resets=None, **inputs):
+    """What a layer computes for x [T, B, I], by the function of its cell: y and the final states, [L*D, B, H] each."""
+    H, heads = layer.hidden_size, layer.heads
+    names, directions = layer.cell.states, 2 if layer.bidirectional else 1
+    finals = []
+    for k in range(layer.num_layers):
+        ys = []
+        for d in range(directions):
+            suffix = f"_l{k}{'_reverse' if d else ''}"
+            w_ih, w_hh = (getattr(layer, name + suffix) for name in ("weight_ih", "weight_hh"))
+            b_ih, b_hh = (getattr(layer, name + suffix) if layer.bias else 0.0 for name in ("bias_ih", "bias_hh"))
+            parameters = [getattr(layer, p + suffix) for p in layer.cell.parameters]
+            at = k * directions + d
+            states = [x.new_zeros(x.shape[1], H) if hx is None else hx[s][at] for s in range(len(names))]
+            out = [None] * len(x)
+            for t in reversed(range(len(x))) if d else range(len(x)):
+                if resets is not None:
+                    shifted = resets if not d else torch.cat([resets[1:], torch.zeros_like(resets[:1])])
+                    states = [torch.where(shifted[t][:, None], 0.0, s) for s in states]
+                blocks = states[0].unflatten(1, (heads, -1))
+                w = w_hh.view(-1, heads, H // heads, H // heads)
+                u = torch.einsum("bnp,gnup->bgnu", blocks, w).flatten(1) + b_hh
+                given = [(i[at] if i.dim() == 4 else i)[t] for i in inputs.values()]
+                xs, us = (x[t] @ w_ih.t() + b_ih).split(H, 1), u.split(H, 1)
+                states = list(layer.cell.step(xs, us, states, parameters, given))
+                out[t] = states[0]
+            ys.append(torch.stack(out))
+            finals.append(states)
+        x = torch.cat(ys, -1)
+    return x, tuple(torch.stack(s) for s in zip(*finals))
+
+
+def inputs_of(cell, *shape, dtype=torch.float32):
+    return {name: torch.rand(*shape, dtype=dtype) for name in cell.inputs}
+
+
+def states_of(cell, lead, B, H, dtype):
+    found = [torch.randn(lead, B, H, dtype=dtype) for _ in cell.states]
+    if cell.name == "slstm":
+        found[2] = found[2].abs() + 1
+    return found
+
+
+def flat(y, finals, wanted):
+    """A loss through y and the final states that have a gradient."""
+    return sum((t.double() * w).sum() for t, w in zip((y, *finals), wanted) if t.requires_grad)
+
+
+def check(name, dtype, backend, H=10, heads=1, T=4, B=3, I=5, bidirectional=True, num_layers=1, reset=False, **options):
+    torch.manual_seed(1)
+    cell = ZOO[name]
+    layer = fusedrnn.Layer(
+        cell, I, H, num_layers, bidirectional=bidirectional, heads=heads, dtype=dtype, backend=backend, **options
+    )
+    exact = copy.deepcopy(layer).double()
+    lead = num_layers * (2 if bidirectional else 1)
+    x, hx = torch.randn(T, B, I, dtype=dtype), states_of(cell, lead, B, H, dtype)
+    inputs = inputs_of(cell, T, B, H, dtype=dtype)
+    resets = torch.rand(T, B) < 0.3 if reset else None
+    answers = []
+    for run, to in ((layer, dtype), (lambda x, hx, **given: loop(exact, x, hx, **given), torch.float64)):
+        given = [t.to(to).requires_grad_() for t in (x, *hx, *inputs.values())]
+        named = dict(zip(inputs, given[1 + len(hx) :]))
+        states = tuple(given[1 : 1 + len(hx)])
+        if run is layer:
+            y, finals = layer(given[0], states if len(states) > 1 else states[0], resets=resets, **named)
+            finals = finals if isinstance(finals, tuple) else (finals,)
+        else:
+            y, finals = run(given[0], states, resets=resets, **named)
+        if not answers:
+            wanted = [torch.randn(t.shape, dtype=torch.float64) for t in (y, *finals)]
+            if cell.name == "slstm":
+                wanted[-1].zero_()
+        weights = list((layer if run is layer else exact).parameters())
+        grads = torch.autograd.grad(flat(y, finals, wanted), [*given, *weights], allow_unused=True)
+        zero = [torch.zeros_like(t) if g is None else g for t, g in zip([*given, *weights], grads)]
+        answers.append([y, *finals, *zero])
+    names = ["y", *cell.states, "dx", *(f"d{s}" for s in cell.states), *(f"d{i}" for i in inputs)]
+    names += [f"d{n}" for n, _ in layer.named_parameters()]
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 0.06, torch.float16: 0.01}[dtype]
+    for what, a, b in zip(names, *answers, strict=True):
+        scale = max(1.0, b.abs().max().item())
+        assert a.dtype == dtype
+        assert (a.double() - b).abs().max().item() <= tolerance * scale, (name, what)
+    return layer
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("name", slow_but(ZOO))
+def test_agrees_with_the_loop(name, backend, dtype, poisoned):
+    check(name, dtype, backend)
+    check(name, dtype, backend, H=129, T=1, B=1, bidirectional=False)
+
+
+@pytest.mark.parametrize("name", slow_but(ZOO))
+def test_layers_resets_and_16_bits(name, poisoned):
+    check(name, torch.float64, "cpu", num_layers=2, reset=True)
+    check(name, torch.float64, "cpu", recompute=True, bias=False)
+    for dtype in (torch.bfloat16, torch.float16):
+        check(name, dtype, "cpu", T=3, bidirectional=False)
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+@pytest.mark.parametrize("name", slow_but(ZOO, ("slstm",)))
+def test_heads(name, heads, poisoned):
+    check(name, torch.float64, "cpu", H=24, heads=heads)
+    check(name, torch.float32, "cpu", H=24, heads=heads, B=9)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the simulator has CPU tensors, this machine a GPU")
+@pytest.mark.parametrize("algorithm", ["step", "sequence"])
+@pytest.mark.parametrize(
+    "name, dtype",
+    [
+        pytest.param(
+            name,
+            dtype,
+            marks=[] if (name, dtype) in (("mgu", torch.float32), ("slstm", torch.float64)) else [pytest.mark.slow],
+        )
+        for name in ZOO
+        for dtype in (torch.float32, torch.float64, torch.bfloat16)
+    ],
+    ids=str,
+)
+def test_triton(name, dtype, algorithm, poisoned):
+    pytest.importorskip("triton")
+    check(name, dtype, "triton", algorithm=algorithm, bidirectional=False, reset=True)
+
+
+@pytest.mark.parametrize("name", ["mgu", "slstm", "zoneout_lstm"])
+def test_packed_padded_and_every_state(name):
+    cell = ZOO[name]
+    layer = fusedrnn.Layer(cell, 5, 6, bidirectional=True, dtype=torch.float64)
+    lengths = [4, 1, 3]
+    x, inputs = torch.randn(4, 3, 5, dtype=torch.float64), inputs_of(cell, 4, 3, 6, dtype=torch.float64)
+
+    def packed(t):
+        return pack_padded_sequence(t, lengths, enforce_sorted=False)
+
+    y, finals = layer(packed(x), **{k: packed(t) for k, t in inputs.items()})
+    y, _ = pad_packed_sequence(y)
+    padded, ends, every = layer(x, lengths=torch.tensor(lengths), return_all_states=True, **inputs)
+    torch.testing.assert_close(y, padded)
+    finals, ends, every = (t if isinstance(t, tuple) else (t,) for t in (finals, ends, every))
+    for b, length in enumerate(lengths):
+        alone, last = loop(layer, x[:length, b : b + 1], **{k: t[:length, b : b + 1] for k, t in inputs.items()})
+        torch.testing.assert_close(y[:length, b], alone[:, 0])
+        for state, end, all_of, exact in zip(finals, ends, every, last, strict=True):
+            torch.testing.assert_close(state[:, b], exact[:, 0])
+            torch.testing.assert_close(end[:, b], exact[:, 0])
+            torch.testing.assert_close(all_of[0, length - 1, b], exact[0, 0])
+
+
+def test_batch_first_unbatched_and_inputs_of_each_direction():
+    cell = zoo.zoneout_lstm
+    layer = fusedrnn.Layer(cell, 5, 6, 2, bidirectional=True, dtype=torch.float64)
+    first = fusedrnn.Layer(cell, 5, 6, 2, bidirectional=True, batch_first=True, dtype=torch.float64)
+    first.load_state_dict(layer.state_dict())
+    x, inputs = torch.randn(4, 3, 5, dtype=torch.float64), inputs_of(cell, 4, 4, 3, 6, dtype=torch.float64)
+    y, finals = layer(x, **inputs)
+    exact, last = loop(layer, x, **inputs)
+    torch.testing.assert_close(y, exact)
+    torch.testing.assert_close(finals, last)
+    turned, _ = first(x.transpose(0, 1), **{k: t.transpose(1, 2) for k, t in inputs.items()})
+    torch.testing.assert_close(turned.transpose(0, 1), exact)
+    alone, states = layer(x[:, 1], **{k: t[:, :, 1] for k, t in inputs.items()})
+    torch.testing.assert_close(alone, exact[:, 1])
+    assert states[0].shape == (4, 6)
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru", "rnn_tanh"])
+def test_built_in_cells_are_torch_s(name):
+    layer = fusedrnn.Layer(ZOO[name], 5, 6, 2, bidirectional=True)
+    theirs = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU, "rnn_tanh": torch.nn.RNN}[name](5, 6, 2, bidirectional=True)
+    theirs.load_state_dict(layer.state_dict())
+    x = torch.randn(4, 3, 5)
+    torch.testing.assert_close(layer(x), theirs(x))
+
+
+def test_projection():
+    layer = fusedrnn.Layer(zoo.lstm, 5, 6, proj_size=3)
+    theirs = torch.nn.LSTM(5, 6, proj_size=3)
+    theirs.load_state_dict(layer.state_dict())
+    x = torch.randn(4, 3, 5)
+    torch.testing.assert_close(layer(x), theirs(x))
+    with pytest.raises(ValueError, match="proj_size is for the LSTM, not for the cell mgu"):
+        fusedrnn.Layer(zoo.mgu, 5, 6, proj_size=3)
+
+
+def test_names_and_shapes():
+    layer = fusedrnn.Layer(zoo.peephole_lstm, 5, 6, 2, bidirectional=True, heads=2)
+    shapes = {name: tuple(p.shape) for name, p in layer.named_parameters()}
+    assert shapes["weight_ih_l0"] == (24, 5)
+    assert shapes["weight_hh_l1_reverse"] == (24, 3)
+    assert shapes["p_i_l0"] == shapes["p_o_l1_reverse"] == (6,)
+    assert len(shapes) == 4 * 7
+    assert "peephole_lstm, 5, 6, num_layers=2, bidirectional=True, heads=2" in repr(layer)
+    x = torch.randn(3, 2, 5)
+    y, _ = layer(x)
+    for same in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert same.cell is zoo.peephole_lstm
+        assert torch.equal(same(x)[0], y)
+    buffer = io.BytesIO()
+    torch.save(layer.state_dict(), buffer)
+    buffer.seek(0)
+    assert set(torch.load(buffer)) == set(shapes)
+
+
+def test_gates_are_recorded():
+    layer = fusedrnn.Layer(zoo.mgu, 5, 6)
+    x = torch.randn(4, 3, 5)
+    _, record = fusedrnn.record_gates(layer, x)
+    assert record["l0"].names == ("f", "n", "h")
+    assert ((record["l0"]["f"] > 0) & (record["l0"]["f"] < 1)).all()
+
+
+@pytest.mark.gradcheck
+@pytest.mark.parametrize("name", ["mgu", "slstm", "peephole_lstm", "zoneout_lstm"])
+def test_gradcheck(name):
+    cell = ZOO[name]
+    layer = fusedrnn.Layer(cell, 2, 4, heads=2, dtype=torch.float64, backend="cpu")
+    inputs = inputs_of(cell, 3, 2, 4, dtype=torch.float64)
+    names = [n for n, _ in layer.named_parameters()]
+
+    def function(x, *rest):
+        weights, given = rest[: len(names)], dict(zip(inputs, rest[len(names) :]))
+        return torch.func.functional_call(layer, dict(zip(names, weights)), (x,), given)[0]
+
+    tensors = [torch.randn(3, 2, 2, dtype=torch.float64), *layer.parameters(), *inputs.values()]
+    tensors = [t.detach().requires_grad_() for t in tensors]
+    assert torch.autograd.gradcheck(function, tensors, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize("name", OFTEN)
+def test_compiles_as_one_graph(name):
+    layer = fusedrnn.Layer(ZOO[name], 5, 6, bidirectional=True)
+    x = torch.randn(4, 3, 5, requires_grad=True)
+    fast = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    y, y_fast = layer(x)[0], fast(x)[0]
+    torch.testing.assert_close(y_fast, y)
+    for a, b in zip(*(torch.autograd.grad(t.square().sum(), [x, *layer.parameters()]) for t in (y, y_fast))):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", OFTEN)
+def test_exports(name):
+    layer = fusedrnn.Layer(ZOO[name], 5, 6)
+    x = torch.randn(4, 3, 5)
+    program = torch.export.export(layer, (x,))
+    torch.testing.assert_close(program.module()(x), layer(x))
+
+
+@pytest.mark.parametrize("name", OFTEN)
+def test_vmap(name):
+    layer = fusedrnn.Layer(ZOO[name], 5, 6)
+    x = torch.randn(2, 4, 3, 5)
+    found = torch.func.vmap(lambda one: layer(one)[0])(x)
+    torch.testing.assert_close(found, torch.stack([layer(one)[0] for one in x]))
+
+
+@pytest.mark.parametrize(
+    "make, error, message",
+    [
+        (lambda: fusedrnn.Layer(lambda x: x, 2, 3), TypeError, "cell must be a definition"),
+        (lambda: fusedrnn.Layer(zoo.mgu, 2, 0), ValueError, "hidden_size must be greater than zero"),
+        (lambda: fusedrnn.Layer(zoo.mgu, 2, 3, heads=2), ValueError, "heads must divide hidden_size, 3, got 2"),
+        (lambda: fusedrnn.Layer(zoo.mgu, 2, 3, backend="x"), ValueError, "backend must be one of"),
+        (lambda: fusedrnn.Layer(zoo.mgu, 2, 3)(torch.zeros(2, 1, 4)), RuntimeError, "must be equal to input_size"),
+        (lambda: fusedrnn.Layer(zoo.mgu, 2, 3)(torch.zeros(2, 1, 2), m=1), TypeError, "its cell has no inputs"),
+        (
+            lambda: fusedrnn.Layer(zoo.grud, 2, 3)(torch.zeros(2, 1, 2)),
+            TypeError,
+            "needs decay=, an input of the cell grud",
+        ),
+        (
+            lambda: fusedrnn.Layer(zoo.grud, 2, 3)(torch.zeros(2, 1, 2), decay=torch.zeros(2, 1, 2)),
+            RuntimeError,
+            r"decay must have shape \[2, 1, 3\]",
+        ),
+        (
+            lambda: fusedrnn.Layer(zoo.slstm, 2, 3)(torch.zeros(2, 1, 2), torch.zeros(1, 1, 3)),
+            TypeError,
+            r"hx must be a tuple of 4 Tensors \(h, c, n, m\), got Tensor",
+        ),
+        (
+            lambda: fusedrnn.Layer(zoo.mgu, 2, 3, backend="torch")(torch.zeros(2, 1, 2)),
+            RuntimeError,
+            "torch has no op for the cell",
+        ),
+        (lambda: torch.jit.script(fusedrnn.Layer(zoo.mgu, 2, 3)), RuntimeError, "torch.jit.script cannot compile"),
+    ],
+)
+def test_errors(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+# --- the cache ---
+
+CALL = """
+import sys, time, warnings
+import torch, fusedrnn
+from fusedrnn import compiled
+layer = fusedrnn.Layer(fusedrnn.zoo.janet, 3, 4)
+made = []
+real = compiled.subprocess.run
+compiled.subprocess.run = lambda command, **options: (made.append(command), real(command, **options))[1]
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    y = layer(torch.ones(2, 1, 3))[0]
+    y = layer(torch.ones(2, 1, 3))[0]
+print("compiled", sum("-shared" in c for c in made))
+print("backends", *sorted(fusedrnn.cells.kernels_of(layer.cell.cell.name)))
+print("folder", compiled.cache_folder())
+print("told", *(str(w.message) for w in told if "fusedrnn" in str(w.message)))
+"""
+
+
+def called(folder, **environment):
+    env = os.environ | {"FUSEDRNN_CACHE": str(folder), "OMP_NUM_THREADS": "1"} | environment
+    done = subprocess.run([sys.executable, "-c", CALL], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return dict(line.split(" ", 1) for line in done.stdout.splitlines() if " " in line)
+
+
+def test_a_cell_is_compiled_once(tmp_path):
+    assert called(tmp_path / "cache")["compiled"] == "1"
+    folder = tmp_path / "cache" / "cells"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    (library,) = folder.glob("*.so")
+    assert called(folder.parent) == {"compiled": "0", "backends": "cpu reference", "folder": str(folder)}
+    for broken in (b"", library.read_bytes()[:5000], b"\x7fELF" + b"\0" * 5000):
+        library.write_bytes(broken)
+        assert called(folder.parent)["compiled"] == "1"
+        assert library.read_bytes() != broken
+
+
+def test_two_processes_at_once(tmp_path):
+    env = os.environ | {"FUSEDRNN_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", CALL], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    found = [p.communicate() for p in both]
+    assert [p.returncode for p in both] == [0, 0], found
+    assert sorted(out.splitlines()[0] for out, _ in found) == ["compiled 0", "compiled 1"]
+
+
+def test_no_compiler_is_told_once(tmp_path):
+    found = called(tmp_path / "cache", CXX="no-such-compiler")
+    assert found["backends"] == "reference"
+    assert found["told"].count("there is no C++ compiler: no-such-compiler was not found") == 1
+    found = called(tmp_path / "cache", CXX="false")
+    assert "could not compile it" in found["told"]
+
+
+def test_a_folder_of_others_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(compiled.tempfile, "tempdir", str(tmp_path))
+    open_to_all = tmp_path / "open"
+    (open_to_all / "cells").mkdir(parents=True)
+    (open_to_all / "cells").chmod(0o777)
+    (tmp_path / "above").mkdir()
+    (tmp_path / "above").chmod(0o777)
+    (tmp_path / "file").touch()
+    for folder, why in (
+        (open_to_all, "others may write"),
+        (tmp_path / "above", "others may write"),
+        (tmp_path / "file", "is not a folder|exists|Not a directory"),
+    ):
+        monkeypatch.setenv("FUSEDRNN_CACHE", str(folder))
+        compiled.cache_folder.cache_clear()
+        with pytest.warns(UserWarning, match=why):
+            found = compiled.cache_folder()
+        assert found.parent == tmp_path
+        assert found.name.startswith("fusedrnn-")
+        assert found.stat().st_mode & 0o777 == 0o700
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "above")
+    assert "is not a folder" in compiled._private(link)
+    monkeypatch.setattr(compiled.os, "geteuid", lambda: 4321)
+    mine = tmp_path / "mine"
+    assert compiled._private(mine) == f"{mine} belongs to another user"
+    compiled.cache_folder.cache_clear()
