@@ -97,6 +97,7 @@ struct Given {
               borrow(resets),
               reverse,
               heads,
+              {},
               {}};
     for (size_t k = 2; k < wanted; ++k) in.more.states.push_back(Tensor::borrow(states[k].get()));
     if (parameters) borrow_all(*parameters, in.more.parameters);
