@@ -4,6 +4,7 @@ A length that the program fixes is unrolled, as torch does with its own layers; 
 ``torch.ops.higher_order.scan`` of one step. The math of a step is the reference backend's.
 """
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -39,29 +40,46 @@ def _sequence(*arguments):
     return ops._outputs(inputs, keep_states, *outputs)
 
 
-def _scanned(cell: Cell, inputs: Inputs, keep_gates: bool, keep_cells: bool) -> tuple[Tensor, ...]:
+def _scanned(cell: Cell, inputs: Inputs, keep_gates: bool, keep_states: bool) -> tuple[Tensor, ...]:
     """What the reference backend's forward returns, of any number of steps."""
-    x, h0, c0, *weights, _, resets, reverse = inputs
-    has_c = c0 is not None
-    present = [w for w in weights if w is not None]
+    x, resets, keep_gates = inputs.x, inputs.resets, keep_gates and bool(cell.saved)
+    wide = accumulation_dtype(x.dtype)
+    # The states but h are carried unrounded.
+    start = [inputs.h0, *(t.to(wide) for t in inputs.states0)]
+    steps = [x, *inputs.inputs, *([] if resets is None else [resets])]
+    if inputs.reverse:
+        steps = [t.flip(0) for t in steps]
+    weights = [inputs.w_ih, inputs.w_hh, inputs.b_ih, inputs.b_hh, inputs.w_hr]
+    fixed = tuple(w for w in (*weights, *inputs.parameters) if w is not None)
 
-    def combine(*tensors):
-        tensors = list(tensors)
-        h, c = tensors.pop(0), tensors.pop(0) if has_c else None
-        step, cut = tensors.pop(0), tensors.pop(0) if resets is not None else None
-        given = iter(tensors)
-        own = [None if w is None else next(given) for w in weights]
-        cut = None if cut is None else cut.unsqueeze(0)
-        y, h, _, gates, cells = reference.recurrence(cell, Inputs(step.unsqueeze(0), h, c, *own, None, cut, False))
-        # c is carried unrounded. No output may be another one's memory.
-        found = [h.clone(), *([cells.clone()] if has_c else []), y.squeeze(0).clone()]
-        return [*found, *([gates] if keep_gates and cell.saved else []), *([cells.clone()] if has_c else [])]
+    def one_step(*tensors):
+        found = iter(tensors)
+        states = list(itertools.islice(found, len(start)))
+        x, *given = itertools.islice(found, len(steps))
+        if resets is not None:
+            cut = given.pop().unsqueeze(1)
+            states = [state.masked_fill(cut, 0) for state in states]
+        w_ih, w_hh, b_ih, b_hh, w_hr = (None if w is None else next(found).to(wide) for w in weights)
+        gates_x = reference.input_gates(x.to(wide), w_ih, b_ih)
+        parameters, given = tuple(t.to(wide) for t in found), tuple(t.to(wide) for t in given)
+        states, saved = reference.advance(cell, states, gates_x, w_hh, b_hh, w_hr, parameters, given, inputs.heads)
+        gates = [torch.cat(saved, 1).to(x.dtype)] if keep_gates else []
+        # No output may be in another one's memory.
+        return [*(t.clone() for t in states), states[0].clone(), *gates, *(t.clone() for t in states[1:])]
 
-    steps = [t.flip(0) if reverse else t for t in (x, *(() if resets is None else (resets,)))]
-    start = [h0, *([c0.to(accumulation_dtype(x.dtype))] if has_c else [])]
-    found = list(torch.ops.higher_order.scan(combine, start, steps, tuple(present)))
-    h_n, c_n = found.pop(0), found.pop(0).to(x.dtype) if has_c else x.new_empty(0)
-    y, *kept = (t.flip(0) if reverse else t for t in found)
-    gates = kept.pop(0) if keep_gates and cell.saved else x.new_empty(0)
-    cells = kept.pop(0) if has_c and keep_cells else x.new_empty(0, dtype=accumulation_dtype(x.dtype))
-    return y, h_n, c_n, gates, cells
+    found = list(torch.ops.higher_order.scan(one_step, start, steps, fixed))
+    h_n, *finals = found[: len(start)]
+    y, *kept = (t.flip(0) if inputs.reverse else t for t in found[len(start) :])
+    gates = kept.pop(0) if keep_gates else x.new_empty(0)
+    finals = [t.to(x.dtype) for t in finals]
+    every = kept if keep_states and kept else []
+    nothing, no_cells = x.new_empty(0), x.new_empty(0, dtype=wide)
+    return (
+        y,
+        h_n,
+        finals[0] if finals else nothing,
+        gates,
+        every[0] if every else no_cells,
+        *finals[1:],
+        *every[1:],
+    )

@@ -246,6 +246,17 @@ class _Several(list):
         """No node: each of the outputs has its own."""
 
 
+@contextlib.contextmanager
+def _hint():
+    """Says what to do with a program that no node computes."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{error}; export program.run_decompositions(fusedrnn.decompositions()), which needs no table"
+        ) from None
+
+
 def translation_table(program: torch.export.ExportedProgram) -> dict[Callable, Callable]:
     """``torch.onnx.export(program, ..., custom_translation_table=fusedrnn.onnx.translation_table(program))``
 
@@ -254,21 +265,23 @@ def translation_table(program: torch.export.ExportedProgram) -> dict[Callable, C
 
     Raises:
         ImportError: onnx or onnxscript, which that exporter needs, is not installed.
-        RuntimeError: the program uses what no node gives: c after every step, or the gates.
+        RuntimeError: the program uses what no node gives: c after every step (``lengths=`` does), or the gates.
     """
     for node in program.graph.nodes:
         if node.target is ops.sequence_op:
             # Gates, and of the list of states after every step each.
             taken = {user.args[1]: user.users for user in node.users}
             used = [*taken.get(2, ()), *(user for item in taken.get(3, ()) for user in item.users)]
-            _check(CELLS[node.args[0]], None, False, None, return_all_states=bool(used))
+            with _hint():
+                _check(CELLS[node.args[0]], None, False, None, return_all_states=bool(used))
 
     import onnx
     from onnxscript import opset18 as op
 
     def sequence(*arguments):
         cell, given = CELLS[arguments[0]], ops._of_sequence(arguments)[0]
-        _check(cell, None, given.w_hr is not None, given.resets)
+        with _hint():
+            _check(cell, None, given.w_hr is not None, given.resets)
         if given.batch_sizes is not None:
             raise RuntimeError("no ONNX operator computes this layer: it takes packed data; export it with lengths=")
         operator, hidden = _OPERATOR[cell.name], given.w_hh.shape[1]

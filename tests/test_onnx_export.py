@@ -443,3 +443,39 @@ def test_models(dynamo, make_model, count):
     found = export(model, (torch.randn(4, 2, I),), ((1,),), dynamo)
     assert len(nodes(found)) == count
     agree(found, model, (torch.randn(4, 3, I),))
+
+
+@pytest.mark.parametrize(
+    "name, options", [("LSTM", {"proj_size": 2}), ("GRU", {"bidirectional": True, "num_layers": 2})]
+)
+def test_a_saved_program_with_lengths(name, options, tmp_path):
+    """No node computes it: lowered to operations of torch it becomes a Scan."""
+    model = Padded(getattr(fusedrnn, name)(3, 4, batch_first=True, **options)).eval()
+    dynamic = torch.export.Dim.DYNAMIC
+    example = (torch.randn(2, 5, 3), torch.tensor([3, 5]))
+    program = torch.export.export(model, example, dynamic_shapes=({0: dynamic, 1: dynamic}, {0: dynamic}))
+    torch.export.save(program, tmp_path / "program.pt2")
+    program = torch.export.load(tmp_path / "program.pt2")
+    with pytest.raises(RuntimeError, match=r"no ONNX operator.*run_decompositions\(fusedrnn.decompositions\(\)\)"):
+        torch.onnx.export(
+            program, (), tmp_path / "none.onnx", custom_translation_table=fusedrnn.onnx.translation_table(program),
+            dynamo=True, verbose=False,
+        )  # fmt: skip
+    lowered = program.run_decompositions(fusedrnn.decompositions())
+    torch.onnx.export(lowered, (), tmp_path / "program.onnx", dynamo=True, verbose=False)
+    session = runtime.InferenceSession(tmp_path / "program.onnx")
+    for x, lengths in ((torch.randn(4, 9, 3), [2, 9, 0, 1]), (torch.randn(1, 2, 3), [2])):
+        lengths = torch.tensor(lengths)
+        feeds = {given.name: t.numpy() for given, t in zip(session.get_inputs(), (x, lengths))}
+        for got, want in zip(session.run(None, feeds), model(x, lengths), strict=True):
+            torch.testing.assert_close(torch.tensor(got), want)
+
+
+class Padded(torch.nn.Module):
+    def __init__(self, rnn):
+        super().__init__()
+        self.rnn = rnn
+
+    def forward(self, x, lengths):
+        y, states = self.rnn(x, lengths=lengths)
+        return y, *(states if isinstance(states, tuple) else (states,))

@@ -51,6 +51,34 @@ def recurrent(h: Tensor, w_hh: Tensor, heads: int, backward: bool = False) -> Te
     return gates.view(heads, rows, -1, units).permute(1, 2, 0, 3).reshape(rows, -1)
 
 
+def advance(
+    cell: Cell,
+    states: Sequence[Tensor],
+    gates_x: Tensor,
+    w_hh: Tensor,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    parameters: tuple[Tensor, ...],
+    given: tuple[Tensor, ...],
+    heads: int,
+) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """One step: the states after it, h in the dtype it came in, and what is saved; all else in the accumulation dtype.
+
+    No size of the batch is asked for, so that a traced step is good for every batch.
+    """
+    hidden = w_hh.shape[0] // len(cell.gates)
+    h = states[0].to(w_hh.dtype)
+    gx = gates_x.split(hidden, 1)
+    gh = recurrent(h, w_hh, heads)
+    gh = (gh if b_hh is None else gh + b_hh).split(hidden, 1)
+    acc: list = [None] * len(cell.accumulators)
+    for part, slots in ((gx, cell.x_acc), (gh, cell.h_acc)):
+        for gate, slot in zip(part, slots, strict=True):
+            acc[slot] = gate if acc[slot] is None else acc[slot] + gate
+    (h, *others), saved = cell.forward(acc, (h, *states[1:]), parameters, given)
+    return [(h if w_hr is None else product(h, w_hr.t())).to(states[0].dtype), *others], saved
+
+
 def recurrence(cell: Cell, inputs: Inputs) -> tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor, tuple[Tensor, ...]]:
     """One direction of one layer, differentiable to any order.
 
@@ -62,7 +90,6 @@ def recurrence(cell: Cell, inputs: Inputs) -> tuple[Tensor, Tensor, tuple[Tensor
     starts = (h0, *(t.to(acc_dtype) for t in inputs.states0))
     parameters = tuple(t.to(acc_dtype) for t in inputs.parameters)
     given = [rows_of(t).to(acc_dtype) for t in inputs.inputs]
-    hidden = w_hh.shape[0] // len(cell.gates)
     gates_x = input_gates(rows_of(x).to(acc_dtype), w_ih, b_ih)
 
     rows = step_rows(x, batch_sizes)
@@ -79,16 +106,9 @@ def recurrence(cell: Cell, inputs: Inputs) -> tuple[Tensor, Tensor, tuple[Tensor
         states = [_fit(*of_state, size) for of_state in zip(states, starts, ended)]
         if cut is not None:
             states = [state.masked_fill(cut[at], 0) for state in states]
-        h = states[0].to(acc_dtype)
-        gx = gates_x[at].split(hidden, 1)
-        gh = recurrent(h, w_hh, inputs.heads)
-        gh = (gh if b_hh is None else gh + b_hh).split(hidden, 1)
-        acc: list = [None] * len(cell.accumulators)
-        for part, slots in ((gx, cell.x_acc), (gh, cell.h_acc)):
-            for gate, slot in zip(part, slots, strict=True):
-                acc[slot] = gate if acc[slot] is None else acc[slot] + gate
-        (h, *others), saved = cell.forward(acc, (h, *states[1:]), parameters, tuple(i[at] for i in given))
-        states = [(h if w_hr is None else product(h, w_hr.t())).to(dtype), *others]
+        states, saved = advance(
+            cell, states, gates_x[at], w_hh, b_hh, w_hr, parameters, tuple(i[at] for i in given), inputs.heads
+        )
         for all_steps, state in zip(every, states):
             all_steps[t] = state
         saves[t] = torch.cat(saved, 1).to(dtype) if saved else None
