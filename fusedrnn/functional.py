@@ -81,9 +81,12 @@ def _under_autocast(call: Callable, cell: str, module: dict, names: Sequence[str
     for t in given:
         if t is not None and type(t) is not Tensor and type(t) is not torch.nn.Parameter:
             return None
+    flat = module.get("_flat_weights")
+    if flat is not None and (len(flat) != len(names) or any(a is not b for a, b in zip(flat, given[3:]))):
+        return None  # a wrapper's own weights
     carried = _carried_dtype(input if h0 is None else h0 if c0 is None else c0)
     input, h0, c0, *cast = ops.autocast("cpu", *given)
-    module = module | {"_parameters": dict(zip(names, cast))}
+    module = module | {"_parameters": dict(zip(names, cast)), "_flat_weights": cast}
     module.pop("_packed", None)  # of other weights
     torch.set_autocast_enabled("cpu", False)
     try:

@@ -263,13 +263,13 @@ def test_cpu_rules_are_those_of_the_kernels():
     """explain._cpu repeats what these lines of C++ decide: change them together."""
     text = "".join((CPU / name).read_text() for name in ("sequence.cpp", "recurrence.h", "recurrence_kernels.h"))
     for line in (
-        "const double step = static_cast<double>(batch) * cell.gates * hidden * out;",
+        "const double step = static_cast<double>(batch) * cell.gates * hidden * out / heads;",
         "if (step < (batch >= 2 * threads ? 32768.0 : (steps == 1 ? 65536.0 : 200000.0))) threads = 1;",
         "constexpr int64_t kFewRows = 64, kFewRowsOfTiles = 8;",
         "return s.steps * s.batch <= (kTiles ? kFewRowsOfTiles : kFewRows); }",
-        "const bool two_products = s.steps == 1 && !one_kernel && bytes_of(dtype) > 2 && !in.resets;",
-        "return is_short(problem.shape) && problem.shape.steps <= 4 * problem.shape.batch;",
-        "constexpr bool kWidensHalf = FUSEDRNN_VECTOR_BYTES > 16;",
+        "const bool two_products = s.steps == 1 && !one_kernel && bytes_of(dtype) > 2 && !in.resets && s.heads == 1;",
+        "return is_short(problem.shape) && problem.shape.steps <= 4 * problem.shape.batch && problem.shape.heads == 1;",
+        "#if FUSEDRNN_VECTOR_BYTES > 16 || defined(FUSEDRNN_NEON)\nconstexpr bool kWidensHalf = true;",
         "by_rows = !direct && s.threads > 1 && s.batch >= 16 * s.threads && weight_bytes <= s.cache_bytes / 4 * 3;",
     ):
         assert line in text
@@ -286,7 +286,7 @@ def test_own_cache_is_the_second_level():
     "given, message",
     [
         ({"chip": "h100"}, "chip must be one of a100, h100-sxm, h100-pcie, h200, b200, rtx-4090, got 'h100'"),
-        ({"cell": "qrnn"}, "cell must be one of lstm, gru, rnn_tanh, rnn_relu, got 'qrnn'"),
+        ({"cell": "qrnn"}, "cell must be one of lstm, gru, rnn_tanh, rnn_relu.*, got 'qrnn'"),
         ({"batch": 0}, "batch must be at least 1, got 0"),
         ({"num_layers": -1}, "num_layers must be at least 1, got -1"),
         ({"cell": "gru", "proj_size": 3}, "proj_size exists only for the lstm, got 3 for gru"),

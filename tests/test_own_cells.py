@@ -286,5 +286,6 @@ def test_backends_that_cannot_say_so():
     with pytest.raises(RuntimeError, match="backend 'cuda' cannot run"):
         run(case, given, "cuda", cell="test_slstm")
     choice = planning.decide(planning.Problem("test_slstm", 3, 4, 0, torch.float32, "cuda", (8, 0)), planning.Machine())
-    assert choice.backend == "reference"
+    # Other tests of this process may have brought kernels of Triton.
+    assert choice.backend == ("triton" if "triton" in cells.kernels_of("test_slstm") else "reference")
     assert "cuda cannot: it has no kernels of the cell test_slstm" in choice.why

@@ -149,13 +149,6 @@ def test_keeping_a_run(tmp_path, capsys):
 def test_messages_that_the_faq_explains(tmp_path):
     """What stands in docs/faq.md is what the user sees."""
     page = (DOCS / "faq.md").read_text()
-    y = fusedrnn.LSTM(3, 4)(torch.randn(5, 2, 3))[0]
-    with torch.no_grad():
-        y += 1
-    with pytest.raises(RuntimeError) as raised:
-        y.sum().backward()
-    assert "modified by an inplace operation" in str(raised.value)
-    assert "modified by an inplace operation" in page
     with pytest.raises(TypeError) as raised:
         fusedrnn.plan(torch.nn.LSTM(3, 4), 8)
     assert str(raised.value).split(":")[0] in page

@@ -9,7 +9,6 @@ import torch
 
 from fusedrnn import __main__ as command
 from fusedrnn import planning, selftest
-from fusedrnn.cells import CELLS
 
 
 def test_selftest_runs_every_kernel_that_can_run(capsys):
@@ -38,7 +37,7 @@ def test_selftest_notices_a_wrong_kernel(wrong, monkeypatch, capsys):
 
     monkeypatch.setattr(selftest, "_run", dishonest)
     monkeypatch.setattr(selftest, "BACKEND_ALGORITHMS", {"reference": ("auto",)})
-    monkeypatch.setattr(selftest, "CELLS", {"lstm": CELLS["lstm"]})
+    monkeypatch.setattr(selftest, "BUILT_IN", ("lstm",))
     assert command.main(["selftest"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[3] for line in lines if "DIFFERS" in line] == ["float32"]
@@ -57,7 +56,7 @@ def test_info_from_a_shell():
 
 
 def test_what_cannot_run_here_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(selftest, "CELLS", {"gru": CELLS["gru"]})
+    monkeypatch.setattr(selftest, "BUILT_IN", ("gru",))
     why = lambda backend, problem, machine: None if backend == "reference" else f"{backend} is not here"
     monkeypatch.setattr(planning, "unsupported", why)
     assert command.main(["selftest"]) == 0

@@ -136,9 +136,9 @@ def test_a_new_length_or_batch_size_does_not_recompile(monkeypatch):
     first, _ = launches_of(monkeypatch, 80, "step", BF16, 16, 32, 32)
     second, _ = launches_of(monkeypatch, 80, "step", BF16, 13, 32, 32)
     assert first[3] == second[3]
-    varying = [n for n, v in first[2].items() if isinstance(v, int) and n not in ("I", "H", "P")]
+    varying = [n for n, v in first[2].items() if isinstance(v, int) and n not in ("I", "H", "P", "D")]
     assert set(varying) <= set(first[0].do_not_specialize)
     first, back = launches_of(monkeypatch, 80, "sequence", BF16, 16, 32, 32)
     for launch in (first, back):
-        varying = [n for n, v in launch[2].items() if isinstance(v, int) and n != "H"]
-        assert set(varying) == {"T", "B"} == set(launch[0].do_not_specialize)
+        varying = [n for n, v in launch[2].items() if isinstance(v, int) and n not in ("H", "D")]
+        assert {"T", "B"} <= set(varying) <= set(launch[0].do_not_specialize)
