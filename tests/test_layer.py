@@ -357,10 +357,10 @@ def test_a_cell_is_compiled_once(tmp_path):
     assert folder.stat().st_mode & 0o777 == 0o700
     (library,) = folder.glob("*.so")
     assert called(folder.parent) == {"compiled": "0", "backends": "cpu reference", "folder": str(folder)}
-    for broken in (b"", library.read_bytes()[:5000], b"\x7fELF" + b"\0" * 5000):
-        library.write_bytes(broken)
-        assert called(folder.parent)["compiled"] == "1"
-        assert library.read_bytes() != broken
+    broken = library.read_bytes()[:5000]
+    library.write_bytes(broken)
+    assert called(folder.parent)["compiled"] == "1"
+    assert library.read_bytes() != broken
 
 
 def test_two_processes_at_once(tmp_path):
