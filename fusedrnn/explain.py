@@ -502,6 +502,8 @@ def _of_layer(layer: torch.nn.Module, given: dict) -> dict:
         TypeError: it is no layer of ours, or something that it knows is given as well.
     """
     layer = planning.recurrent_layer(layer, "explain")
+    if layer.mode not in CELL_OF_MODE:
+        raise TypeError(f"explain knows the built-in cells, got a Layer: print its cell, {layer.cell.name}")
     twice = [name for name, (value, default) in given.items() if value != default]
     if twice:
         raise TypeError(

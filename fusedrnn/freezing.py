@@ -112,6 +112,8 @@ def freeze(model: nn.Module) -> nn.Module:
         )
     wanted = []
     for layer in layers:
+        if layer.mode not in CELL_OF_MODE:
+            raise ValueError(f"freeze: a Layer of a cell of one's own cannot be frozen yet, got {layer.cell.name}")
         names = layer._flat_weights_names if isinstance(layer, nn.RNNBase) else list(layer._parameters)
         computed = [name for name in names if name not in layer._parameters]
         if computed:

@@ -244,7 +244,8 @@ class Layer(RecurrentLayer):
                     f"Layer: {name} must have shape {list(rows)} (steps first), or {[lead, *rows]}, got {list(t.shape)}"
                 )
         inputs = [t.unsqueeze(0).expand(lead, *rows) if tuple(t.shape) == rows else t for t in inputs]
-        runs, algorithm = self._choose(x)
+        chosen = self._choose(x.dtype, x.device)
+        runs, algorithm = chosen.backend, chosen.algorithm
         padding = None
         if lengths is not None:
             lengths = functional._check_lengths(lengths, x, states[0].shape[1], batch_sizes)
@@ -287,13 +288,13 @@ class Layer(RecurrentLayer):
             x = padding.cut(x, padding_value)
         return x if time_first else x.transpose(0, 1), [functional._together([*s]) for s in zip(*finals)], states_of
 
-    def _choose(self, x: Tensor) -> tuple[str, str]:
-        """The backend that runs, which has the cell compiled by then, and its algorithm."""
+    def _choose(self, dtype: torch.dtype, device: torch.device) -> planning.Choice:
+        """What runs, which has the cell compiled by then."""
         name, asked = self.cell.cell.name, self.backend
         if planning._forced:
             asked, _ = planning._innermost(tuple(planning._forced), asked, self.algorithm)
         asked = asked or planning.parse(os.environ.get(planning.ENVIRONMENT_VARIABLE, ""))[0]
-        backend = asked or ("cpu" if x.device.type == "cpu" else "triton")
+        backend = asked or ("cpu" if device.type == "cpu" else "triton")
         why = compiled.ensure(name, backend) if backend in ("cpu", "triton", "cuda") else ""
         if why and asked:
             raise RuntimeError(f"backend {backend!r} was asked for but cannot run: {why}")
@@ -302,8 +303,8 @@ class Layer(RecurrentLayer):
             input_size=self.input_size,
             hidden_size=self.hidden_size,
             proj_size=self.proj_size,
-            dtype=x.dtype,
-            device=x.device,
+            dtype=dtype,
+            device=device,
             backend=self.backend,
             algorithm=self.algorithm,
             heads=self.heads,
@@ -312,4 +313,4 @@ class Layer(RecurrentLayer):
             planning._tell_once(
                 f"fusedrnn: the reference, a loop of torch's operations, runs the cell {self.cell.name}: {why}"
             )
-        return chosen.backend, chosen.algorithm
+        return chosen

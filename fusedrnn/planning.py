@@ -394,6 +394,8 @@ def plan(layer: torch.nn.Module, batch: int, *, steps: int | None = None, backwa
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
     weight = layer._weights()[1]
+    if layer.mode not in CELL_OF_MODE:  # a Layer, whose cell is compiled by that
+        return layer._choose(weight.dtype, weight.device)
     cell = CELL_OF_MODE[layer.mode]
     proj_size = getattr(layer, "proj_size", 0)
     choice = choose(

@@ -204,7 +204,7 @@ def tune(layer: torch.nn.Module, input, hx=None) -> list[Timing]:
     """
     from fusedrnn import modules, planning
 
-    if not isinstance(layer, modules.RecurrentLayer):
+    if not isinstance(layer, modules.RecurrentLayer) or not isinstance(layer, torch.nn.RNNBase):
         raise TypeError(f"tune takes an LSTM, GRU or RNN of fusedrnn, got {type(layer).__name__}")
     asked = (layer.backend, layer.algorithm, *planning.asked_for())
     if any(asked):

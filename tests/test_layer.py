@@ -351,6 +351,18 @@ def called(folder, **environment):
     return dict(line.split(" ", 1) for line in done.stdout.splitlines() if " " in line)
 
 
+def test_what_is_for_built_in_cells_says_so():
+    layer = fusedrnn.Layer(fusedrnn.zoo.mgu, 3, 4)
+    assert fusedrnn.plan(layer, 2).backend in ("cpu", "reference")
+    for call, kind in (
+        (lambda layer: fusedrnn.explain(layer, steps=1, batch=1), TypeError),
+        (lambda layer: fusedrnn.tune(layer, torch.randn(3, 2, 3)), TypeError),
+        (fusedrnn.freeze, ValueError),
+    ):
+        with pytest.raises(kind, match=r"built-in|LSTM, GRU or RNN|of one's own"):
+            call(layer)
+
+
 def test_a_cell_is_compiled_once(tmp_path):
     assert called(tmp_path / "cache")["compiled"] == "1"
     folder = tmp_path / "cache" / "cells"
