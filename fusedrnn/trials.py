@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fusedrnn.backends import cuda
 from fusedrnn.backends.common import allow_tf32
-from fusedrnn.cells import CELLS, Cell
+from fusedrnn.cells import CELL_OF_MODE, CELLS, Cell
 from fusedrnn.ops import BACKEND_ALGORITHMS
 
 TUNE_VARIABLE = "FUSEDRNN_TUNE"
@@ -204,7 +204,7 @@ def tune(layer: torch.nn.Module, input, hx=None) -> list[Timing]:
     """
     from fusedrnn import modules, planning
 
-    if not isinstance(layer, modules.RecurrentLayer) or not isinstance(layer, torch.nn.RNNBase):
+    if not isinstance(layer, modules.RecurrentLayer) or layer.mode not in CELL_OF_MODE:
         raise TypeError(f"tune takes an LSTM, GRU or RNN of fusedrnn, got {type(layer).__name__}")
     asked = (layer.backend, layer.algorithm, *planning.asked_for())
     if any(asked):
