@@ -241,7 +241,7 @@ else:
     }
     common = {"include_dirs": ["csrc", *include_paths()], "library_dirs": [str(Path(torch.__file__).parent / "lib")]}
     stable = [("TORCH_TARGET_VERSION", f"{TORCH_TARGET:#x}ULL")]
-    kernels = [*("tensor", "op", "sequence", "capability"), *(f"recurrence_{c}" for c in CAPABILITIES)]
+    kernels = [*("tensor", "op", "sequence", "stream", "capability"), *(f"recurrence_{c}" for c in CAPABILITIES)]
     LIBRARY = Extension(
         "libfusedrnn.so",
         sources=[f"csrc/cpu/{name}.cpp" for name in kernels],

@@ -10,12 +10,14 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <tuple>
 
 #include "cpu/recurrence.h"
 #include "cpu/sequence.h"
+#include "cpu/stream.h"
 
 namespace {
 
@@ -476,6 +478,62 @@ PyObject* call_layers(PyObject* const* a) {
   return (call.has_c ? tuple_of({&y, &h_n, &c_n}) : tuple_of({&y, &h_n})).release();
 }
 
+Dtype dtype_named(PyObject* object) {
+  const std::string_view name = text(object);
+  return name == "float32"    ? Dtype::kFloat32
+         : name == "float64"  ? Dtype::kFloat64
+         : name == "bfloat16" ? Dtype::kBfloat16
+                              : Dtype::kFloat16;
+}
+
+// An address, as data_ptr of a tensor gives it: of torch, before 2.14 too. None: null.
+void* address(PyObject* object) {
+  if (object == Py_None) return nullptr;
+  void* found = PyLong_AsVoidPtr(object);
+  if (!found && PyErr_Occurred()) throw PythonError();
+  return found;
+}
+
+constexpr char kStream[] = "fusedrnn.stream";
+Stream& stream_in(PyObject* capsule) {
+  void* found = PyCapsule_GetPointer(capsule, kStream);
+  if (!found) throw PythonError();
+  return *static_cast<Stream*>(found);
+}
+
+// (cell, dtype, batch, input, hidden, projection, five addresses or None of each layer): a stream, and the addresses of
+// its h and c, and its bytes.
+PyObject* call_stream(PyObject* const* a) {
+  const Stream::Sizes sizes{dtype_named(a[1]), integer(a[2]), integer(a[3]), integer(a[4]), integer(a[5])};
+  std::vector<Stream::Weights> layers;
+  for (Py_ssize_t k = 0; k < PyTuple_Size(a[6]); ++k) {
+    PyObject* of = PyTuple_GetItem(a[6], k);
+    const auto part = [&](Py_ssize_t i) { return address(PyTuple_GetItem(of, i)); };
+    layers.push_back({part(0), part(1), part(2), part(3), part(4)});
+  }
+  auto stream = std::make_unique<Stream>(text(a[0]), sizes, layers);
+  Object capsule(PyCapsule_New(stream.get(), kStream, [](PyObject* object) {
+    delete static_cast<Stream*>(PyCapsule_GetPointer(object, kStream));
+  }));
+  Stream& s = *stream.release();  // the capsule's
+  return Py_BuildValue("(ONNL)", capsule.get(), PyLong_FromVoidPtr(s.h()), PyLong_FromVoidPtr(s.c()),
+                       static_cast<long long>(s.bytes()));
+}
+
+// (stream, address of x, steps, of resets or None, of y)
+PyObject* call_stream_run(PyObject* const* a) {
+  Stream& stream = stream_in(a[0]);
+  const void* x = address(a[1]);
+  const long steps = integer(a[2]);
+  const bool* resets = static_cast<const bool*>(address(a[3]));
+  void* y = address(a[4]);
+  {
+    const WithoutGil released;
+    stream.run(x, steps, resets, y);
+  }
+  Py_RETURN_NONE;
+}
+
 const char* products(Dtype dtype) { return host_multiplies(dtype) ? "host" : "panels"; }
 
 PyObject* facts(PyObject* const*) {
@@ -497,12 +555,7 @@ PyObject* cpu_products(PyObject* const* a) {
   const std::string capability(text(a[0]));
   const auto limit = optional_text(a[3]), forced = optional_text(a[5]);
   const Processor processor{capability.c_str(), is_true(a[1]), is_true(a[2]), limit ? limit->c_str() : nullptr};
-  const std::string_view dtype = text(a[4]);
-  const bool host = host_multiplies(processor,
-                                    dtype == "float32"    ? Dtype::kFloat32
-                                    : dtype == "bfloat16" ? Dtype::kBfloat16
-                                                          : Dtype::kFloat16,
-                                    forced ? forced->c_str() : nullptr);
+  const bool host = host_multiplies(processor, dtype_named(a[4]), forced ? forced->c_str() : nullptr);
   return PyUnicode_FromString(host ? "host" : "panels");
 }
 
@@ -517,6 +570,7 @@ PyMethodDef methods[] = {
     method<call_cell, 6>("cell"),          method<call_layers, 12>("layers"),
     method<call_pack, 2>("pack"),          method<facts, 0>("facts"),
     method<small_calls, 0>("small_calls"), method<cpu_products, 6>("cpu_products"),
+    method<call_stream, 7>("stream"),      method<call_stream_run, 5>("stream_run"),
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fusedrnn import functional
 from fusedrnn.cells import CELL_OF_MODE
 from fusedrnn.freezing import Freezable
+from fusedrnn.streaming import Stream
 
 # What torch.nn's forward calls to check its input, and ours only where a subclass overrides it.
 _CHECKS = {"check_forward_args", "get_expected_hidden_size", "get_expected_cell_size"}
@@ -135,6 +136,15 @@ class RecurrentLayer(Freezable, nn.RNNBase):
         """Where torch's own op was asked for, as in torch.nn; no kernel here wants the weights in one piece."""
         if self.backend == "torch":
             super().flatten_parameters()
+
+    def stream(self, batch: int = 1) -> Stream:
+        """A :class:`~fusedrnn.streaming.Stream` of the layer as it is now: it is fed a step or a few at a time.
+
+        Raises:
+            TypeError: the cell is one's own.
+            ValueError: the layer is bidirectional, would drop out, or ``batch`` is not positive.
+        """
+        return Stream(self, batch)
 
     def _weights(self) -> list[Tensor]:
         # By name, so that parametrizations, weight_norm, functional_call and replaced parameters all count. Where those

@@ -56,7 +56,7 @@ def quick(capsys):
 
 def test_every_example_is_tested():
     names = {path.stem for path in EXAMPLES.glob("*.py")} - {"char_lm"}
-    assert names == {"forecast_temperature", "classify_speech", "convert_model", "distributed"}
+    assert names == {"forecast_temperature", "classify_speech", "convert_model", "distributed", "voice_activity"}
 
 
 @TEMPERATURES
@@ -127,6 +127,19 @@ def test_speech_quick(quick):
 def test_speech(cell):
     last = re.findall(r"(\d+) of 370 ", run("classify_speech", "--cell", cell))[-1]
     assert int(last) >= 350
+
+
+def test_voice_activity(capsys):
+    threads = torch.get_num_threads()
+    load("voice_activity").main(["--train-steps", "40", "--hidden", "16", "--seconds", "16"])
+    torch.set_num_threads(threads)
+    said = capsys.readouterr().out
+    rows = re.findall(r"^(\S+(?: \w+)?) +([\d.]+)% +(\d+) +(\d+) +(\d+) +(\d+)$", said, re.MULTILINE)
+    assert [row[0] for row in rows] == ["torch.nn.LSTM", "fusedrnn.LSTM", "fusedrnn stream"]
+    for _, right, *took in rows:
+        assert float(right) > 90
+        assert sorted(map(int, took)) == list(map(int, took))
+    assert "frames that torch.nn hears otherwise: 0" in said
 
 
 def test_convert_quick(quick):
