@@ -478,6 +478,40 @@ PyObject* call_layers(PyObject* const* a) {
   return (call.has_c ? tuple_of({&y, &h_n, &c_n}) : tuple_of({&y, &h_n})).release();
 }
 
+// (cell, dtype, T, B, I, H, P or 0, heads, states beside h and c, parameters, inputs, packed, backward): how the CPU
+// goes about it. The tensors made here are not written, so no memory is taken.
+PyObject* call_plan(PyObject* const* a) {
+  const std::string_view cell = text(a[0]);
+  const auto [gates, has_c] = gates_and_c(cell);
+  const int32_t dtype = static_cast<int32_t>(integer(a[1]));
+  const int64_t steps = integer(a[2]), batch = integer(a[3]), input = integer(a[4]), hidden = integer(a[5]),
+                projection = integer(a[6]), heads = integer(a[7]), out = projection ? projection : hidden;
+  Inputs in;
+  in.x = Tensor::empty({steps, batch, input}, dtype);
+  in.h0 = Tensor::empty({batch, out}, dtype);
+  if (has_c) in.c0 = Tensor::empty({batch, hidden}, dtype);
+  in.w_ih = Tensor::empty({gates * hidden, input}, dtype);
+  in.w_hh = Tensor::empty({gates * hidden, out / heads}, dtype);
+  if (projection) in.w_hr = Tensor::empty({out, hidden}, dtype);
+  in.heads = heads;
+  for (long k = 0; k < integer(a[8]); ++k) in.more.states.push_back(Tensor::empty({batch, hidden}, dtype));
+  for (long k = 0; k < integer(a[9]); ++k) in.more.parameters.push_back(Tensor::empty({hidden}, dtype));
+  for (long k = 0; k < integer(a[10]); ++k) in.more.inputs.push_back(Tensor::empty({steps, batch, hidden}, dtype));
+  if (is_true(a[11])) in.panels = Tensor::empty({1}, kUint8);
+  const Plan found = plan(cell, in, is_true(a[12]));
+  return Py_BuildValue("{s:s, s:O, s:O, s:O, s:i, s:L, s:s, s:s}", "capability", found.capability, "direct",
+                       found.way.direct ? Py_True : Py_False, "by_rows", found.way.by_rows ? Py_True : Py_False,
+                       "tiles", found.way.tiles ? Py_True : Py_False, "threads", found.way.threads, "panel_bytes",
+                       static_cast<long long>(found.way.panel_bytes), "input_product", found.input_product,
+                       "state_product", found.state_product);
+}
+
+// As if others had come late, for the tests: one thread does the work of all for a while.
+PyObject* call_crowd(PyObject* const*) {
+  late_partners(1'000'000'000, 1'000'000'000);
+  Py_RETURN_NONE;
+}
+
 Dtype dtype_named(PyObject* object) {
   const std::string_view name = text(object);
   return name == "float32"    ? Dtype::kFloat32
@@ -570,6 +604,7 @@ PyMethodDef methods[] = {
     method<call_cell, 6>("cell"),          method<call_layers, 12>("layers"),
     method<call_pack, 2>("pack"),          method<facts, 0>("facts"),
     method<small_calls, 0>("small_calls"), method<cpu_products, 6>("cpu_products"),
+    method<call_plan, 13>("plan"),         method<call_crowd, 0>("crowd"),
     method<call_stream, 7>("stream"),      method<call_stream_run, 5>("stream_run"),
     {nullptr, nullptr, 0, nullptr},
 };

@@ -575,6 +575,34 @@ def test_calls_from_several_threads_at_once(threads):
         assert all(torch.equal(want, f.result()) for f in [pool.submit(call) for _ in range(8)])
 
 
+# By units, by rows, by rows of a packed batch, one step, with a projection.
+@pytest.mark.parametrize("steps, batch, hidden, proj, lengths", [
+    (5, 3, 300, 0, None), (9, 40, 33, 0, None), (9, 40, 33, 0, (40, 39, 33, 20, 19, 3, 2, 1, 1)), (1, 2, 300, 0, None),
+    (5, 3, 300, 20, None), (5, 48, 64, 20, None),
+])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_thread_that_works_for_all_has_the_same_numbers(steps, batch, hidden, proj, lengths, dtype, given_threads):
+    """As where another program holds the other core: who waits too long for a partner goes on alone for a while."""
+    torch.manual_seed(0)
+    layer = fusedrnn.LSTM(8, hidden, proj_size=proj, dtype=dtype)
+    sizes = None if lengths is None else torch.tensor(lengths)
+    x = torch.randn((steps, batch, 8) if sizes is None else (int(sizes.sum()), 8)).to(dtype)
+    x = x if sizes is None else torch.nn.utils.rnn.PackedSequence(x, sizes)
+
+    def run():
+        layer.zero_grad()
+        y, (h, c) = layer(x)
+        y = y if sizes is None else y.data
+        y.float().square().sum().backward()
+        return y, h, c, *(p.grad.clone() for p in layer.parameters())
+
+    torch.set_num_threads(2)
+    want = run()
+    for _ in range(2):
+        _build._extension.crowd()
+        assert all(torch.equal(a, b) for a, b in zip(run(), want, strict=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [(3, 2, 4, 5, 0, None), (3, 2, 4, 5, 3, None), (3, 2, 4, 5, 0, (3, 2))])
 def test_autocast_changes_nothing(size, dtype):

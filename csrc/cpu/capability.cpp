@@ -1,5 +1,6 @@
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -8,6 +9,8 @@
 #include <unistd.h>
 #endif
 
+#include <algorithm>
+#include <atomic>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -172,6 +175,36 @@ const char* compiled_capabilities() {
 
 void out_of_memory(int64_t bytes) {
   throw std::runtime_error("fusedrnn: can't allocate " + std::to_string(bytes) + " bytes of memory");
+}
+
+namespace {
+// Until when one thread does everything, and for how long that was decided; 0: it is not.
+std::atomic<int64_t> alone_until{0}, alone_for{0};
+constexpr int64_t kLate = 300'000, kTimes = 4, kLongest = 400'000'000;
+}  // namespace
+
+int64_t nanoseconds() {
+  timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return int64_t{1'000'000'000} * now.tv_sec + now.tv_nsec;
+}
+
+bool is_crowded() {
+  const int64_t until = alone_until.load(std::memory_order_relaxed);
+  return until && nanoseconds() < until;
+}
+
+// To work alone costs no more than it took to wait some times over. Another try costs a time slice where another
+// program still has the core: each that fails doubles the time to the next, each that does not halves it.
+void late_partners(int64_t total, int64_t waited) {
+  const int64_t last = alone_for.load(std::memory_order_relaxed);
+  if (waited > kLate && waited > total / 2) {
+    const int64_t next = std::min(std::max(2 * last, kTimes * waited), kLongest);
+    alone_for.store(next, std::memory_order_relaxed);
+    alone_until.store(nanoseconds() + next, std::memory_order_relaxed);
+  } else if (last) {
+    alone_for.store(last / 2, std::memory_order_relaxed);
+  }
 }
 
 }  // namespace fusedrnn

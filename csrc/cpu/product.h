@@ -114,7 +114,7 @@ class ProductRun {
         all_sums(p.threads * sums_size) {}
 
   void run() {
-    in_parallel(p.threads, [this](int thread, int threads) {
+    in_parallel(is_crowded() ? 1 : p.threads, [this](int thread, int threads) {
       // Fewer threads than asked for take the parts in turn.
       for (int64_t part = thread; part < row_parts * column_parts; part += threads) multiply(part, thread);
     });

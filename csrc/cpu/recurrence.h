@@ -35,6 +35,15 @@ struct Shape {
 using In = const void* const*;
 using Out = void* const*;
 
+// How a kernel goes about a problem.
+struct Way {
+  bool direct;          // W_hh is read where it lies
+  bool by_rows;         // else by units
+  bool tiles;           // in tile registers
+  int threads;          // that share the work
+  int64_t panel_bytes;  // of W_hh, repacked
+};
+
 struct Forward {
   Shape shape;
   const void* gates_x;  // E [N, G*H]: x W_ih^T without bias; null: computed here, from x and w_ih
@@ -57,7 +66,7 @@ struct Forward {
   Out every_state;      // C [N, H] each, null: not saved
   const void* panels;  // W_hh as `pack_into` once got it, aligned to 64 bytes; null: packed here, or read where it lies
   void* pack_into;     // where given, W_hh is written there as panels, and nothing is computed
-  int64_t* pack_bytes;  // where given, how many bytes that takes, and nothing is computed
+  Way* way;            // where given, it is filled, and nothing is computed
 };
 
 struct Backward {
@@ -82,6 +91,7 @@ struct Backward {
   Out dinputs;        // E [N, H] each, null: not needed
   void* dy_total;     // E [N, P]: dy with what came back through the recurrence; with w_hr only
   void* h;            // E [N, H]: the unprojected output; with w_hr only
+  Way* way;           // where given, it is filled, and nothing is computed
 };
 
 // C = A B, sums in float32, in 16 bits rounded once. Strides are in elements; of each operand one of the two is 1.
@@ -124,7 +134,7 @@ struct OwnCell {
   void (*forward)(const Forward&);
   void (*backward)(const Backward&);
 };
-constexpr int64_t kOwnCell = 2;
+constexpr int64_t kOwnCell = 3;
 // At most so many states, parameters and inputs each.
 constexpr int64_t kMostArrays = 16;
 
@@ -161,6 +171,12 @@ struct Processor {
 FUSEDRNN_API bool host_multiplies(const Processor& processor, Dtype dtype, const char* forced);
 // The same of this processor; FUSEDRNN_CPU_PRODUCTS, "host" or "panels", forces it.
 FUSEDRNN_API bool host_multiplies(Dtype dtype);
+
+// Whether one thread should do the work of all: not long ago others came so late that the one which waited could have
+// done it. `late_partners` says that it happened: of `total` nanoseconds a call waited so many.
+FUSEDRNN_API bool is_crowded();
+FUSEDRNN_API void late_partners(int64_t total, int64_t waited);
+FUSEDRNN_API int64_t nanoseconds();  // of a clock that only goes on
 
 // Names of those compiled in, separated by spaces.
 FUSEDRNN_API const char* compiled_capabilities();

@@ -51,7 +51,7 @@ using Packed = std::conditional_t<std::is_same_v<E, Half> && !kWidensHalf, float
 // Spins briefly, then gives the core away: a thread of ours may be waiting for it.
 class Barrier {
  public:
-  void wait(int threads) {
+  void wait(int thread, int threads) {
     if (threads == 1) return;
     const int round = __atomic_load_n(&round_, __ATOMIC_RELAXED);
     if (__atomic_add_fetch(&arrived_, 1, __ATOMIC_ACQ_REL) == threads) {
@@ -59,6 +59,7 @@ class Barrier {
       __atomic_store_n(&round_, round + 1, __ATOMIC_RELEASE);
       return;
     }
+    int64_t since = 0;
     for (int spins = 0; __atomic_load_n(&round_, __ATOMIC_ACQUIRE) == round; ++spins) {
       if (spins < 1000) {
 #if defined(__x86_64__)
@@ -67,12 +68,18 @@ class Barrier {
         asm volatile("yield");
 #endif
       } else {
+        if (!since) since = nanoseconds();
         sched_yield();
       }
     }
+    if (since && thread == 0) waited_ += nanoseconds() - since;
   }
 
+  // Nanoseconds that the first thread has waited past spinning.
+  int64_t waited() const { return waited_; }
+
  private:
+  int64_t waited_ = 0;
   alignas(64) int arrived_ = 0;
   alignas(64) int round_ = 0;
 };
@@ -299,6 +306,7 @@ struct Skeleton {
   bool by_rows;
   const int64_t laid_out_size;  // of a thread's rows as tiles
   Buffer<O> laid_out;           // [threads][kGroup / 16][depth / 32][16][32], with tiles only
+  Barrier barrier;
 
   // depth: that of the products with W_hh, in `segments`.
   Skeleton(const Shape& s, bool projected, bool direct, int segments, int64_t depth)
@@ -317,6 +325,10 @@ struct Skeleton {
         laid_out(s.threads * laid_out_size) {
     const int64_t weight_bytes = kG * padded * head_out * static_cast<int64_t>(sizeof(Packed<E>));
     by_rows = !direct && s.threads > 1 && s.batch >= 16 * s.threads && weight_bytes <= s.cache_bytes / 4 * 3;
+  }
+
+  Way way(int64_t panel_elements) const {
+    return {direct, by_rows, kTiles, shape.threads, panel_elements * static_cast<int64_t>(sizeof(Packed<E>))};
   }
 
   static int64_t chunks(int64_t depth) { return divide_up(depth, Tile::kDepth); }
@@ -379,8 +391,33 @@ struct Skeleton {
   FUSEDRNN_INLINE static void sweep(Range blocks, int64_t s, F f) {
     for (int64_t i = blocks.begin; i < blocks.end; ++i) f(s & 1 ? blocks.end - 1 - (i - blocks.begin) : i);
   }
-  void barrier_of_step(Barrier& barrier, int threads) const {
-    if (!by_rows) barrier.wait(threads);
+  void barrier_of_step(int thread, int threads) {
+    if (!by_rows) barrier.wait(thread, threads);
+  }
+  // Each of `phases` as f(thread, threads); all threads are through one before the next begins. Who works alone takes
+  // the rows of each thread in turn, so that the numbers are the same.
+  template <typename... Phases>
+  void in_phases(Phases... phases) {
+    if (shape.threads > 1 && is_crowded()) {
+      [[maybe_unused]] const TileRegisters registers;
+      const int shares = by_rows ? shape.threads : 1;
+      const auto all = [shares](auto phase) {
+        for (int thread = 0; thread < shares; ++thread) phase(thread, shares);
+      };
+      (all(phases), ...);
+      return;
+    }
+    const int64_t begin = shape.threads > 1 ? nanoseconds() : 0;
+    int64_t own_end = 0;
+    in_parallel(shape.threads, [&](int thread, int threads) {
+      [[maybe_unused]] const TileRegisters registers;
+      size_t left = sizeof...(Phases);
+      ((phases(thread, threads), --left ? barrier.wait(thread, threads) : void()), ...);
+      if (thread == 0 && threads > 1) own_end = nanoseconds();
+    });
+    if (!own_end) return;
+    const int64_t end = nanoseconds();
+    late_partners(end - begin, barrier.waited() + end - own_end);
   }
 };
 
@@ -425,7 +462,6 @@ struct ForwardRun : Skeleton<Cell, E> {
   Buffer<O> exchange;            // [3][B][P]: h of the last two steps and h0, where E is narrower than O
   Buffer<O> x_wide;              // [N][I]: x, where it is multiplied here and E is narrower than O
   Buffer<O> zeros;               // [P]: what a row that is reset starts from, at least [padded]
-  Barrier barrier;
 
   explicit ForwardRun(const Forward& problem)
       : Base(problem.shape, problem.w_hr != nullptr, reads_weights(problem), 1, problem.shape.out),
@@ -450,25 +486,24 @@ struct ForwardRun : Skeleton<Cell, E> {
   static bool reads_weights(const Forward& problem) {
     return problem.gates_h || (is_short(problem.shape) && !is_packed(problem));
   }
-  static bool is_packed(const Forward& problem) { return problem.panels || problem.pack_into || problem.pack_bytes; }
+  static bool is_packed(const Forward& problem) { return problem.panels || problem.pack_into; }
 
   void run() {
-    if (p.pack_bytes) {
-      *p.pack_bytes = packed_size() * static_cast<int64_t>(sizeof(Packed<E>));
+    if (p.way) {
+      *p.way = this->way(packed_size());
       return;
     }
     if (p.pack_into) {
       for (int64_t block = 0; block < unit_blocks; ++block) pack(block);
       return;
     }
-    in_parallel(this->shape.threads, [this](int thread, int threads) { work(thread, threads); });
+    this->in_phases([this](int thread, int threads) { prepare(thread, threads); },
+                    [this](int thread, int threads) { step_by_step(thread, threads); },
+                    [this](int thread, int threads) { finish(thread, threads); });
   }
 
  private:
-  void work(int thread, int threads) {
-    [[maybe_unused]] const TileRegisters registers;
-    prepare(thread, threads);
-    barrier.wait(threads);
+  void step_by_step(int thread, int threads) {
     const auto units = this->blocks(unit_blocks, thread, threads);
     const auto outs = this->blocks(out_blocks, thread, threads);
     for (int64_t s = 0; s < steps; ++s) {
@@ -478,13 +513,15 @@ struct ForwardRun : Skeleton<Cell, E> {
         advance(t, s, thread, units, first, stride, count);
       });
       if (projected) {
-        this->barrier_of_step(barrier, threads);
+        this->barrier_of_step(thread, threads);
         this->groups(rows, thread, threads,
                      [&](int64_t first, int64_t stride, int64_t count) { project(t, s, outs, first, stride, count); });
       }
-      this->barrier_of_step(barrier, threads);
+      this->barrier_of_step(thread, threads);
     }
-    barrier.wait(threads);
+  }
+
+  void finish(int thread, int threads) {
     for (int64_t b = thread; b < batch; b += threads) {
       memcpy(static_cast<E*>(p.h_n) + b * out, static_cast<const E*>(p.y) + this->edge_row(b, false) * out,
              out * sizeof(E));
@@ -702,7 +739,6 @@ struct BackwardRun : Skeleton<Cell, E> {
   Buffer<C> dh_direct;          // [B][padded]: with kDirectH only
   Buffer<O> exchange;           // [2][B][A*H]: dgates of the last two steps, where E is narrower than O
   Buffer<O> zeros;              // [A*H]: what comes back from a step that was reset
-  Barrier barrier;
 
   explicit BackwardRun(const Backward& problem)
       : Base(problem.shape, problem.w_hr != nullptr, reads_weights(problem), kG, problem.shape.hidden),
@@ -726,14 +762,18 @@ struct BackwardRun : Skeleton<Cell, E> {
   }
 
   void run() {
-    in_parallel(this->shape.threads, [this](int thread, int threads) { work(thread, threads); });
+    if (p.way) {
+      *p.way = this->way((out_blocks - first_packed) * Base::panel_size(kPlain, kG, head_units));
+      return;
+    }
+    this->in_phases([this](int thread, int threads) { prepare(thread, threads); },
+                    [this](int thread, int threads) { step_by_step(thread, threads); },
+                    [this](int thread, int threads) { widen_last(thread, threads); },
+                    [this](int thread, int threads) { finish(thread, threads); });
   }
 
  private:
-  void work(int thread, int threads) {
-    [[maybe_unused]] const TileRegisters registers;
-    prepare(thread, threads);
-    barrier.wait(threads);
+  void step_by_step(int thread, int threads) {
     const auto units = this->blocks(unit_blocks, thread, threads);
     const auto outs = this->blocks(out_blocks, thread, threads);
     for (int64_t s = 0; s < steps; ++s) {
@@ -745,14 +785,13 @@ struct BackwardRun : Skeleton<Cell, E> {
         gather(t, s, thread, outs, first, stride, count, chained);
       });
       if (projected) {
-        this->barrier_of_step(barrier, threads);
+        this->barrier_of_step(thread, threads);
         this->groups(rows, thread, threads, [&](int64_t first, int64_t stride, int64_t count) {
           unproject(t, s, units, first, stride, count);
         });
       }
-      this->barrier_of_step(barrier, threads);
+      this->barrier_of_step(thread, threads);
     }
-    finish(thread, threads);
   }
 
   void prepare(int thread, int threads) {
@@ -981,16 +1020,18 @@ struct BackwardRun : Skeleton<Cell, E> {
     }
   }
 
-  // What leaves the first step of every sequence: dh0 and dc0.
-  void finish(int thread, int threads) {
-    barrier.wait(threads);
+  // For finish: dgates of the first step of every sequence.
+  void widen_last([[maybe_unused]] int thread, [[maybe_unused]] int threads) {
     if constexpr (!kWide) {
       for (int64_t b = thread; b < batch; b += threads) {
         const int64_t row = this->edge_row(b, true);
         convert(exchange + b * kA * hidden, static_cast<const E*>(p.dgates) + row * kA * hidden, kA * hidden);
       }
-      barrier.wait(threads);
     }
+  }
+
+  // What leaves the first step of every sequence: dh0 and dc0.
+  void finish(int thread, int threads) {
     if (p.dh0) {
       const auto outs = this->blocks(out_blocks, thread, threads);
       this->groups(batch, thread, threads,

@@ -234,6 +234,18 @@ struct Problem {
   }
 };
 
+// How forward goes about a problem: in a step of few rows the kernel multiplies x by W_ih as well, where a GEMM of its
+// own would take longer; with more rows both products are GEMMs, but in 16 bits, which would round the second.
+struct Products {
+  bool one_kernel, two_products;
+
+  Products(const Problem& s, const Inputs& in) {
+    const bool in_tiles = kernels().tiles && in.x.dtype() == kBFloat16 && !s.cell.forward;
+    one_kernel = s.steps == 1 && s.batch <= (in_tiles ? kFewRowsOfTiles : kFewRows);
+    two_products = s.steps == 1 && !one_kernel && bytes_of(in.x.dtype()) > 2 && !in.resets && s.heads == 1;
+  }
+};
+
 Tensor none(int32_t dtype) { return Tensor::empty({0}, dtype); }
 
 // Every product of two matrices outside of the loop comes through here. With `add`, not in 16 bits, c += a b; false
@@ -402,11 +414,7 @@ void forward(const Problem& s, const Inputs& in, void* y, void* h_n, const Targe
   const int32_t dtype = in.x.dtype();
   // Where as many gates are saved as come in, the cell replaces the one by the other in place.
   const bool in_place = gates.numel() > 0 && s.cell.saved == s.cell.gates;
-  // In a step of few rows the kernel multiplies x by W_ih as well: a GEMM of its own would take longer.
-  const bool in_tiles = kernels().tiles && dtype == kBFloat16 && !s.cell.forward;
-  const bool one_kernel = s.steps == 1 && s.batch <= (in_tiles ? kFewRowsOfTiles : kFewRows);
-  // With more rows both products are GEMMs; 16 bits would round the second.
-  const bool two_products = s.steps == 1 && !one_kernel && bytes_of(dtype) > 2 && !in.resets && s.heads == 1;
+  const auto [one_kernel, two_products] = Products(s, in);
   const Tensor x = in.x.contiguous(), w_ih = one_kernel ? in.w_ih.contiguous() : in.w_ih.with_dims(2);
   const Tensor h0 = in.h0.contiguous(), w_hh = in.w_hh.contiguous();
   const Tensor b_ih = in.b_ih.contiguous(), b_hh = in.b_hh.contiguous(), w_hr = in.w_hr.contiguous();
@@ -471,14 +479,46 @@ Tensor pack(std::string_view cell, const Tensor& w_hh) {
   problem.shape.heads = problem.shape.threads = 1;
   problem.shape.offsets = offsets;
   problem.gates_x = problem.w_hh = w.data();
-  int64_t bytes = 0;
-  problem.pack_bytes = &bytes;
+  Way way;
+  problem.way = &way;
+  problem.pack_into = &way;  // packed, whatever the length
   kernels().forward(problem);
-  Tensor panels = Tensor::empty({bytes}, kUint8);
-  problem.pack_bytes = nullptr;
+  Tensor panels = Tensor::empty({way.panel_bytes}, kUint8);
+  problem.way = nullptr;
   problem.pack_into = panels.writable();
-  if (bytes) kernels().forward(problem);
+  if (way.panel_bytes) kernels().forward(problem);
   return panels;
+}
+
+Plan plan(std::string_view cell, const Inputs& in, bool backward) {
+  const Problem s(cell, in);
+  const Products products(s, in);
+  const char address = 0;
+  Way way{};
+  Plan found{kernels().name, way, "", ""};
+  const Shape shape = s.shape_of(in.x, {}, false);
+  if (backward) {
+    Backward problem{};
+    problem.shape = shape;
+    problem.w_hr = in.w_hr ? &address : nullptr;
+    problem.dh0 = const_cast<char*>(&address);
+    problem.way = &found.way;
+    (s.cell.backward ? s.cell.backward : kernels().backward)(problem);
+  } else {
+    Forward problem{};
+    problem.shape = shape;
+    problem.w_hr = in.w_hr ? &address : nullptr;
+    problem.gates_x = products.one_kernel ? nullptr : &address;
+    problem.gates_h = products.two_products ? &address : nullptr;
+    problem.panels = s.cell.forward ? nullptr : in.panels.data();
+    problem.input = s.input;
+    problem.way = &found.way;
+    (s.cell.forward ? s.cell.forward : kernels().forward)(problem);
+  }
+  const bool host = in.x.dtype() == kDouble || host_multiplies(dtype_of(in.x.dtype()));
+  found.input_product = !backward && products.one_kernel ? "kernel" : host ? "host" : "panels";
+  found.state_product = !backward && products.two_products ? found.input_product : "kernel";
+  return found;
 }
 
 Outputs sequence(std::string_view cell, const Inputs& in, bool keep_gates, bool keep_cells) {
@@ -587,7 +627,8 @@ Gradients sequence_backward(std::string_view cell, const Tensor& dy, const Tenso
          of_parameters.of,
          of_inputs.of,
          dy_total.writable(),
-         h.writable()});
+         h.writable(),
+         nullptr});
   }
   for (const Tensor& t : dparameters) more.found.parameters.push_back(t ? torch_sum_rows(matrix(t)) : none(dtype));
   for (auto* list : {&more.found.states, &more.found.inputs}) {

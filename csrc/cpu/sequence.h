@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "recurrence.h"
 #include "tensor.h"
 
 namespace fusedrnn {
@@ -51,6 +52,15 @@ Counts counts_of(std::string_view cell);
 
 // W_hh [G*H, P] of a cell as the kernels of this processor want it: bytes that Inputs::panels takes. One head.
 FUSEDRNN_API Tensor pack(std::string_view cell, const Tensor& w_hh);
+
+// What would be done: the kernels of `capability` go that way; the products of all rows with W_ih, and of a single step
+// with W_hh, are the "kernel"'s, the "host"'s GEMM or ours of "panels".
+struct Plan {
+  const char* capability;
+  Way way;
+  const char *input_product, *state_product;
+};
+FUSEDRNN_API Plan plan(std::string_view cell, const Inputs& in, bool backward);
 
 FUSEDRNN_API Outputs sequence(std::string_view cell, const Inputs& in, bool keep_gates, bool keep_cells);
 
