@@ -376,7 +376,8 @@ def plan(layer: torch.nn.Module, batch: int, *, steps: int | None = None, backwa
     Args:
         layer: a layer or cell of fusedrnn; its first layer and direction are planned, on the device of its parameters.
         batch: the batch size B.
-        steps: the length T; where it is given, what fusedrnn.tune found for it counts, and that few steps take `step`.
+        steps: the length T; where it is given, what fusedrnn.tune found for it counts, and that few steps take `step`
+            and, on the CPU, read weights where they lie. Without it a long sequence is planned.
         backward: plan the gradient instead.
 
     Returns:
@@ -394,10 +395,15 @@ def plan(layer: torch.nn.Module, batch: int, *, steps: int | None = None, backwa
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
     weight = layer._weights()[1]
-    if layer.mode not in CELL_OF_MODE:  # a Layer, whose cell is compiled by that
-        return layer._choose(weight.dtype, weight.device)
-    cell = CELL_OF_MODE[layer.mode]
     proj_size = getattr(layer, "proj_size", 0)
+    if layer.mode not in CELL_OF_MODE:  # a Layer, whose cell is compiled by that
+        choice = layer._choose(weight.dtype, weight.device)
+        return (
+            _on_cpu(choice, layer, layer.cell.cell, batch, weight, steps, backward)
+            if choice.backend == "cpu"
+            else choice
+        )
+    cell = CELL_OF_MODE[layer.mode]
     choice = choose(
         cell.name,
         input_size=layer.input_size,
@@ -418,6 +424,8 @@ def plan(layer: torch.nn.Module, batch: int, *, steps: int | None = None, backwa
         choice = trials.known_choice(key, choice)
     if on_card and not choice.timed:
         choice = replace(choice, why=f"{choice.why}; a model's choice, not timed on this card (fusedrnn.tune does)")
+    if choice.backend == "cpu":
+        return _on_cpu(choice, layer, cell, batch, weight, steps, backward)
     if choice.backend not in ("triton", "cuda"):
         return choice
     if isinstance(layer, torch.nn.RNNCellBase) and choice.algorithm == "auto":
@@ -433,5 +441,21 @@ def plan(layer: torch.nn.Module, batch: int, *, steps: int | None = None, backwa
         choice.algorithm,
         backward,
         steps,
+    )
+    return replace(choice, algorithm=details.algorithm, why=f"{choice.why}; {details.why}", details=details)
+
+
+def _on_cpu(choice: Choice, layer, cell, batch: int, weight: torch.Tensor, steps: int | None, backward: bool) -> Choice:
+    details = importlib.import_module("fusedrnn.backends.cpu").plan_for(
+        cell,
+        batch,
+        layer.input_size,
+        layer.hidden_size,
+        getattr(layer, "proj_size", 0),
+        weight.dtype,
+        backward=backward,
+        steps=1 if isinstance(layer, torch.nn.RNNCellBase) else steps,
+        kept="_packed" in layer.__dict__,
+        heads=getattr(layer, "heads", 1),
     )
     return replace(choice, algorithm=details.algorithm, why=f"{choice.why}; {details.why}", details=details)

@@ -1,5 +1,6 @@
 """Choices of backend and algorithm, from frozen data: no GPU is needed to ask what a GPU would run."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -336,6 +337,54 @@ def test_plan_says_what_a_gpu_backend_would_do(name, monkeypatch):
     assert found.algorithm == found.details.algorithm != "auto"
     assert found.why.startswith(f"backend '{name}' was asked for; ")
     assert fusedrnn.plan(fusedrnn.LSTM(32, 64, proj_size=4, backend=name), 8, backward=True).algorithm == "step"
+
+
+@pytest.mark.skipif(not _build.loaded(), reason="no C++ extension: plans of the CPU are not tested")
+def test_plan_says_what_the_cpu_does(request):
+    request.addfinalizer(functools.partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(2)
+
+    def found(layer, batch, **options):
+        choice = fusedrnn.plan(layer, batch, **options)
+        assert (choice.backend, choice.algorithm) == ("cpu", "persistent")
+        assert choice.details.why in choice.why
+        return choice.details
+
+    small, large = fusedrnn.LSTM(8, 64), fusedrnn.LSTM(8, 512)
+    step = found(small, 1, steps=1)
+    assert (step.direct, step.threads, step.panel_bytes, step.input_product) == (True, 1, 0, "kernel")
+    assert "one thread of 2, a step is too small to share; W_hh read where it lies" in step.why
+    assert found(fusedrnn.LSTMCell(8, 64), 1) == step
+    long = found(small, 1)
+    assert (long.direct, long.threads) == (False, 1)
+    assert long.panel_bytes >= 4 * 64 * 64 * 4
+    assert "planned for a long sequence, steps= was not given" in long.why
+    assert "planned for" not in found(small, 1, steps=70).why
+    units = found(large, 1, steps=100)
+    assert (units.threads, units.by_rows, units.direct) == (2, False, False)
+    assert "2 threads take units each; W_hh packed at each call (" in units.why
+    # 64 KiB fit every core's cache.
+    rows = found(small, 64, steps=100)
+    assert (rows.threads, rows.by_rows) == (2, True)
+    assert "2 threads take rows of the batch each" in rows.why
+    gemms = found(small, 100, steps=1)
+    assert gemms.state_product == gemms.input_product != "kernel"
+    assert found(fusedrnn.GRU(8, 64, dtype=torch.bfloat16), 1).panel_bytes < 3 * 64 * 64 * 4
+    back = found(small, 2, steps=50, backward=True)
+    assert back.direct is False
+    assert "dx and dW_ih by" in back.why
+    assert found(fusedrnn.LSTM(8, 64, proj_size=5), 3, backward=True).threads == 1
+    if _build._small_calls is not None:
+        kept = found(fusedrnn.freeze(fusedrnn.LSTM(8, 64)), 1, steps=1)
+        assert (kept.kept, kept.direct) == (True, False)
+        assert "W_hh packed once, by freeze (" in kept.why
+
+
+def test_plan_of_a_layer_of_ones_own_cell():
+    found = fusedrnn.plan(fusedrnn.Layer(fusedrnn.zoo.slstm, 8, 16, heads=2), 3, steps=40)
+    assert found.backend in ("cpu", "reference")
+    if found.backend == "cpu":
+        assert found.details.panel_bytes > 0
 
 
 @pytest.mark.parametrize("setting, message", [("/nowhere", "got '/nowhere'"), ("2", "got '2'")])
