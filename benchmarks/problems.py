@@ -6,7 +6,7 @@ from pathlib import Path
 
 MODES = ("forward", "train", "latency", "memory")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-SUITES = ("deepbench", "flashrnn", "fastrnns", "sweep")
+SUITES = ("deepbench", "users", "flashrnn", "fastrnns", "sweep")
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 DEEPBENCH = Path(__file__).with_name("data") / "deepbench_rnn.csv"
 
@@ -34,7 +34,15 @@ class Problem:
     def name(self) -> str:
         depth = (f" L={self.L}" if self.L > 1 else "") + (" both directions" if self.D > 1 else "")
         inputs = f" I={self.I}" if self.I != self.H else ""
-        return f"{self.cell} H={self.H}{inputs} B={self.B} T={self.T}{depth}"
+        of = f"{project}: " if (project := self.project) else ""
+        return f"{of}{self.cell} H={self.H}{inputs} B={self.B} T={self.T}{depth}"
+
+    @property
+    def project(self) -> str:
+        """Of the suite `users`: who runs the layer, else nothing. One step of it belongs to the same."""
+        if self.suite != "users":
+            return ""
+        return USERS.get((self.cell, self.I, self.H, self.L, self.D, self.B), ("",))[0]
 
     def one_step(self) -> "Problem":
         return replace(self, T=1, modes=("latency",))
@@ -79,6 +87,37 @@ DEEPBENCH_QUICK = {
 }  # fmt: skip
 
 
+# Layers of popular projects: cell, I, H, L, D, B to the project, T, what they do with it, and whether two cores measure
+# it in minutes. Sizes are those of the projects' own code or defaults; batches of training are their defaults.
+_SPEECH, _STREAM, _TRAINED = ("forward",), ("latency",), ("forward", "train")
+USERS = {
+    ("lstm", 128, 128, 1, 1, 1): ("silero-vad", 512, (*_SPEECH, *_STREAM), True),
+    ("lstm", 640, 256, 1, 2, 1): ("Kokoro", 300, _SPEECH, True),
+    ("lstm", 60, 128, 4, 2, 32): ("pyannote", 589, _TRAINED, False),
+    ("gru", 256, 256, 3, 1, 1): ("RNNoise", 500, (*_SPEECH, *_STREAM), True),
+    ("gru", 256, 256, 3, 1, 128): ("RNNoise", 2000, ("train",), False),
+    ("lstm", 48, 256, 1, 1, 4096): ("rsl_rl", 24, (*_TRAINED, *_STREAM), False),
+    ("lstm", 64, 256, 1, 1, 8): ("RecurrentPPO", 128, (*_TRAINED, *_STREAM), True),
+    ("lstm", 512, 128, 2, 2, 128): ("docTR", 32, _SPEECH, True),
+    ("lstm", 256, 256, 2, 2, 1): ("EasyOCR", 64, _SPEECH, True),
+    ("lstm", 640, 640, 2, 1, 1): ("NeMo RNN-T", 64, _STREAM, True),
+    ("lstm", 640, 640, 2, 1, 64): ("NeMo RNN-T", 64, _STREAM, True),
+    ("lstm", 1, 16, 1, 1, 16): ("Neural Amp Modeler", 8192, ("train",), False),
+    ("lstm", 1, 16, 1, 1, 1): ("Neural Amp Modeler", 70_000, _SPEECH, True),
+    ("lstm", 8, 128, 2, 1, 32): ("neuralforecast", 48, _TRAINED, True),
+}
+
+
+def users(quick: bool = False) -> list[Problem]:
+    """The layers that popular projects run, each under the project's name."""
+    found = []
+    for (cell, inputs, hidden, layers, directions, batch), (_, steps, modes, small) in USERS.items():
+        if small or not quick:
+            sizes = {"T": steps, "B": batch, "I": inputs, "H": hidden, "L": layers, "D": directions}
+            found.append(Problem("users", cell, **sizes, modes=modes))
+    return found
+
+
 def flashrnn() -> list[Problem]:
     """FlashRNN's figure: B=16, T=1024, H=768, and a sweep of H (https://arxiv.org/abs/2412.07752)."""
     return [Problem("flashrnn", "lstm", 1024, 16, h, h) for h in (768, 64, 128, 256, 512, 1024, 1536, 2048)]
@@ -109,11 +148,13 @@ def suite(name: str, quick: bool = False, dtype: str = "float32") -> list[Proble
         raise ValueError(f"suite must be one of {', '.join(SUITES)}, got {name!r}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    problems = {"deepbench": deepbench, "flashrnn": flashrnn, "fastrnns": fastrnns, "sweep": sweep}[name]()
+    suites = {"deepbench": deepbench, "users": users, "flashrnn": flashrnn, "fastrnns": fastrnns, "sweep": sweep}
+    problems = suites[name]()
     problems = list(dict.fromkeys(problems))
     if quick:
         small = {
             "deepbench": lambda p: (p.cell, p.H, p.B, p.T) in DEEPBENCH_QUICK,
+            "users": lambda p: p in users(True),
             "flashrnn": lambda p: p.H <= 128,
             "fastrnns": lambda p: p.cell in ("lstm", "gru"),
             "sweep": lambda p: p.L == p.D == 1 and (p.T, p.B, p.H) in SWEEP_QUICK,

@@ -266,6 +266,27 @@ def _make_ours(backend: str | None, algorithm: str | None, **options) -> Callabl
     return make
 
 
+def _make_frozen(given: Given, mode: str) -> Runnable:
+    """Weights packed once, as the sessions of ONNX Runtime and OpenVINO have them."""
+    _inference_only("a frozen layer", given, mode)
+    layer, run = _module_call(fusedrnn, given, mode)
+    fusedrnn.freeze(layer)
+    return Runnable(run, "cpu, frozen")
+
+
+def _make_stream(given: Given, mode: str) -> Runnable:
+    """One step of a stream, which goes on from the states of the last; only y can be compared, of the first step."""
+    if mode != "latency":
+        raise UnavailableError("a stream is measured step by step")
+    if given.problem.D > 1:
+        raise UnavailableError("a stream goes one way")
+    stream = _loaded(fusedrnn, given, cell=False).eval().stream(given.problem.B)
+    x, others = given.x[0].contiguous(), [None] * (2 if given.problem.cell == "lstm" else 1)
+    if given.problem.L == 1:
+        return Runnable(lambda: [stream(x), *others[1:]], "cpu, stream")
+    return Runnable(lambda: [stream(x).unsqueeze(0), *others], "cpu, stream")
+
+
 def _make_in_float32(given: Given, mode: str) -> Runnable:
     """The same layer with the same numbers in float32: what 16 bits are to be compared with."""
     if given.problem.dtype not in ("bfloat16", "float16"):
@@ -536,6 +557,10 @@ def _needs_backend(backend: str, algorithm: str | None) -> Callable[[torch.devic
     return why_not
 
 
+def _needs_cpu(on: torch.device) -> str | None:
+    return None if on.type == "cpu" else f"it packs weights for the CPU, measured is {on.type}"
+
+
 def _needs_compiler(on: torch.device) -> str | None:
     if on.type == "cpu" and not shutil.which("g++"):
         return "torch.compile needs g++ on the CPU (the extra 'compile')"
@@ -551,6 +576,8 @@ def _ours() -> list[Provider]:
             found.append(Provider(name, "fusedrnn", _needs_backend(backend, algorithm), make))
     make = _make_ours(None, None, recompute=True)
     found.append(Provider("fusedrnn:float32", "fusedrnn", lambda on: None, _make_in_float32))
+    found.append(Provider("fusedrnn:frozen", "fusedrnn", _needs_cpu, _make_frozen))
+    found.append(Provider("fusedrnn:stream", "fusedrnn", _needs_cpu, _make_stream))
     return [*found, Provider("fusedrnn:recompute", "fusedrnn", lambda on: None, make)]
 
 
@@ -598,6 +625,8 @@ def choose(names: list[str] | None, device: torch.device, quick: bool) -> tuple[
                 why = f"slow by design; ask for it with --peers {name}"
             elif name == "fusedrnn:recompute":
                 why = f"it trades time for memory; ask for it with --peers {name}"
+            elif name in ("fusedrnn:frozen", "fusedrnn:stream"):
+                why = f"its weights are packed once, by promise; ask for it with --peers {name}"
             elif name == "fusedrnn:float32":
                 why = f"what 16 bits are compared with; ask for it with --peers {name}"
             elif name == "fusedrnn:cpu:persistent":

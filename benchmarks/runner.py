@@ -24,8 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     split = lambda text: [part for part in text.split(",") if part]
     add = parser.add_argument
     add("--suite", choices=problems.SUITES, default="deepbench",
-        help="the problems: deepbench (Baidu's list of sizes), flashrnn (that paper's figure), fastrnns (PyTorch's own "
-        "benchmark), sweep (one size after another around H=256); default: %(default)s")  # fmt: skip
+        help="the problems: deepbench (Baidu's list of sizes), users (layers of popular projects), flashrnn (that "
+        "paper's figure), fastrnns (PyTorch's own benchmark), sweep (one size after another around H=256); "
+        "default: %(default)s")  # fmt: skip
     add("--quick", action="store_true", help="the part of the suite that two cores measure in minutes (default: all)")
     add("--peers", type=split, metavar="A,B", help="who runs beside torch.nn, see --list (default: all that can)")
     add("--modes", type=split, metavar="A,B", help=f"of {', '.join(problems.MODES)} (default: the suite's own)")
@@ -221,7 +222,7 @@ def overview(arguments, chosen: list[Problem], found: list, left_out: dict[str, 
     quick = " --quick" if arguments.quick else ""
     print(f"bench --suite {arguments.suite}{quick} measures {len(chosen)} problems, {sum(map(len, modes))} with modes:")
     for problem, taken in zip(chosen, modes):
-        print(f"  {problem.name:<42} {', '.join(taken)}")
+        print(f"  {problem.name:<62} {', '.join(taken)}")
     print("\nand takes turns among:")
     for provider in found:
         print(f"  {provider.name}")

@@ -101,7 +101,7 @@ def some_rows() -> list[Row]:
 
 def test_suites_hold_every_problem_once():
     sizes = {suite: len(problems.suite(suite)) for suite in problems.SUITES}
-    assert sizes == {"deepbench": 124, "flashrnn": 8, "fastrnns": 4, "sweep": 54}
+    assert sizes == {"deepbench": 124, "users": 14, "flashrnn": 8, "fastrnns": 4, "sweep": 54}
     for suite in problems.SUITES:
         for quick in (False, True):
             found = problems.suite(suite, quick, "bfloat16")
@@ -113,6 +113,30 @@ def test_suites_hold_every_problem_once():
     assert len(problems.suite("deepbench", quick=True)) == len(problems.DEEPBENCH_QUICK)
     with pytest.raises(ValueError, match=r"suite must be one of deepbench.*got 'none'"):
         problems.suite("none")
+
+
+def test_users_are_named():
+    found = problems.suite("users")
+    assert all(p.project and p.name.startswith(f"{p.project}: {p.cell} ") for p in found)
+    assert {p.one_step().project for p in found} == {p.project for p in found}
+    assert {"silero-vad", "Kokoro", "docTR"} <= {p.project for p in problems.suite("users", quick=True)}
+    assert not any(p.project for p in problems.suite("deepbench"))
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_packed_once_gives_the_same_answers(cell, layers):
+    problem = Problem("users", cell, 1, 2, 5, 7, L=layers)
+    gate = measure.Gate(problem, "latency", torch.device("cpu"))
+    for name in ("fusedrnn:frozen", "fusedrnn:stream"):
+        assert gate.check(providers.PROVIDERS[name].make(gate.given, "latency")).right
+    frozen = providers.PROVIDERS["fusedrnn:frozen"]
+    gate = measure.Gate(dataclasses.replace(problem, T=9), "forward", torch.device("cpu"))
+    assert gate.check(frozen.make(gate.given, "forward")).right
+    with pytest.raises(providers.UnavailableError, match="inference only"):
+        frozen.make(gate.given, "train")
+    with pytest.raises(providers.UnavailableError, match="step by step"):
+        providers.PROVIDERS["fusedrnn:stream"].make(gate.given, "forward")
 
 
 def test_only_names_problems(capsys):
