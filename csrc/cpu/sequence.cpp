@@ -407,11 +407,20 @@ struct Targets {
   }
 };
 
+// So many rows at once have a product with W_ih that stays in the cache, and a GEMM of its best size.
+constexpr int64_t kPieceBytes = 4 << 20, kPieceRows = 512;
+
+void forward_in_pieces(const Problem& s, const Inputs& in, char* y, void* h_n, const Targets& states_n, int64_t rows);
+
 // gates and every_state are where they are kept, or have no elements.
 void forward(const Problem& s, const Inputs& in, void* y, void* h_n, const Targets& states_n, const Tensor& gates,
              const Targets* every_state) {
   if (s.rows == 0) return;
   const int32_t dtype = in.x.dtype();
+  const int64_t piece = std::max(kPieceRows, kPieceBytes / (s.cell.gates * s.hidden * bytes_of(dtype)));
+  if (gates.numel() == 0 && !every_state && s.rows > 2 * piece && s.steps > 1 && !s.cell.forward && s.heads == 1) {
+    return forward_in_pieces(s, in, static_cast<char*>(y), h_n, states_n, piece);
+  }
   // Where as many gates are saved as come in, the cell replaces the one by the other in place.
   const bool in_place = gates.numel() > 0 && s.cell.saved == s.cell.gates;
   const auto [one_kernel, two_products] = Products(s, in);
@@ -452,6 +461,61 @@ void forward(const Problem& s, const Inputs& in, void* y, void* h_n, const Targe
        s.cell.forward ? nullptr : in.panels.data(),
        nullptr,
        nullptr});
+}
+
+// Where nothing is kept a long sequence goes some steps at a time, so that its memory is no more than x and y.
+void forward_in_pieces(const Problem& s, const Inputs& in, char* y, void* h_n, const Targets& states_n, int64_t rows) {
+  const int32_t dtype = in.x.dtype();
+  const Tensor x = in.x.contiguous(), resets = in.resets.contiguous(), sizes = in.batch_sizes.contiguous();
+  const Tensor packed = in.panels ? Tensor() : pack(s.cell.name, in.w_hh);
+  const auto copy = [dtype](const Tensor& from) {
+    Tensor to = Tensor::empty(from.sizes(), dtype);
+    const Tensor dense = from.contiguous();
+    if (to.numel()) std::memcpy(to.writable(), dense.data(), static_cast<size_t>(to.numel() * to.element_size()));
+    return to;
+  };
+  const Tensor h = copy(in.h0), c = in.c0 ? copy(in.c0) : Tensor();
+  Inputs part;
+  for (const auto member : {&Inputs::w_ih, &Inputs::w_hh, &Inputs::b_ih, &Inputs::b_hh, &Inputs::w_hr}) {
+    part.*member = (in.*member).with_dims((in.*member).dim());
+  }
+  part.reverse = in.reverse;
+  const Tensor& panels = in.panels ? in.panels : packed;
+  part.panels = panels.with_dims(1);
+  Targets states;
+  states.add(c);
+  const bool dense = s.lead.size() == 2;
+  // first ... last are the steps of a piece, which has `rows` or, at the end, fewer.
+  int64_t first = 0, last = 0;
+  const auto run = [&] {
+    const int64_t batch = s.offsets[first + 1] - s.offsets[first];
+    const auto some = [&](const Tensor& t) {
+      return dense ? t.narrow(first, last - first) : t.narrow(s.offsets[first], s.offsets[last] - s.offsets[first]);
+    };
+    part.x = some(x);
+    part.resets = some(resets);
+    part.batch_sizes = sizes.narrow(first, last - first);
+    part.h0 = h.narrow(0, batch);
+    part.c0 = c.narrow(0, batch);
+    // The kernel has read the states when it writes them.
+    forward(Problem(s.cell.name, part), part, y + s.offsets[first] * s.out * bytes_of(dtype), h.writable(), states, {},
+            nullptr);
+  };
+  if (in.reverse) {
+    for (last = s.steps; last > 0; last = first) {
+      for (first = last - 1; first > 0 && s.offsets[last] - s.offsets[first] < rows; --first) {
+      }
+      run();
+    }
+  } else {
+    for (first = 0; first < s.steps; first = last) {
+      for (last = first + 1; last < s.steps && s.offsets[last] - s.offsets[first] < rows; ++last) {
+      }
+      run();
+    }
+  }
+  std::memcpy(h_n, h.data(), static_cast<size_t>(h.numel() * h.element_size()));
+  if (c) std::memcpy(states_n.of[0], c.data(), static_cast<size_t>(c.numel() * c.element_size()));
 }
 
 }  // namespace

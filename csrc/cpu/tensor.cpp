@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -34,13 +35,24 @@ StableIValue argument(const Tensor& t) { return reinterpret_cast<uintptr_t>(new_
 // block that it saw freed, and each page that comes again costs a fault: a step of training lost a third of its time to
 // them. It learns from one block, of which no page is touched; 32 MiB are the most that it learns. Who sets
 // MALLOC_TRIM_THRESHOLD_ or MALLOC_MMAP_THRESHOLD_ has the last word.
+constexpr int64_t kKept = 32 << 20;
 void keep_pages() {
   static const bool once = [] {
-    void* volatile block = malloc((32 << 20) - (64 << 10));
+    void* volatile block = malloc(kKept - (64 << 10));
     free(block);
     return true;
   }();
   static_cast<void>(once);
+}
+
+// Larger blocks are given back each time: of pages of 2 MiB, where Linux has them, a page costs a fault, not of 4 KiB.
+void want_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kPage = 2 << 20;
+  const uintptr_t from = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
+  const uintptr_t to = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kPage * kPage;
+  if (to > from) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
+#endif
 }
 
 void drop(StableIValue tensor) { aoti_torch_delete_tensor_object(reinterpret_cast<AtenTensorHandle>(tensor)); }
@@ -134,6 +146,8 @@ Tensor Tensor::empty(Sizes sizes, int32_t dtype) {
   FUSEDRNN_TORCH(aoti_torch_empty_strided(t.dim_, t.sizes_, t.strides_, dtype, cpu, 0, &t.handle_));
   t.owned_ = true;
   if (t.numel()) FUSEDRNN_TORCH(torch_get_const_data_ptr(t.handle_, &t.data_));
+  const int64_t bytes = stride * t.element_size();
+  if (bytes > kKept && t.data_) want_huge_pages(t.writable(), bytes);
   return t;
 }
 
@@ -191,6 +205,15 @@ Tensor Tensor::select(int64_t k) const {
   std::copy_n(strides_ + 1, dim_ - 1, t.strides_);
   t.offset_ += k * strides_[0];
   if (data_) t.data_ = static_cast<const char*>(data_) + k * strides_[0] * element_size();
+  return t;
+}
+
+Tensor Tensor::narrow(int64_t first, int64_t count) const {
+  if (!handle_) return {};
+  Tensor t = with_dims(dim_);
+  t.sizes_[0] = count;
+  t.offset_ += first * strides_[0];
+  if (data_) t.data_ = static_cast<const char*>(data_) + first * strides_[0] * element_size();
   return t;
 }
 

@@ -103,9 +103,10 @@ class FUSEDRNN_API Tensor {
   void* writable() const { return const_cast<void*>(data_); }
 
   // The same memory, while this one lives: with dimensions of one element put in front or taken away there; entry k of
-  // the first dimension.
+  // the first dimension, or some entries of it.
   Tensor with_dims(int64_t dims) const;
   Tensor select(int64_t k) const;
+  Tensor narrow(int64_t first, int64_t count) const;
   // With the first two dimensions exchanged.
   Tensor transposed() const;
   // Itself, or a copy where it has gaps.
