@@ -731,6 +731,41 @@ def test_out_of_memory_raises():
     assert ran.stdout.count("fusedrnn: can't allocate 67108864 bytes of memory") == 2, ran.stdout
 
 
+FORKED = """
+import os, signal, sys, torch, fusedrnn
+if sys.argv[1:]:
+    torch.set_num_threads(2)
+dtypes = (torch.float32, torch.float64, torch.bfloat16)
+layers = [fusedrnn.LSTM(256, 256, dtype=dtype) for dtype in dtypes]
+given = {dtype: torch.ones(20, 64, 256, dtype=dtype) for dtype in dtypes}  # large operations of torch hang as well
+def run(layer):
+    x = given[layer.weight_ih_l0.dtype]
+    y = layer(x)[0]
+    with torch.no_grad():
+        layer(x)
+    return y.detach(), *torch.autograd.grad(y, list(layer.parameters()), x)
+for layer in layers:  # the threads are there
+    run(layer)
+child = os.fork()
+if not child:
+    signal.alarm(100)
+    for layer in layers:
+        for t in run(layer):
+            assert t.flatten()[:100].abs().max() > 0
+    os._exit(0)
+status = os.waitpid(child, 0)[1]
+assert status == 0, status
+for layer in layers:
+    run(layer)
+"""
+
+
+@pytest.mark.parametrize("arguments", [[], ["2"]], ids=["", "set_num_threads"])
+def test_a_forked_process_does_not_hang(arguments):
+    """As torch.mm does, which waits for threads that the fork left behind."""
+    subprocess.run([sys.executable, "-c", FORKED, *arguments], check=True, timeout=300)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
 def test_one_openmp_runtime():
     call = "import fusedrnn; print(open('/proc/self/maps').read())"

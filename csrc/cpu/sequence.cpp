@@ -253,14 +253,14 @@ Tensor none(int32_t dtype) { return Tensor::empty({0}, dtype); }
 bool product_out(const Matrix& c, const Matrix& a, const Matrix& b, bool add = false) {
   const int64_t rows = a.rows, depth = a.columns, columns = b.columns;
   if (c.dtype() == kDouble || rows * columns == 0 || depth == 0 ||
-      (c.dtype() == kFloat && host_multiplies(Dtype::kFloat32))) {
+      (c.dtype() == kFloat && host_multiplies(Dtype::kFloat32) && !is_forked())) {
     if (add) return torch_addmm(c, a, b);
     torch_mm_out(c, a, b);
     return true;
   }
   const int64_t work = rows * depth * columns;
   const bool large = std::min({rows, depth, columns}) >= kHostLeast && work >= kHostWork;
-  if (c.dtype() != kFloat && host_multiplies(dtype_of(c.dtype())) && large) {
+  if (c.dtype() != kFloat && host_multiplies(dtype_of(c.dtype())) && large && !is_forked()) {
     if (depth % 2 == 0) {
       torch_mm_out(c, a, b);
       return true;

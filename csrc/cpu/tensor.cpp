@@ -1,6 +1,7 @@
 #include "tensor.h"
 
 #include <dlfcn.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <torch/csrc/stable/library.h>
@@ -10,6 +11,8 @@
 #include <string_view>
 
 extern "C" int omp_in_parallel();
+extern "C" int omp_get_max_threads();
+extern "C" void omp_set_num_threads(int);
 
 namespace fusedrnn {
 namespace {
@@ -54,6 +57,38 @@ void want_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes
   if (to > from) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
 #endif
 }
+
+// After a fork the threads of GNU's OpenMP are gone, and whoever forked would wait for them for ever.
+bool forked = false;
+[[maybe_unused]] const int watched = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
+// Around calls of torch: there, they get one thread as well.
+class Alone {
+ public:
+  Alone() : threads_(forked ? omp_get_max_threads() : 0) {
+    if (!threads_) return;
+    omp_set_num_threads(1);
+    if (mkl()) mkl_threads_ = mkl()(1);
+  }
+  ~Alone() {
+    if (!threads_) return;
+    omp_set_num_threads(threads_);
+    if (mkl()) mkl()(mkl_threads_);
+  }
+  Alone(const Alone&) = delete;
+  Alone& operator=(const Alone&) = delete;
+
+ private:
+  using SetThreads = int (*)(int);
+  // What torch.set_num_threads told MKL has precedence over OpenMP's number; this over both.
+  static SetThreads mkl() {
+    static const auto found = reinterpret_cast<SetThreads>(dlsym(RTLD_DEFAULT, "MKL_Set_Num_Threads_Local"));
+    return found;
+  }
+
+  const int threads_;
+  int mkl_threads_ = 0;
+};
 
 void drop(StableIValue tensor) { aoti_torch_delete_tensor_object(reinterpret_cast<AtenTensorHandle>(tensor)); }
 
@@ -226,6 +261,7 @@ Tensor Tensor::transposed() const {
 
 Tensor Tensor::contiguous() const {
   if (!handle_ || is_contiguous()) return with_dims(dim_);
+  const Alone alone;
   Tensor copy = empty({sizes_, dim_}, dtype_);
   // Without what autograd knows of it.
   AtenTensorHandle view = nullptr;
@@ -251,6 +287,7 @@ Tensor Matrix::view() const {
 
 // The variants with `out`: autocast, which is for the outside of an op, leaves them alone.
 void torch_mm_out(const Matrix& c, const Matrix& a, const Matrix& b) {
+  const Alone alone;
   const Tensor to = c.view(), left = a.view(), right = b.view();
   drop(call<3>("aten::mm", "out", {argument(left), argument(right), argument(to)}));
 }
@@ -261,17 +298,20 @@ bool torch_addmm(const Matrix& c, const Matrix& a, const Matrix& b) {
       AOTITorchError (*)(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, double, double);
   static const auto addmm = reinterpret_cast<Addmm>(dlsym(RTLD_DEFAULT, "aoti_torch_cpu_addmm_out"));
   if (!addmm) return false;
+  const Alone alone;
   const Tensor to = c.view(), left = a.view(), right = b.view();
   check_torch(addmm(to.handle(), to.handle(), left.handle(), right.handle(), 1.0, 1.0), "aoti_torch_cpu_addmm_out");
   return true;
 }
 
 void torch_copy(const Matrix& to, const Matrix& from) {
+  const Alone alone;
   const Tensor target = to.view(), source = from.view();
   FUSEDRNN_TORCH(aoti_torch_copy_(target.handle(), source.handle(), 0));
 }
 
 Tensor torch_sum_rows(const Matrix& a) {
+  const Alone alone;
   Tensor sum = Tensor::empty({a.columns}, a.dtype());
   const Tensor of = a.view();
   drop(call<5>("aten::sum", "IntList_out",
@@ -280,7 +320,10 @@ Tensor torch_sum_rows(const Matrix& a) {
   return sum;
 }
 
+bool is_forked() { return forked; }
+
 int torch_threads() {
+  if (forked) return 1;
   uint32_t threads = 1;
   FUSEDRNN_TORCH(torch_get_num_threads(&threads));
   return static_cast<int>(threads);

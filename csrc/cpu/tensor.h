@@ -152,6 +152,8 @@ void torch_copy(const Matrix& to, const Matrix& from);
 // sum [columns] of the rows.
 Tensor torch_sum_rows(const Matrix& a);
 
+// In a process that was forked one thread has to do, and a product of torch's may hang.
+bool is_forked();
 int torch_threads();
 bool in_parallel_region();
 
