@@ -114,7 +114,7 @@ class BuildPy(build_py):
         if not self.editable_mode:
             # What cells of one's own are compiled with.
             for path in (ROOT / "csrc").rglob("*"):
-                if path.suffix in (".h", ".cuh", ".cu"):
+                if path.suffix in (".h", ".cuh", ".cu", ".py"):
                     target = folder / "csrc" / path.relative_to(ROOT / "csrc")
                     target.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(path, target)

@@ -19,6 +19,8 @@ import threading
 import warnings
 from pathlib import Path
 
+import torch
+
 from fusedrnn import _build, printing, trials
 from fusedrnn.cells import kernels_of, register
 from fusedrnn.definition import DEFINITIONS, Definition
@@ -129,10 +131,10 @@ def headers() -> Path:
 
 
 @functools.cache
-def _of_headers() -> str:
+def _of_headers(folder: str) -> str:
     root = headers()
     found = hashlib.sha256()
-    for path in sorted([*root.glob("*.h"), *(root / "cpu").glob("*.h")]):
+    for path in sorted([*root.glob("*.h"), *(root / folder).glob("*.[hc]*")]):
         found.update(path.name.encode() + b"\0" + path.read_bytes())
     return found.hexdigest()
 
@@ -188,7 +190,7 @@ def _for_cpu(definition: Definition) -> None:
             lines = [line for line in done.stderr.splitlines() if "error" in line][:3] or done.stderr.splitlines()[-3:]
             raise RuntimeError(f"{path} could not compile it: " + "; ".join(lines))
 
-    key = "\0".join((source, " ".join(flags), path, version, _of_headers(), str(library)))
+    key = "\0".join((source, " ".join(flags), path, version, _of_headers("cpu"), str(library)))
     _build.add_cell(kept(name, ".so", key, make))
     register(definition.cell, "cpu")
 
@@ -216,7 +218,72 @@ def _for_triton(definition: Definition) -> None:
     register(definition.cell, "triton")
 
 
-_MAKERS = {"cpu": _for_cpu, "triton": _for_triton}
+def why_no_device_code() -> str:
+    """Why nothing can be compiled for CUDA at the first use of a cell; empty where it can."""
+    return "" if _device_code().has_compiler() else "neither NVRTC (of torch's wheels for CUDA) nor nvcc was found"
+
+
+@functools.cache
+def _device_code():
+    """csrc/cuda/device_code.py, which setup.py has as well."""
+    path = headers() / "cuda" / "device_code.py"
+    spec = importlib.util.spec_from_file_location("fusedrnn_device_code", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@functools.cache
+def _device_compiler():
+    return _device_code().find_compiler(torch.version.cuda or "", prefer="NVRTC")
+
+
+def _device_source(name: str, kernel: str) -> str:
+    """What is compiled of a cell: one instance of a kernel of csrc/cuda, "step_forward_Own4_float32_2_whole"."""
+    definition = DEFINITIONS.get(name)
+    struct = {"lstm": "Lstm", "gru": "Gru", "rnn_tanh": "RnnTanh", "rnn_relu": "RnnRelu"}.get(name, name)
+    file, own, dtype, size, rows = kernel.rsplit("_", 4)
+    lines = (
+        f"#define FUSEDRNN_OWN(X) X({own}, {dtype}, {size}, {rows})",
+        '#include "pointwise.h"',
+        "namespace fusedrnn {",
+        *([printing.cpp(definition.traced, struct)] if definition is not None else []),
+        f"using {own} = {struct};",
+        "}",
+        f'#include "cuda/{file}.cu"',
+        "",
+    )
+    return "\n".join(lines)
+
+
+def device_code(name: str, kernel: str, image: str) -> Path:
+    """The code of one kernel of a cell, for an image ("sm_90.cubin").
+
+    Raises:
+        RuntimeError: there is no compiler, or it says no.
+    """
+    tool, compiler = _device_code(), _device_compiler()
+    if compiler is None:
+        raise RuntimeError(f"the cell {name} cannot be compiled for CUDA: {why_no_device_code()}")
+    source = _device_source(name, kernel)
+
+    def make(target: Path) -> None:
+        path = target.with_suffix(".cu")
+        path.write_text(source)
+        tool.compile_source(compiler, path, image, target, [headers()])
+
+    key = "\0".join((source, image, repr(compiler), _of_headers("cuda")))
+    return kept(f"{name}-{kernel}", f".{image}", key, make)
+
+
+def _for_cuda(definition: Definition) -> None:
+    if why := why_no_device_code():
+        raise RuntimeError(why)
+    printing.cpp(definition.traced, definition.cell.name)
+    register(definition.cell, "cuda")  # compiled for a dtype and algorithm at the first call of it
+
+
+_MAKERS = {"cpu": _for_cpu, "triton": _for_triton, "cuda": _for_cuda}
 
 
 @_build.constant_when_compiled

@@ -294,8 +294,12 @@ class Layer(RecurrentLayer):
         if planning._forced:
             asked, _ = planning._innermost(tuple(planning._forced), asked, self.algorithm)
         asked = asked or planning.parse(os.environ.get(planning.ENVIRONMENT_VARIABLE, ""))[0]
-        backend = asked or ("cpu" if device.type == "cpu" else "triton")
-        why = compiled.ensure(name, backend) if backend in ("cpu", "triton", "cuda") else ""
+        why = ""
+        for backend in (asked,) if asked else ("cpu",) if device.type == "cpu" else ("cuda", "triton"):
+            if backend not in ("cpu", "triton", "cuda") or not (asked or planning.may_run(backend, device)):
+                continue
+            if not (why := compiled.ensure(name, backend)):
+                break
         if why and asked:
             raise RuntimeError(f"backend {backend!r} was asked for but cannot run: {why}")
         chosen = planning.choose(

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from fusedrnn import _build, trials
+from fusedrnn import _build, compiled, trials
 from fusedrnn.backends import cuda
 from fusedrnn.backends.common import MOST_ACCUMULATORS, simulator, simulator_folder
 from fusedrnn.cells import BUILT_IN, CELL_OF_MODE, CELLS, kernels_of
@@ -30,6 +30,8 @@ LOST = (
     "Lost is its speed; resets, return_all_states, recompute, record_gates, a length of 0, torch.compile and the "
     "transforms of torch.func run in the reference, a loop of torch's operations"
 )
+# What backend "cuda" needs for cells of one's own and for several heads, as a name in Machine.unavailable.
+DEVICE_CODE = "a compiler of device code"
 # What can be asked for: the op's backends, and torch's own op.
 NAMES = (*BACKENDS, "torch")
 
@@ -80,10 +82,6 @@ class Choice:
     instead: str | None = None
 
 
-# Backends whose kernels have a dense W_hh only.
-_ONE_HEAD = ("cuda",)
-
-
 def check_choice(backend: str | None, algorithm: str | None) -> None:
     """Raises ValueError on a name that does not exist."""
     if backend is not None and backend not in NAMES:
@@ -108,8 +106,9 @@ def unsupported(backend: str, problem: Problem, machine: Machine) -> str | None:
         return f"it has no kernels of the cell {problem.cell}"
     if (count := len(CELLS[problem.cell].accumulators)) > MOST_ACCUMULATORS.get(backend, count):
         return f"its kernels have up to {MOST_ACCUMULATORS[backend]} accumulators, the cell {problem.cell} has {count}"
-    if problem.heads != 1 and backend in _ONE_HEAD:
-        return f"its kernels have one head, got heads={problem.heads}"
+    own = problem.cell not in BUILT_IN or problem.heads != 1
+    if backend == "cuda" and own and machine.reason(DEVICE_CODE):
+        return f"its kernels of this cell with heads={problem.heads} are compiled first: {machine.reason(DEVICE_CODE)}"
     if backend == "cpu":
         return None if problem.device_type == "cpu" else f"it takes CPU tensors, got {problem.device_type}"
     if problem.device_type == "cpu" and backend in machine.on_cpu:
@@ -181,7 +180,15 @@ def machine() -> Machine:
         on_cpu.append("cuda")
     elif why := cuda.missing():
         unavailable.append(("cuda", why))
+    if "cuda" not in dict(unavailable) and (why := compiled.why_no_device_code()):
+        unavailable.append((DEVICE_CODE, why))
     return Machine(tuple(unavailable), tuple(on_cpu))
+
+
+@_build.constant_when_compiled
+def may_run(backend: str, device: torch.device) -> bool:
+    """Whether a backend has not been found unable to run at all."""
+    return machine_with(device).reason(backend) is None
 
 
 def machine_with(device: torch.device) -> Machine:
@@ -395,26 +402,22 @@ def plan(layer: torch.nn.Module, batch: int, *, steps: int | None = None, backwa
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
     weight = layer._weights()[1]
-    proj_size = getattr(layer, "proj_size", 0)
-    if layer.mode not in CELL_OF_MODE:  # a Layer, whose cell is compiled by that
-        choice = layer._choose(weight.dtype, weight.device)
-        return (
-            _on_cpu(choice, layer, layer.cell.cell, batch, weight, steps, backward)
-            if choice.backend == "cpu"
-            else choice
+    proj_size, heads = getattr(layer, "proj_size", 0), getattr(layer, "heads", 1)
+    if hasattr(layer, "cell"):  # a Layer, whose cell is compiled by that
+        cell, choice = layer.cell.cell, layer._choose(weight.dtype, weight.device)
+    else:
+        cell = CELL_OF_MODE[layer.mode]
+        choice = choose(
+            cell.name,
+            input_size=layer.input_size,
+            hidden_size=layer.hidden_size,
+            proj_size=proj_size,
+            dtype=weight.dtype,
+            device=weight.device,
+            backend=layer.backend,
+            algorithm=layer.algorithm,
+            try_out=False,
         )
-    cell = CELL_OF_MODE[layer.mode]
-    choice = choose(
-        cell.name,
-        input_size=layer.input_size,
-        hidden_size=layer.hidden_size,
-        proj_size=proj_size,
-        dtype=weight.dtype,
-        device=weight.device,
-        backend=layer.backend,
-        algorithm=layer.algorithm,
-        try_out=False,
-    )
     on_card = choice.backend in trials.ON_GPU and trials.applies(weight.device) and not choice.asked
     if on_card and steps is not None and isinstance(layer, torch.nn.RNNBase):
         out = proj_size or layer.hidden_size
@@ -441,6 +444,7 @@ def plan(layer: torch.nn.Module, batch: int, *, steps: int | None = None, backwa
         choice.algorithm,
         backward,
         steps,
+        heads,
     )
     return replace(choice, algorithm=details.algorithm, why=f"{choice.why}; {details.why}", details=details)
 

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import os
 import pickle
 import subprocess
@@ -12,7 +13,7 @@ import torch
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fusedrnn
-from fusedrnn import compiled, zoo
+from fusedrnn import compiled, planning, zoo
 from fusedrnn.definition import Definition
 
 ZOO = {name: value for name, value in vars(zoo).items() if isinstance(value, Definition)}
@@ -152,6 +153,42 @@ def test_heads(name, heads, poisoned):
 def test_triton(name, dtype, algorithm, poisoned):
     pytest.importorskip("triton")
     check(name, dtype, "triton", algorithm=algorithm, bidirectional=False, reset=True)
+
+
+def in_cuda():
+    often = (
+        ("mgu", torch.float32, "step", 1),
+        ("slstm", torch.float64, "step", 4),
+        ("slstm", torch.float32, "persistent", 2),
+    )
+    for name, dtype, algorithm, heads in itertools.product(
+        ZOO, (torch.float32, torch.float64, torch.bfloat16), ("step", "persistent"), (1, 2, 4)
+    ):
+        if (algorithm, dtype) == ("persistent", torch.float64):
+            continue
+        here = (name, dtype, algorithm, heads)
+        yield pytest.param(*here, marks=[] if here in often else [pytest.mark.slow])
+
+
+@pytest.mark.skipif("cuda" not in planning.machine().on_cpu, reason="the simulator needs nvcc, and has CPU tensors")
+@pytest.mark.parametrize("name, dtype, algorithm, heads", [*in_cuda()], ids=str)
+def test_cuda(name, dtype, algorithm, heads, poisoned):
+    check(name, dtype, "cuda", algorithm=algorithm, H=24, heads=heads, bidirectional=False, reset=True)
+
+
+@pytest.mark.skipif("cuda" not in planning.machine().on_cpu, reason="the simulator needs nvcc, and has CPU tensors")
+def test_plan_of_cuda():
+    layer = fusedrnn.Layer(zoo.slstm, 8, 512, heads=4, backend="cuda", dtype=torch.bfloat16)
+    choice = fusedrnn.plan(layer, 16)
+    assert (choice.algorithm, choice.details.grid[0]) == ("persistent", 4 * 128 // choice.details.units)
+    step = fusedrnn.plan(fusedrnn.Layer(zoo.slstm, 8, 512, heads=4, backend="cuda", dtype=torch.float64), 16)
+    assert step.algorithm == "step"
+    assert "float64 is for checking gradients" in step.why
+    five = fusedrnn.cell(gates=("a", "b", "c", "d", "e"), name="five")(
+        lambda x, u, s: x.a + u.a + x.b * x.c + u.d * u.e
+    )
+    with pytest.raises(RuntimeError, match="kernels have up to 4 accumulators"):
+        fusedrnn.plan(fusedrnn.Layer(five, 8, 8, backend="cuda"), 16)
 
 
 @pytest.mark.parametrize("name", ["mgu", "slstm", "zoneout_lstm"])

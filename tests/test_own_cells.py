@@ -9,9 +9,10 @@ from own_cells import OWN, compile_for_cpu
 from problems import Case, assert_close, inputs_of, make, models, run, widened
 from test_recurrence import need as recurrence_needs
 
-from fusedrnn import cells, ops, planning
+from fusedrnn import cells, compiled, ops, planning, zoo
+from fusedrnn.backends import cuda
 from fusedrnn.backends.common import Inputs
-from fusedrnn.cells import CELLS
+from fusedrnn.cells import BUILT_IN, CELLS
 from fusedrnn.functional import recurrence_of_states
 
 CASES = [
@@ -79,6 +80,50 @@ def in_triton():
 def test_triton_agrees_with_float64(cell, dtype, algorithm, case, poisoned, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     check(cell, "triton", algorithm, DTYPES[dtype], case)
+
+
+def in_cuda():
+    """Of a definition, and of built-in cells what has several heads: compiled kernel by kernel, some seconds each."""
+    often = {
+        ("mgu", "float32", "step", TRITON_CASES[2]),
+        ("slstm", "float32", "persistent", TRITON_CASES[1]),
+        ("slstm", "bfloat16", "step", TRITON_CASES[1]),
+        ("zoneout_lstm", "float64", "step", TRITON_CASES[2]),
+        ("peephole_lstm", "float32", "persistent", TRITON_CASES[3]),
+        ("gru", "float32", "persistent", TRITON_CASES[2]),
+    }
+    cells_of = ("mgu", "slstm", "peephole_lstm", "zoneout_lstm", "lstm", "gru", "rnn_tanh")
+    for cell, dtype, algorithm, case in itertools.product(cells_of, DTYPES, ("step", "persistent"), TRITON_CASES):
+        if (cell in BUILT_IN and case.heads == 1) or (algorithm, dtype) == ("persistent", "float64"):
+            continue
+        marks = [] if (cell, dtype, algorithm, case) in often else [pytest.mark.slow]
+        yield pytest.param(cell, dtype, algorithm, case, marks=marks)
+
+
+@pytest.mark.parametrize("cell, dtype, algorithm, case", [*in_cuda()], ids=str)
+def test_cuda_agrees_with_float64(cell, dtype, algorithm, case, poisoned, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    if cell not in BUILT_IN:
+        cell = getattr(zoo, cell).cell.name
+        recurrence_needs("cuda")
+        assert compiled.ensure(cell, "cuda") == ""
+    check(cell, "cuda", algorithm, DTYPES[dtype], case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["slstm", "zoneout_lstm"])
+def test_cuda_is_the_same_under_every_schedule(name):
+    recurrence_needs("cuda")
+    if torch.cuda.is_available():
+        pytest.skip("schedules are the simulator's")
+    cell, case = getattr(zoo, name).cell.name, TRITON_CASES[1]
+    assert compiled.ensure(cell, "cuda") == ""
+    given = make(case, torch.float32, cell=cell)
+    first = run(case, given, "cuda", "persistent", cell)
+    for seed in range(1, 6):
+        with cuda.simulator_options(seed=seed, torn=seed % 2 == 0):
+            for key, t in run(case, given, "cuda", "persistent", cell).items():
+                assert torch.equal(t, first[key]), (seed, key)
 
 
 @pytest.mark.parametrize("cell", NAMES)

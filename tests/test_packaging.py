@@ -230,7 +230,7 @@ def test_sdist_and_pure_wheel(checkout, tmp_path):
     for source, target in folders.items():
         files = [p for p in (checkout / source).rglob("*") if p.suffix in (".py", ".csv", ".typed")]
         wanted |= {f"{target}/{p.relative_to(checkout / source)}" for p in files}
-    headers = [p for p in (checkout / "csrc").rglob("*") if p.suffix in (".h", ".cuh", ".cu")]
+    headers = [p for p in (checkout / "csrc").rglob("*") if p.suffix in (".h", ".cuh", ".cu", ".py")]
     wanted |= {f"fusedrnn/csrc/{p.relative_to(checkout / 'csrc')}" for p in headers}
     assert found == wanted
 

@@ -40,6 +40,24 @@ template <typename Cell>
 constexpr int kSavedOrOne = Cell::kSaved > 0 ? Cell::kSaved : 1;
 template <typename Cell>
 constexpr bool kHasCellState = Cell::kStates > 1;
+// Room for arrays that may be empty.
+template <typename Cell>
+constexpr int kSlots = Cell::kStates > 2 ? Cell::kStates : 2;  // states: h, c and others
+template <typename Cell>
+constexpr int kParameterSlots = Cell::kParameters > 0 ? Cell::kParameters : 1;
+template <typename Cell>
+constexpr int kInputSlots = Cell::kInputs > 0 ? Cell::kInputs : 1;
+
+// The units of a block: from `first` to before `end`, those of a head, whose first is `head`; `block` counts in it.
+struct BlockUnits {
+  int first, head, end, block;
+};
+template <int kUnits>
+__device__ __forceinline__ BlockUnits units_of(int block, int hidden, int depth) {
+  if constexpr (!kOwn) return {block * kUnits, 0, hidden, block};
+  const int blocks = (depth + kUnits - 1) / kUnits, head = block / blocks, within = block % blocks;
+  return {head * depth + within * kUnits, head * depth, (head + 1) * depth, within};
+}
 
 // Partial sums of a forward block in shared memory: [row][warp][unit], all accumulators of a (row, unit) side
 // by side. Units are permuted by row so that neither the stores nor the loads of a quarter warp meet in a
@@ -142,42 +160,71 @@ struct BackwardSums {
 // biases and the hoisted input part.
 template <typename Cell, typename Accumulator, int kUnits = kForwardUnits>
 __device__ __forceinline__ void advance(const typename ForwardSums<Cell, Accumulator, kUnits>::Sum* at,
-                                        Accumulator* acc, Accumulator h_prev, Accumulator c_prev, Accumulator& h,
-                                        Accumulator& c, Accumulator* saved) {
-  static_assert(Cell::kStates <= 2 && Cell::kParameters == 0 && Cell::kInputs == 0, "not in these kernels yet");
+                                        Accumulator* acc, const Accumulator* prev, const Accumulator* parameters,
+                                        const Accumulator* inputs, Accumulator* next, Accumulator* saved) {
   ForwardSums<Cell, Accumulator, kUnits>::add_up(at, acc);
-  const Accumulator prev[2] = {h_prev, c_prev};
-  Accumulator next[2];
-  Cell::template forward<Accumulator>(acc, prev, nullptr, nullptr, next, saved);
-  h = next[0];
-  if constexpr (kHasCellState<Cell>) c = next[1];
+  Cell::template forward<Accumulator>(acc, prev, parameters, inputs, next, saved);
 }
 
 // What a thread knows of its two units of a row in a backward step.
 template <typename Cell, typename Accumulator>
 struct BackwardUnits {
-  Accumulator dh[2];  // dy, or dy + dh_n; what passed the matmul on the way back
-  Accumulator dc[2], saved[2][kSavedOrOne<Cell>], h[2], h_prev[2], c[2], c_prev[2];
-  Accumulator dacc[Cell::kAccumulators][2], dh_prev[2], dc_prev[2];
+  // Of h, c and other states. d[0] is dy, or dy + dh_n, and what passed the matmul on the way back.
+  Accumulator d[kSlots<Cell>][2], next[kSlots<Cell>][2], prev[kSlots<Cell>][2], dprev[kSlots<Cell>][2];
+  Accumulator saved[2][kSavedOrOne<Cell>], dacc[Cell::kAccumulators][2];
+  Accumulator parameters[kParameterSlots<Cell>][2], inputs[kInputSlots<Cell>][2];
+  Accumulator dparameters[kParameterSlots<Cell>][2], dinputs[kInputSlots<Cell>][2];
 
   // Nothing goes further back.
-  __device__ __forceinline__ void stop() { dh_prev[0] = dh_prev[1] = dc_prev[0] = dc_prev[1] = 0; }
+  __device__ __forceinline__ void stop() {
+#pragma unroll
+    for (int k = 0; k < kSlots<Cell>; ++k) dprev[k][0] = dprev[k][1] = 0;
+  }
+
+  // Unit j's place in arrays of T [parameters, H] and [inputs, N, H].
+  template <typename Scalar>
+  __device__ __forceinline__ void load_own(int j, const Scalar* parameters_at, int64_t hidden, const Scalar* inputs_at,
+                                           int64_t of_rows) {
+#pragma unroll
+    for (int k = 0; k < Cell::kParameters; ++k) parameters[k][j] = widen(parameters_at[k * hidden]);
+#pragma unroll
+    for (int k = 0; k < Cell::kInputs; ++k) inputs[k][j] = widen(inputs_at[k * of_rows]);
+  }
+  template <typename Scalar>
+  __device__ __forceinline__ void store_own(int j, Scalar* parameters_to, Scalar* inputs_to, int64_t of_rows) const {
+#pragma unroll
+    for (int k = 0; k < Cell::kParameters; ++k) parameters_to[k * of_rows] = narrow<Scalar>(dparameters[k][j]);
+#pragma unroll
+    for (int k = 0; k < Cell::kInputs; ++k) inputs_to[k * of_rows] = narrow<Scalar>(dinputs[k][j]);
+  }
 };
 
 // Two units of one row, one step back: the sums of all warps, then the cell.
 template <typename Cell, typename Accumulator>
 __device__ __forceinline__ void advance_back(const Accumulator* at, bool recurrent,
                                              BackwardUnits<Cell, Accumulator>& u) {
-  if (recurrent) BackwardSums<Accumulator>::add_up(at, u.dh);
+  constexpr int kStates = kSlots<Cell>, kParameters = kParameterSlots<Cell>, kInputs = kInputSlots<Cell>;
+  if (recurrent) BackwardSums<Accumulator>::add_up(at, u.d[0]);
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
-    const Accumulator d[2] = {u.dh[j], u.dc[j]}, next[2] = {u.h[j], u.c[j]}, prev[2] = {u.h_prev[j], u.c_prev[j]};
-    Accumulator dacc[Cell::kAccumulators], dprev[2] = {};
-    Cell::template backward<Accumulator>(d, u.saved[j], next, prev, nullptr, nullptr, dacc, dprev, nullptr, nullptr);
-    u.dh_prev[j] = dprev[0];
-    u.dc_prev[j] = dprev[1];
+    Accumulator d[kStates], next[kStates], prev[kStates], parameters[kParameters], inputs[kInputs];
+#pragma unroll
+    for (int k = 0; k < kStates; ++k) d[k] = u.d[k][j], next[k] = u.next[k][j], prev[k] = u.prev[k][j];
+#pragma unroll
+    for (int k = 0; k < Cell::kParameters; ++k) parameters[k] = u.parameters[k][j];
+#pragma unroll
+    for (int k = 0; k < Cell::kInputs; ++k) inputs[k] = u.inputs[k][j];
+    Accumulator dacc[Cell::kAccumulators], dprev[kStates] = {}, dparameters[kParameters], dinputs[kInputs];
+    Cell::template backward<Accumulator>(d, u.saved[j], next, prev, parameters, inputs, dacc, dprev, dparameters,
+                                         dinputs);
+#pragma unroll
+    for (int k = 0; k < kStates; ++k) u.dprev[k][j] = dprev[k];
 #pragma unroll
     for (int a = 0; a < Cell::kAccumulators; ++a) u.dacc[a][j] = dacc[a];
+#pragma unroll
+    for (int k = 0; k < Cell::kParameters; ++k) u.dparameters[k][j] = dparameters[k];
+#pragma unroll
+    for (int k = 0; k < Cell::kInputs; ++k) u.dinputs[k][j] = dinputs[k];
   }
 }
 

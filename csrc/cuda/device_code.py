@@ -65,24 +65,34 @@ def _nvrtc_libraries() -> list[str]:
     return [str(p) for p in sorted(found, key=lambda p: -int(p.suffix[1:]))]
 
 
-def find_compiler(cuda: str = "") -> Compiler | None:
+def find_compiler(cuda: str = "", prefer: str = "nvcc") -> Compiler | None:
     """$FUSEDRNN_NVRTC (the path of a libnvrtc.so, or 12 for that version's of PyPI); nvcc of CUDA_HOME, of the PATH, of
-    PyPI; NVRTC of PyPI; or None. Those of a later major version than `cuda` ("12.6") are passed over: the driver may be
-    of that version, and takes no later code.
+    PyPI; NVRTC of PyPI (first if it is preferred); or None. Those of a later major version than `cuda` ("12.6") are
+    passed over: the driver may be of that version, and takes no later code.
     """
     if forced := os.environ.get("FUSEDRNN_NVRTC"):
         path = next((p for p in _nvrtc_libraries() if p.endswith(f".so.{forced}")), forced)
         return Compiler("NVRTC", path, _version("NVRTC", path))
+    for kind, path in _compilers(prefer):
+        version = _version(kind, path)
+        if not cuda or not version or int(version.split(".")[0]) <= int(cuda.split(".")[0]):
+            return Compiler(kind, path, version)
+    return None
+
+
+def has_compiler() -> bool:
+    """Whether there is one of any version; starts nothing."""
+    return bool(os.environ.get("FUSEDRNN_NVRTC") or _compilers("NVRTC"))
+
+
+def _compilers(prefer: str) -> list[tuple[str, str]]:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     places = [str(Path(home) / "bin" / "nvcc")] if home else []
     places += [p for p in [shutil.which("nvcc")] if p]
     places += [str(Path(folder) / "nvidia" / "cu13" / "bin" / "nvcc") for folder in dict.fromkeys(sys.path)]
-    for kind, candidates in (("nvcc", places), ("NVRTC", _nvrtc_libraries())):
-        for path in filter(os.path.exists, candidates):
-            version = _version(kind, path)
-            if not cuda or not version or int(version.split(".")[0]) <= int(cuda.split(".")[0]):
-                return Compiler(kind, path, version)
-    return None
+    kinds = [("nvcc", places), ("NVRTC", _nvrtc_libraries())]
+    kinds = kinds if prefer == "nvcc" else kinds[::-1]
+    return [(kind, path) for kind, candidates in kinds for path in filter(os.path.exists, candidates)]
 
 
 def architectures(setting: str) -> tuple[list[str], list[str]]:
@@ -175,6 +185,17 @@ def compile_images(
     return files
 
 
+def compile_source(compiler: Compiler, source: Path, image: str, target: Path, include: Sequence[Path]) -> None:
+    """One source into one image; where NVRTC does not know a card's generation raises RuntimeError."""
+    number = re.sub(r"\D", "", image)
+    if compiler.kind == "NVRTC":
+        nvrtc(compiler.path, source, number, [target], include)
+        return
+    kind = ["-ptx", f"-arch=compute_{number}"] if image.endswith(".ptx") else ["-cubin", f"-arch=sm_{number}"]
+    folders = [f"-I{folder}" for folder in include]
+    _run([compiler.path, "-std=c++17", "-O3", *folders, *kind, str(source), "-o", str(target)])
+
+
 def _run(command: Sequence[str]) -> None:
     ran = subprocess.run(command, capture_output=True, text=True)
     if ran.returncode:
@@ -193,7 +214,7 @@ def _compile(compiler: Compiler, source: Path, number: str, files: Sequence[Path
         made = path if path.suffix == ".ptx" else made
 
 
-def nvrtc(library: str, source: Path, number: str, files: Sequence[Path] = ()) -> str:
+def nvrtc(library: str, source: Path, number: str, files: Sequence[Path] = (), include: Sequence[Path] = ()) -> str:
     """Compiles one source, writes the files; returns the log. Raises RuntimeError with it."""
     for path in Path(library).parent.glob("libnvrtc-builtins.so.*"):  # it does not always look there itself
         ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
@@ -210,7 +231,8 @@ def nvrtc(library: str, source: Path, number: str, files: Sequence[Path] = ()) -
 
     # Without machine code only the front end runs, for PTX.
     target = "sm" if any(path.suffix == ".cubin" for path in files) else "compute"
-    options = ["--std=c++17", "-default-device", f"--gpu-architecture={target}_{number}", f"-I{source.parent}"]
+    options = ["--std=c++17", "-default-device", f"--gpu-architecture={target}_{number}"]
+    options += [f"-I{folder}" for folder in (source.parent, *include)]
     created = rtc.nvrtcCreateProgram(ctypes.byref(program), source.read_bytes(), source.name.encode(), 0, None, None)
     if created:
         raise RuntimeError(f"NVRTC cannot begin: error {created}")

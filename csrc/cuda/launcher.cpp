@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include <deque>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -25,7 +26,7 @@ using Context = void*;
 using Module = void*;
 using Function = void*;
 using Stream = void*;
-constexpr Result kSuccess = 0, kUnknown = 999;
+constexpr Result kSuccess = 0, kUnknown = 999, kNoCode = FUSEDRNN_NO_CODE;
 constexpr int kMajor = 75, kMinor = 76;          // CUdevice_attribute: compute capability
 constexpr int kCooperative = 95;                 // CUdevice_attribute: cooperative launches
 constexpr unsigned kPortable = 1, kMapped = 2;   // CU_MEMHOSTALLOC: every context's, and the device's at that address
@@ -70,13 +71,17 @@ struct Failure {
 
 thread_local std::string last_error;
 
-// What is to be known of a cell; its number is its place.
+// What is to be known of a cell; its number is its place. instances: the cell under which its kernels are listed.
 struct CellFacts {
-  const char* name;
+  std::string name;
   int gates, accumulators, saved;
   bool gap;
+  int instances;
+  int states = 2;
+  bool own = false;
 };
-#define FUSEDRNN_FACTS(Cell, gates, _) {Cell::kName, gates, Cell::kAccumulators, Cell::kSaved, Gap<Cell>::kAny},
+#define FUSEDRNN_FACTS(Cell, gates, _) \
+  {Cell::kName, gates, Cell::kAccumulators, Cell::kSaved, Gap<Cell>::kAny, k##Cell##Cell},
 const CellFacts kCells[] = {FUSEDRNN_EACH_CELL(FUSEDRNN_FACTS, )};
 #undef FUSEDRNN_FACTS
 constexpr int kCellCount = sizeof(kCells) / sizeof(kCells[0]);
@@ -84,10 +89,11 @@ constexpr int kCellCount = sizeof(kCells) / sizeof(kCells[0]);
 FUSEDRNN_EACH_CELL(FUSEDRNN_CHECK, )
 #undef FUSEDRNN_CHECK
 
-const CellFacts& facts_of(int cell) {
-  if (cell < 0 || cell >= kCellCount) throw Failure{"there is no cell " + std::to_string(cell)};
-  return kCells[cell];
-}
+// Cells under which kernels of one's own are listed, by their number of gates.
+#define FUSEDRNN_NUMBER(Cell, gates, _) k##Cell##Cell = kCellCount + gates,
+enum { FUSEDRNN_EACH_OWN_CELL(FUSEDRNN_NUMBER, ) };
+#undef FUSEDRNN_NUMBER
+constexpr int kMostGates = 4;
 
 // Bytes of an element, and of what sums are kept in.
 int element_size(int dtype) { return dtype == kFloat64 ? 8 : dtype == kBfloat16 || dtype == kFloat16 ? 2 : 4; }
@@ -124,19 +130,22 @@ enum {
 #define FUSEDRNN_IN_PERSISTENT_FORWARD_WIDE(...) FUSEDRNN_OF("persistent_forward_wide", __VA_ARGS__)
 #define FUSEDRNN_IN_PERSISTENT_BACKWARD(...) FUSEDRNN_OF("persistent_backward", __VA_ARGS__)
 #define FUSEDRNN_IN_STEP_LINEAR(dtype, size, rows) {0, dtype, size, rows, "step_linear_" #dtype "_" #size "_" #rows},
+#define FUSEDRNN_ALL(OF, X) FUSEDRNN_EACH_CELL(OF, X) FUSEDRNN_EACH_OWN_CELL(OF, X)
 const File kFiles[kFileCount] = {
-    {"step_forward", {FUSEDRNN_STEP_FORWARD(FUSEDRNN_IN_STEP_FORWARD)}},
-    {"step_backward", {FUSEDRNN_STEP_BACKWARD(FUSEDRNN_IN_STEP_BACKWARD)}},
+    {"step_forward", {FUSEDRNN_ALL(FUSEDRNN_STEP_FORWARD_OF, FUSEDRNN_IN_STEP_FORWARD)}},
+    {"step_backward", {FUSEDRNN_ALL(FUSEDRNN_STEP_BACKWARD_OF, FUSEDRNN_IN_STEP_BACKWARD)}},
     {"step_linear", {FUSEDRNN_STEP_LINEAR(FUSEDRNN_IN_STEP_LINEAR)}},
-    {"persistent_forward", {FUSEDRNN_PERSISTENT_FORWARD(FUSEDRNN_IN_PERSISTENT_FORWARD)}},
-    {"persistent_forward_wide", {FUSEDRNN_PERSISTENT_FORWARD_WIDE(FUSEDRNN_IN_PERSISTENT_FORWARD_WIDE)}},
-    {"persistent_backward", {FUSEDRNN_PERSISTENT_BACKWARD(FUSEDRNN_IN_PERSISTENT_BACKWARD)}},
+    {"persistent_forward", {FUSEDRNN_ALL(FUSEDRNN_PERSISTENT_FORWARD_OF, FUSEDRNN_IN_PERSISTENT_FORWARD)}},
+    {"persistent_forward_wide",
+     {FUSEDRNN_ALL(FUSEDRNN_PERSISTENT_FORWARD_WIDE_OF, FUSEDRNN_IN_PERSISTENT_FORWARD_WIDE)}},
+    {"persistent_backward", {FUSEDRNN_ALL(FUSEDRNN_PERSISTENT_BACKWARD_OF, FUSEDRNN_IN_PERSISTENT_BACKWARD)}},
 };
 
 // The place in its file of the instance with the smallest size from `size` on, or with the largest; is_whole(size) is
 // asked for the one found.
 template <typename Whole>
-int pick(int file, int cell, int dtype, int64_t size, const Whole& is_whole) {
+int pick(int file, const CellFacts* of, int dtype, int64_t size, const Whole& is_whole) {
+  const int cell = of ? of->instances : 0;
   const std::vector<Instance>& all = kFiles[file].instances;
   int found = -1;
   for (int i = 0; i < int(all.size()); ++i) {
@@ -187,18 +196,46 @@ struct FusedrnnKernels {
   int version = 0;
   std::string folder;
 
-  // A kernel of the context that is current; a block may have so much dynamic shared memory.
-  Function function(int file, int instance, int shared) {
+  // A cell by its number: built in, or of one's own.
+  const CellFacts& facts(int cell) {
+    const std::lock_guard<std::mutex> held(lock_);
+    if (cell >= 0 && cell < kCellCount) return kCells[cell];
+    if (cell < 0 || cell - kCellCount >= int(own_.size())) throw Failure{"there is no cell " + std::to_string(cell)};
+    return own_[cell - kCellCount];
+  }
+
+  // The number of a cell of one's own.
+  int add(const FusedrnnOwnCell& cell) {
+    const std::lock_guard<std::mutex> held(lock_);
+    if (cell.gates < 1 || cell.gates > kMostGates)
+      throw Failure{"a cell has 1 to " + std::to_string(kMostGates) + " gates, got " + std::to_string(cell.gates)};
+    own_.push_back({cell.name, cell.gates, cell.accumulators, cell.saved, cell.gap != 0, kCellCount + cell.gates,
+                    cell.states, true});
+    return kCellCount + int(own_.size()) - 1;
+  }
+
+  // One more image of a kernel of a cell of one's own.
+  void add_code(int cell, const char* kernel, const char* path) {
+    facts(cell);
+    const std::lock_guard<std::mutex> held(lock_);
+    code_[{cell, kernel}].push_back(path);
+  }
+
+  // A kernel of the context that is current; a block may have so much dynamic shared memory. own: a cell of one's own,
+  // whose kernels have a file each; -1: one that is built in.
+  Function function(int file, int instance, int shared, int own) {
     const std::lock_guard<std::mutex> held(lock_);
     Context context = nullptr;
     check(driver.cuCtxGetCurrent(&context), "cuCtxGetCurrent");
-    Loaded& loaded = contexts_[context][file];
+    const char* name = kFiles[file].instances[instance].name;
+    const std::string from = own >= 0 ? name : kFiles[file].name;
+    if (own >= 0 && code_[{own, from}].empty()) throw Failure{name, kNoCode};
+    Loaded& loaded = contexts_[context][{own, from}];
     if (loaded.module == nullptr) {
-      loaded.module = load(kFiles[file].name);
+      loaded.module = load(own, from);
       loaded.kernels.resize(kFiles[file].instances.size());
     }
     Kernel& kernel = loaded.kernels[instance];
-    const char* name = kFiles[file].instances[instance].name;
     if (kernel.function == nullptr) check(driver.cuModuleGetFunction(&kernel.function, loaded.module, name), name);
     if (shared > kernel.allowed_shared) {
       // It belongs to the function, not to a launch: it only grows, or the larger of two launches might find it small.
@@ -271,20 +308,29 @@ struct FusedrnnKernels {
     ~Relaxed() { driver.cuThreadExchangeStreamCaptureMode(&mode); }
   };
   std::mutex lock_;
-  std::map<Context, Loaded[kFileCount]> contexts_;
+  using Code = std::pair<int, std::string>;  // a cell of one's own, and the kernel; or -1, and the file
+  std::map<Context, std::map<Code, Loaded>> contexts_;
+  std::map<Code, std::vector<std::string>> code_;
+  std::deque<CellFacts> own_;  // they stay where they are
   std::map<int, Context> primaries_;
   int32_t* fault_ = nullptr;
 
   // The first image that is there and that the driver takes.
-  Module load(const char* file) {
+  Module load(int own, const std::string& file) {
     Device device = 0;
     int major = 0, minor = 0;
     check(driver.cuCtxGetDevice(&device), "cuCtxGetDevice");
     check(driver.cuDeviceGetAttribute(&major, kMajor, device), "cuDeviceGetAttribute");
     check(driver.cuDeviceGetAttribute(&minor, kMinor, device), "cuDeviceGetAttribute");
     std::string refused;
-    for (const std::string& image : images_for(major, minor)) {
-      const std::string code = read(path_of(folder, file, image));
+    std::vector<std::string> paths;
+    if (own >= 0) {
+      paths = code_[{own, file}];
+    } else {
+      for (const std::string& image : images_for(major, minor)) paths.push_back(path_of(folder, file.c_str(), image));
+    }
+    for (const std::string& path : paths) {
+      const std::string code = read(path);
       if (code.empty()) continue;
       char log[2048] = "";
       int options[] = {kErrorLog, kErrorLogSize};
@@ -296,11 +342,12 @@ struct FusedrnnKernels {
         result = driver.cuModuleLoadDataEx(&module, code.c_str(), 2, options, values);
       }
       if (result == kSuccess) return module;
-      refused += (refused.empty() ? " does not take " : ", nor ") + path_of(folder, file, image) + ": " +
-                 words(result) + (*log ? ": " : "") + log;
+      refused +=
+          (refused.empty() ? " does not take " : ", nor ") + path + ": " + words(result) + (*log ? ": " : "") + log;
     }
     const std::string card = "compute capability " + std::to_string(major) + "." + std::to_string(minor);
-    if (refused.empty()) throw Failure{"there is no code of " + std::string(file) + " for " + card + " in " + folder};
+    if (refused.empty())
+      throw Failure{"there is no code of " + file + " for " + card + (own >= 0 ? "" : " in " + folder)};
     throw Failure{"the driver (" + version_in_words(version) + ", a card of " + card + ")" + refused +
                   ". A newer driver may"};
   }
@@ -332,9 +379,10 @@ class Queue {
   Queue(const Queue&) = delete;
   Queue& operator=(const Queue&) = delete;
 
-  void launch(int file, int instance, unsigned x, unsigned y, int shared, void* argument, bool cooperative = false) {
+  void launch(int file, int instance, unsigned x, unsigned y, int shared, void* argument, int own = -1,
+              bool cooperative = false) {
     const Driver& driver = kernels_.driver;
-    const Function function = kernels_.function(file, instance, shared);
+    const Function function = kernels_.function(file, instance, shared, own);
     const char* name = kFiles[file].instances[instance].name;
     void* arguments[] = {argument};
     kernels_.check(
@@ -345,6 +393,7 @@ class Queue {
   }
 
   int32_t* fault() { return kernels_.fault(); }
+  const CellFacts& facts(int cell) { return kernels_.facts(cell); }
 
  private:
   FusedrnnKernels& kernels_;
@@ -376,36 +425,48 @@ const void* at(const void* array, int64_t count, int size) {
 void* at(void* array, int64_t count, int size) { return array ? static_cast<char*>(array) + count * size : nullptr; }
 
 // 16 or 32 rows of the batch a block.
-int pick_step(int file, int cell, int dtype, int rows, bool is_whole) {
+int pick_step(int file, const CellFacts* cell, int dtype, int rows, bool is_whole) {
   return pick(file, cell, dtype, rows <= 16 ? 2 : 4, [&](int) { return is_whole; });
 }
 
-void launch_step(Queue& queue, int file, int instance, int64_t columns, int units, int rows, int shared_of_tile,
-                 int shared, void* argument) {
+void launch_step(Queue& queue, int file, int instance, int64_t across, int rows, int shared_of_tile, int shared,
+                 void* argument, int own = -1) {
   const int tiles = kFiles[file].instances[instance].size;
   // Rows are along x, which takes any number of blocks: recompute's gates are a step of all rows of a sequence.
-  queue.launch(file, instance, blocks(rows, tiles * 8), blocks(columns, units), tiles * shared_of_tile + shared,
-               argument);
+  queue.launch(file, instance, blocks(rows, tiles * 8), unsigned(across), tiles * shared_of_tile + shared, argument,
+               own);
 }
 
 int backward_shared(int dtype) { return kBackwardSums * accumulator_size(dtype); }
 
 void linear(Queue& queue, int dtype, Linear<void>& p) {
   const bool is_whole = aligned(p.a) && p.k * element_size(dtype) % 16 == 0 && aligned(p.from);
-  launch_step(queue, kStepLinear, pick_step(kStepLinear, 0, dtype, p.rows, is_whole), p.n, kBackwardUnits, p.rows, 0,
-              backward_shared(dtype), &p);
+  launch_step(queue, kStepLinear, pick_step(kStepLinear, nullptr, dtype, p.rows, is_whole), blocks(p.n, kBackwardUnits),
+              p.rows, 0, backward_shared(dtype), &p);
 }
 
+// What a call says beside what those of built-in cells say; one head and nothing else for these.
+template <typename Own, typename Plain>
+Own own_part(const CellFacts& cell, const Plain& p) {
+  Own own{};
+  own.heads = 1;
+  return cell.own ? reinterpret_cast<const Own&>(p) : own;
+}
+
+// Blocks along the units, of every head its own.
+int64_t across(int64_t hidden, int64_t heads, int units) { return heads * blocks(hidden / heads, units); }
+
 void step_forward(Queue& queue, const FusedrnnForward& p) {
-  const CellFacts& cell = facts_of(p.cell);
+  const CellFacts& cell = queue.facts(p.cell);
+  const auto own = own_part<FusedrnnOwnForward>(cell, p);
   const int size = element_size(p.dtype), wide = accumulator_size(p.dtype);
   const Timeline timeline{p.offsets_host, p.batch, p.steps};
   const bool is_whole = aligned(p.x) && p.input * size % 16 == 0 && aligned(p.w_ih) && aligned(p.w_hh) &&
-                        p.out * size % 16 == 0 && aligned(p.h0) && aligned(p.y);
+                        p.out / own.heads * size % 16 == 0 && aligned(p.h0) && aligned(p.y);
   const int direction = p.reverse ? -1 : 1;
   for (int64_t s = 0, t = p.reverse ? p.steps - 1 : 0; s < p.steps; ++s, t += direction) {
     const Rows step = timeline.at(t, direction);
-    ForwardStep<void, void> now{};
+    OwnForwardStep<void, void> now{};
     now.x = at(p.x, step.offset * p.input, size);
     now.h_before = at(p.y, step.before_offset * p.out, size);
     now.h0 = p.h0;
@@ -428,8 +489,17 @@ void step_forward(Queue& queue, const FusedrnnForward& p) {
     now.rows = step.rows;
     now.before_rows = step.before_rows;
     now.next_rows = step.next_rows;
-    launch_step(queue, kStepForward, pick_step(kStepForward, p.cell, p.dtype, step.rows, is_whole), p.hidden,
-                kForwardUnits, step.rows, 8 * forward_bytes_per_row(cell.accumulators, wide, kForwardUnits), 0, &now);
+    if (cell.own) {
+      now.parameters = own.parameters;
+      now.inputs = at(own.inputs, step.offset * p.hidden, size);
+      now.of_state = p.batch * p.hidden;
+      now.of_rows = own.rows * p.hidden;
+      now.of_cells = p.cells ? now.of_rows : now.of_state;
+      now.depth = int(p.hidden / own.heads);
+    }
+    launch_step(queue, kStepForward, pick_step(kStepForward, &cell, p.dtype, step.rows, is_whole),
+                across(p.hidden, own.heads, kForwardUnits), step.rows,
+                8 * forward_bytes_per_row(cell.accumulators, wide, kForwardUnits), 0, &now, cell.own ? p.cell : -1);
     if (p.w_hr) {
       Linear<void> project{};
       project.a = p.w_hr;
@@ -446,12 +516,13 @@ void step_forward(Queue& queue, const FusedrnnForward& p) {
 }
 
 void step_backward(Queue& queue, const FusedrnnBackward& p) {
-  const CellFacts& cell = facts_of(p.cell);
+  const CellFacts& cell = queue.facts(p.cell);
+  const auto own = own_part<FusedrnnOwnBackward>(cell, p);
   const int size = element_size(p.dtype);
   const Timeline timeline{p.offsets_host, p.batch, p.steps};
   const int direction = p.reverse ? 1 : -1;
   for (int64_t s = 0, t = p.reverse ? 0 : p.steps - 1; s < p.steps; ++s, t += direction) {
-    BackwardStep<void> now{};
+    OwnBackwardStep<void> now{};
     now.call = p;
     now.step = timeline.at(t, direction);
     now.next_offset = timeline.offset(t + direction);
@@ -483,19 +554,31 @@ void step_backward(Queue& queue, const FusedrnnBackward& p) {
       up.k = p.out;
       up.matmul_rows = step.rows;
     }
-    const bool is_whole = aligned(up.a) && (cell.gap ? p.hidden : up.k) * size % 16 == 0 && aligned(up.from);
-    launch_step(queue, kStepBackward, pick_step(kStepBackward, p.cell, p.dtype, step.rows, is_whole), p.hidden,
-                kBackwardUnits, step.rows, 0, backward_shared(p.dtype), &now);
+    if (cell.own) {
+      now.parameters = own.parameters;
+      now.inputs = own.inputs;
+      now.dparameters = own.dparameters;
+      now.dinputs = own.dinputs;
+      now.of_state = p.batch * p.hidden;
+      now.of_rows = own.rows * p.hidden;
+      now.depth = int(p.hidden / own.heads);
+    }
+    const int64_t run = cell.own ? p.hidden / own.heads : cell.gap ? p.hidden : up.k;
+    const bool is_whole = aligned(up.a) && run * size % 16 == 0 && aligned(up.from);
+    launch_step(queue, kStepBackward, pick_step(kStepBackward, &cell, p.dtype, step.rows, is_whole),
+                across(p.hidden, own.heads, kBackwardUnits), step.rows, 0, backward_shared(p.dtype), &now,
+                cell.own ? p.cell : -1);
   }
 }
 
 // ---- persistent
 
-// The smallest instance that holds rows of weights: `parts` runs of H elements, each rounded up to whole packets.
-int pick_persistent(int file, int cell, int dtype, int64_t hidden, int parts) {
+// The smallest instance that holds rows of weights: `parts` runs of as many elements as a head has units, each rounded
+// up to whole packets.
+int pick_persistent(int file, const CellFacts& cell, int dtype, int64_t hidden, int parts) {
   const int per_packet = 16 / element_size(dtype);
   const int64_t row_bytes = int64_t(blocks(hidden, per_packet)) * 16 * parts;
-  const int instance = pick(file, cell, dtype, blocks(row_bytes, kChunkBytes), [&](int chunks) {
+  const int instance = pick(file, &cell, dtype, blocks(row_bytes, kChunkBytes), [&](int chunks) {
     return hidden % per_packet == 0 && row_bytes == int64_t(chunks) * kChunkBytes;
   });
   if (row_bytes > int64_t(kFiles[file].instances[instance].size) * kChunkBytes)
@@ -504,25 +587,30 @@ int pick_persistent(int file, int cell, int dtype, int64_t hidden, int parts) {
 }
 
 void persistent_forward(Queue& queue, const FusedrnnForward& p) {
-  FusedrnnForward copy = p;
-  copy.fault = queue.fault();
-  const CellFacts& cell = facts_of(p.cell);
+  const CellFacts& cell = queue.facts(p.cell);
+  FusedrnnOwnForward copy = own_part<FusedrnnOwnForward>(cell, p);
+  copy.plain = p;
+  copy.plain.fault = queue.fault();
   const int file = p.units == kWideUnits ? kPersistentForwardWide : kPersistentForward;
   const int row = forward_bytes_per_row(cell.accumulators, accumulator_size(p.dtype), p.units);
   const int ahead = forward_ahead_bytes(p.slice_rows, cell.gates, element_size(p.dtype), p.units);
-  queue.launch(file, pick_persistent(file, p.cell, p.dtype, p.hidden, 1), blocks(p.hidden, p.units), unsigned(p.groups),
-               2 * forward_buffer_bytes(p.slice_rows, row) + ahead, &copy, true);
+  queue.launch(file, pick_persistent(file, cell, p.dtype, p.hidden / copy.heads, 1),
+               unsigned(across(p.hidden, copy.heads, p.units)), unsigned(p.groups),
+               2 * forward_buffer_bytes(p.slice_rows, row) + ahead, &copy, cell.own ? p.cell : -1, true);
 }
 
 void persistent_backward(Queue& queue, const FusedrnnBackward& p) {
-  FusedrnnBackward copy = p;
-  copy.fault = queue.fault();
-  const CellFacts& cell = facts_of(p.cell);
+  const CellFacts& cell = queue.facts(p.cell);
+  FusedrnnOwnBackward copy = own_part<FusedrnnOwnBackward>(cell, p);
+  copy.plain = p;
+  copy.plain.fault = queue.fault();
   const int size = element_size(p.dtype), wide = accumulator_size(p.dtype);
   const int shared = 2 * kBackwardSums * wide + backward_stage_bytes(cell.accumulators, size) +
-                     backward_ahead_bytes(cell.saved, size, wide);
-  queue.launch(kPersistentBackward, pick_persistent(kPersistentBackward, p.cell, p.dtype, p.hidden, cell.gates),
-               blocks(p.hidden, kBackwardUnits), unsigned(p.groups), shared, &copy, true);
+                     backward_ahead_bytes(cell.saved, backward_states(cell.states), size, wide);
+  queue.launch(kPersistentBackward,
+               pick_persistent(kPersistentBackward, cell, p.dtype, p.hidden / copy.heads, cell.gates),
+               unsigned(across(p.hidden, copy.heads, kBackwardUnits)), unsigned(p.groups), shared, &copy,
+               cell.own ? p.cell : -1, true);
 }
 
 template <typename Params>
@@ -602,7 +690,25 @@ const char* fusedrnn_fault(FusedrnnKernels* kernels) {
 
 const char* fusedrnn_error() { return last_error.c_str(); }
 
-const char* fusedrnn_cell_name(int cell) { return cell < kCellCount ? kCells[cell].name : nullptr; }
+const char* fusedrnn_cell_name(int cell) { return cell < kCellCount ? kCells[cell].name.c_str() : nullptr; }
+
+int fusedrnn_add_cell(FusedrnnKernels* kernels, const FusedrnnOwnCell* cell) {
+  try {
+    return kernels->add(*cell);
+  } catch (const Failure& failure) {
+    last_error = failure.words;
+    return -1;
+  }
+}
+
+int fusedrnn_add_code(FusedrnnKernels* kernels, int cell, const char* kernel, const char* path) {
+  try {
+    return kernels->add_code(cell, kernel, path), 0;
+  } catch (const Failure& failure) {
+    last_error = failure.words;
+    return failure.result;
+  }
+}
 
 const char* fusedrnn_images(const char* folder, int major, int minor) {
   static thread_local std::string names;

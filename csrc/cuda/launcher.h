@@ -33,7 +33,15 @@ FUSEDRNN_API const char* fusedrnn_error(void);
 // The images in a folder that a card of a compute capability may take, the best first, with spaces between them. Asks
 // no driver. Valid until the next call of this thread.
 FUSEDRNN_API const char* fusedrnn_images(const char* folder, int major, int minor);
-// The name of the cell of that number; null after the last.
+// The number of a cell of one's own; -1: fusedrnn_error() says why. Its calls take FusedrnnOwnForward and
+// FusedrnnOwnBackward, of which they are given the beginning. A call that needs a kernel which has no code yet returns
+// FUSEDRNN_NO_CODE, fusedrnn_error() is its name, and the call may be made again when it has.
+#define FUSEDRNN_NO_CODE 998
+FUSEDRNN_API int fusedrnn_add_cell(FusedrnnKernels*, const FusedrnnOwnCell*);
+// An image of such a kernel; of several the first that the driver takes is loaded. 0, or 999 and fusedrnn_error() says
+// why.
+FUSEDRNN_API int fusedrnn_add_code(FusedrnnKernels*, int cell, const char* kernel, const char* path);
+// The name of the built-in cell of that number; null after the last.
 FUSEDRNN_API const char* fusedrnn_cell_name(int cell);
 
 #ifdef __cplusplus

@@ -7,6 +7,13 @@
 
 namespace fusedrnn {
 
+// Whether this is compiled for a cell of one's own, with any number of states, parameters, inputs and heads.
+#ifdef FUSEDRNN_OWN
+constexpr bool kOwn = true;
+#else
+constexpr bool kOwn = false;
+#endif
+
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kForwardUnits = 8;
@@ -38,15 +45,17 @@ constexpr int kBackwardPitch = kBackwardUnits + 4;
 constexpr int kBackwardSums = kWarps * kBackwardRows * kBackwardPitch;
 
 // Shared memory of a persistent backward block: two buffers of sums, the packets that warps stage, and two buffers of
-// what is copied ahead. A thread's share of those, of its two units: what is saved, dy, h, h', dcells, c'; of a
-// row a reset.
+// what is copied ahead. A thread's share of those, of its two units: what is saved, dy, h, h', dcells, c' (and those of
+// other states); of a row a reset.
 FUSEDRNN_HD constexpr int backward_stage_bytes(int accumulators, int scalar_bytes) {
   return kThreads / 8 * accumulators * kBackwardUnits * scalar_bytes;
 }
-FUSEDRNN_HD constexpr int backward_ahead_bytes(int saved, int scalar_bytes, int accumulator_bytes) {
-  return 2 * (kThreads * 2 * ((saved + 3) * scalar_bytes + 2 * accumulator_bytes) + kBackwardRows * 4 +
+FUSEDRNN_HD constexpr int backward_ahead_bytes(int saved, int states, int scalar_bytes, int accumulator_bytes) {
+  return 2 * (kThreads * 2 * ((saved + 3) * scalar_bytes + 2 * states * accumulator_bytes) + kBackwardRows * 4 +
               kWarps * kOffsetsOfStep);
 }
+// The states after h that there is room for.
+FUSEDRNN_HD constexpr int backward_states(int states) { return states > 2 ? states - 1 : 1; }
 
 // The blocks of a row of dgates that W_hh multiplies: gate g's is block g, from gate kFirst on kWidth blocks on.
 template <typename Cell>
@@ -63,7 +72,7 @@ struct Gap {
       if (Cell::h_acc(gate) != gate + kWidth) return false;
     return true;
   }();
-  static_assert(kOnlyOne, "accumulators that h feeds are in the order of the gates, with at most one gap");
+  static_assert(kOwn || kOnlyOne, "accumulators that h feeds are in the order of the gates, with at most one gap");
 };
 
 // The arguments of step. The launcher knows no element types: there Scalar and Accumulator are void.
@@ -114,5 +123,39 @@ struct BackwardStep {
   int64_t next_offset;
   Upstream<Scalar> up;
 };
+
+// Of a cell of one's own. From an array of a state to the next one's it is of_state elements where there are B rows,
+// of_cells in forward's c, of_rows where there are N; depth is the units of a head.
+template <typename Scalar, typename Accumulator>
+struct OwnForwardStep : ForwardStep<Scalar, Accumulator> {
+  const Scalar *parameters, *inputs;  // inputs at the first row of the step
+  int64_t of_state, of_cells, of_rows;
+  int depth;
+};
+
+template <typename Scalar>
+struct OwnBackwardStep : BackwardStep<Scalar> {
+  const Scalar *parameters, *inputs;
+  Scalar *dparameters, *dinputs;
+  int64_t of_state, of_rows;
+  int depth;
+};
+
+// The arguments of a kernel.
+#ifdef FUSEDRNN_OWN
+template <typename Scalar, typename Accumulator>
+using ForwardStepOf = OwnForwardStep<Scalar, Accumulator>;
+template <typename Scalar>
+using BackwardStepOf = OwnBackwardStep<Scalar>;
+using ForwardOf = FusedrnnOwnForward;
+using BackwardOf = FusedrnnOwnBackward;
+#else
+template <typename Scalar, typename Accumulator>
+using ForwardStepOf = ForwardStep<Scalar, Accumulator>;
+template <typename Scalar>
+using BackwardStepOf = BackwardStep<Scalar>;
+using ForwardOf = FusedrnnForward;
+using BackwardOf = FusedrnnBackward;
+#endif
 
 }  // namespace fusedrnn

@@ -72,3 +72,32 @@ typedef struct {
   int32_t units;  // 16
   int32_t* fault;
 } FusedrnnBackward;
+
+// The same for cells of one's own. K states after h: c0, c_n, dc0, dc_n and what is c above hold one after the other,
+// [K, B, H], [K, N, H]; state is [K, B, H]. With heads W_hh is [G * H, H / heads], w_hh_t [H, G, H / heads]; persistent
+// pads each head to whole packets, and dgates is [N, heads, A, packets of H / heads].
+typedef struct {
+  FusedrnnForward plain;
+  const void* parameters;  // T [parameters, H]
+  const void* inputs;      // T [inputs, N, H]
+  int64_t rows;            // N
+  int64_t heads;
+} FusedrnnOwnForward;
+
+typedef struct {
+  FusedrnnBackward plain;
+  const void* parameters;
+  const void* inputs;
+  void* dparameters;  // T [parameters, N, H]: of every row
+  void* dinputs;      // T [inputs, N, H]
+  int64_t rows;
+  int64_t heads;
+} FusedrnnOwnBackward;
+
+// What is to be known of a cell of one's own.
+typedef struct {
+  const char* name;
+  int32_t gates, accumulators, saved, states;
+  int32_t gap;  // whether x alone feeds an accumulator
+  int32_t reserved;
+} FusedrnnOwnCell;

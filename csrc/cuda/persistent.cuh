@@ -45,6 +45,34 @@ __device__ __forceinline__ void await_groups() {
   __syncwarp();
 }
 
+__device__ __forceinline__ const FusedrnnForward& plain(const FusedrnnForward& p) { return p; }
+__device__ __forceinline__ const FusedrnnForward& plain(const FusedrnnOwnForward& p) { return p.plain; }
+__device__ __forceinline__ const FusedrnnBackward& plain(const FusedrnnBackward& p) { return p; }
+__device__ __forceinline__ const FusedrnnBackward& plain(const FusedrnnOwnBackward& p) { return p.plain; }
+
+// A block's share of the units: from `first` on of its head, which has `depth` of them, `length` with its padding to
+// whole packets. Its head begins at unit head_unit, in rows with padding at head_place.
+template <int kPer, bool kWhole, int kUnits>
+struct Share {
+  int hidden, depth, length, pitch, first, head = 0, head_unit = 0, head_place = 0;
+
+  template <typename Params>
+  __device__ __forceinline__ explicit Share(const Params& given) {
+    hidden = depth = int(plain(given).hidden);
+    if constexpr (kOwn) depth = hidden / int(given.heads);
+    length = pitch = kWhole ? depth : (depth + kPer - 1) / kPer * kPer;
+    first = int(blockIdx.x) * kUnits;
+    if constexpr (kOwn) {
+      const int blocks = (depth + kUnits - 1) / kUnits;
+      head = int(blockIdx.x) / blocks;
+      pitch = int(given.heads) * length;
+      first = int(blockIdx.x) % blocks * kUnits;
+      head_unit = head * depth;
+      head_place = head * length;
+    }
+  }
+};
+
 // The rows of one time step that belong to a batch slice.
 struct StepRows {
   int64_t offset = 0;  // of the slice's first row

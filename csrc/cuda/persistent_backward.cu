@@ -3,8 +3,9 @@
 
 namespace fusedrnn {
 
-template <typename Cell, typename Type, int kChunks, bool kWhole>
-__device__ __forceinline__ void persistent_backward(const FusedrnnBackward& p) {
+template <typename Cell, typename Type, int kChunks, bool kWhole, typename Params>
+__device__ __forceinline__ void persistent_backward(const Params& given) {
+  const FusedrnnBackward& p = plain(given);
   using Math = Arithmetic<Type>;
   using Scalar = typename Math::Scalar;
   using Accumulator = typename Math::Accumulator;
@@ -22,16 +23,18 @@ __device__ __forceinline__ void persistent_backward(const FusedrnnBackward& p) {
   Accumulator* const all_sums = reinterpret_cast<Accumulator*>(shared);
 
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const int hidden = int(p.hidden), pitch = kWhole ? hidden : (hidden + kPer - 1) / kPer * kPer,
-            row_size = kAccs * pitch, weight_size = Cell::kGates * pitch;
+  const Share<kPer, kWhole, kBackwardUnits> share(given);
+  const int hidden = share.hidden, pitch = share.pitch, length = share.length, row_size = kAccs * pitch,
+            weight_size = Cell::kGates * length;
   const int pieces = weight_size / kPer, piece0 = 4 * warp + (lane & 3);
   using DgatesBox = Inbox<kWhole, kChunks, Gap<Cell>::kAny>;
   constexpr bool kEven = kWhole && kChunks % Cell::kGates == 0;  // a gate's block ends with a chunk
-  const DgatesBox inbox{
-      DgatesBox::count(piece0, pieces),
-      kEven ? kChunks / Cell::kGates * Gap<Cell>::kFirst : DgatesBox::count(piece0, Gap<Cell>::kFirst * (pitch / kPer)),
-      Gap<Cell>::kWidth * (kEven ? 512 * (kChunks / Cell::kGates) : pitch * int(sizeof(Scalar)))};
-  const char* const inbound = keep(reinterpret_cast<const char*>(static_cast<const Scalar*>(p.dgates) + piece0 * kPer));
+  const DgatesBox inbox{DgatesBox::count(piece0, pieces),
+                        kEven ? kChunks / Cell::kGates * Gap<Cell>::kFirst
+                              : DgatesBox::count(piece0, Gap<Cell>::kFirst * (length / kPer)),
+                        Gap<Cell>::kWidth * (kEven ? 512 * (kChunks / Cell::kGates) : length * int(sizeof(Scalar)))};
+  const char* const inbound = keep(reinterpret_cast<const char*>(static_cast<const Scalar*>(p.dgates) +
+                                                                 share.head * kAccs * length + piece0 * kPer));
   const int row_bytes = keep(row_size * int(sizeof(Scalar)));
 
   Piece weights[kChunks][2];
@@ -39,44 +42,50 @@ __device__ __forceinline__ void persistent_backward(const FusedrnnBackward& p) {
   for (int c = 0; c < kChunks; ++c) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      const int row = int(blockIdx.x) * kBackwardUnits + (lane >> 2) + 8 * j;
+      const int row = share.first + (lane >> 2) + 8 * j;
       weights[c][j] = Piece{};
-      if (row < hidden && piece0 + 32 * c < pieces) {
-        weights[c][j] = load_piece<true>(static_cast<const Scalar*>(p.w_hh_t) + int64_t(row) * weight_size,
-                                         (piece0 + 32 * c) * kPer, weight_size);
+      if (row < share.depth && piece0 + 32 * c < pieces) {
+        weights[c][j] =
+            load_piece<true>(static_cast<const Scalar*>(p.w_hh_t) + int64_t(share.head_unit + row) * weight_size,
+                             (piece0 + 32 * c) * kPer, weight_size);
         Math::prepare(weights[c][j]);
       }
     }
   }
 
   // From here on a thread is row threadIdx / 8 and units 2 (threadIdx % 8) and the next of the block.
-  const int unit = keep(int(blockIdx.x) * kBackwardUnits + 2 * (threadIdx.x & 7)), row = keep(int(threadIdx.x >> 3));
-  const bool real[2] = {unit < hidden, unit + 1 < hidden};
+  const int in_head = keep(share.first + 2 * (threadIdx.x & 7)), row = keep(int(threadIdx.x >> 3));
+  const int unit = in_head + share.head_unit, place = in_head + share.head_place;
+  const bool real[2] = {in_head < share.depth, in_head + 1 < share.depth};
   // A lane sends one packet of some rows of the warp's 4: rows, then accumulators, then packets of the 16
   // units by lane.
   constexpr int kRowsAtOnce = 32 / (kAccs * kPackets) < 4 ? 32 / (kAccs * kPackets) : 4;
-  const int packet_row = keep(4 * warp + lane / (kAccs * kPackets)),
-            packet_unit = int(blockIdx.x) * kBackwardUnits + lane % kPackets * kPer;
-  const bool sends = packet_unit < pitch && lane < kRowsAtOnce * kAccs * kPackets;
-  char* const packet_at = keep(reinterpret_cast<char*>(static_cast<Scalar*>(p.dgates) + int64_t(packet_row) * row_size +
-                                                       lane / kPackets % kAccs * pitch + packet_unit));
+  const int packet_row = keep(4 * warp + lane / (kAccs * kPackets)), packet_unit = share.first + lane % kPackets * kPer;
+  const bool sends = packet_unit < length && lane < kRowsAtOnce * kAccs * kPackets;
+  char* const packet_at =
+      keep(reinterpret_cast<char*>(static_cast<Scalar*>(p.dgates) + int64_t(packet_row) * row_size +
+                                   (share.head * kAccs + lane / kPackets % kAccs) * length + packet_unit));
   Scalar* const stage = reinterpret_cast<Scalar*>(all_sums + 2 * Sums::kSize) + warp * kStage;
   const int with_options = keep(int(p.resets != nullptr || p.dcells != nullptr));
   const int sums_out = keep(Sums::lane_place()), sums_in = keep(Sums::place(row, 0, 2 * (threadIdx.x & 7)));
   int buffer = 0;
+  constexpr int kOthers = backward_states(Cell::kStates);
+  int64_t of_state = 0, of_rows = 0;
+  if constexpr (kOwn) of_state = p.batch * hidden, of_rows = given.rows * hidden;
 
-  // Copied ahead, in two buffers: of a thread's two units side by side what is saved, dy, h, h', dcells and c'; resets
-  // by row; offsets by warp.
+  // Copied ahead, in two buffers: of a thread's two units side by side what is saved, dy, h, h', every dcells and c';
+  // resets by row; offsets by warp.
   using Two = Pack<Scalar, 2>;
   using TwoWide = Pack<Accumulator, 2>;
   constexpr int kUnitBytes = Cell::kSaved * int(sizeof(Scalar));  // saved of a unit
-  constexpr int kAhead = backward_ahead_bytes(Cell::kSaved, sizeof(Scalar), sizeof(Accumulator)) / 2;
+  constexpr int kAhead = backward_ahead_bytes(Cell::kSaved, kOthers, sizeof(Scalar), sizeof(Accumulator)) / 2;
   unsigned char* const ahead =
       reinterpret_cast<unsigned char*>(all_sums + 2 * Sums::kSize) + backward_stage_bytes(kAccs, sizeof(Scalar));
   unsigned char* const my_saved = ahead + threadIdx.x * (2 * kUnitBytes);
   TwoWide* const my_wide = reinterpret_cast<TwoWide*>(ahead + kThreads * 2 * kUnitBytes) + threadIdx.x;
   Two* const my_twos =
-      reinterpret_cast<Two*>(ahead + kThreads * 2 * (kUnitBytes + 2 * int(sizeof(Accumulator)))) + threadIdx.x;
+      reinterpret_cast<Two*>(ahead + kThreads * 2 * (kUnitBytes + 2 * kOthers * int(sizeof(Accumulator)))) +
+      threadIdx.x;
   int32_t* const my_reset = reinterpret_cast<int32_t*>(ahead + kAhead - kWarps * kOffsetsOfStep) - kBackwardRows + row;
   unsigned char* const offset_stage = ahead + kAhead + (warp - kWarps) * kOffsetsOfStep;
   const uint32_t shared_base = shared_address(shared);
@@ -86,7 +95,7 @@ __device__ __forceinline__ void persistent_backward(const FusedrnnBackward& p) {
   const uint32_t saved_to = address_of(my_saved), wide_to = address_of(my_wide), twos_to = address_of(my_twos),
                  reset_to = address_of(my_reset), offsets_to = address_of(offset_stage);
   constexpr int kWide = kThreads * int(sizeof(TwoWide)), kTwos = kThreads * int(sizeof(Two));
-  // Where they are in a buffer: of the wide ones dcells, then c'; of the others dy, h, h'.
+  // Where they are in a buffer: of the wide ones every dcells, then every c'; of the others dy, h, h'.
   const auto saved_of = [&](int parity, int j) {
     return reinterpret_cast<const SavedPack*>(my_saved + parity * kAhead + j * kUnitBytes);
   };
@@ -128,7 +137,7 @@ __device__ __forceinline__ void persistent_backward(const FusedrnnBackward& p) {
     const int limit = int(p.batch - first < p.slice_rows ? p.batch - first : p.slice_rows);
     const Timeline timeline{p.offsets_device, p.batch, first, limit};
     const int64_t in_slice = keep(int64_t(row) * hidden + unit), in_batch = first * hidden + in_slice;
-    Accumulator c_carried[2] = {}, dc_carried[2] = {}, dh_carried[2] = {};
+    Accumulator carried[kOthers][2] = {}, d_carried[kSlots<Cell>][2] = {};
     bool reset = false;  // the step done last
 
     const int direction = keep(p.reverse ? 1 : -1);
@@ -141,8 +150,8 @@ __device__ __forceinline__ void persistent_backward(const FusedrnnBackward& p) {
         copy_async<4>(reset_to + buffer, reinterpret_cast<const int32_t*>(p.resets) + step.offset + row);
       if (!real[0]) return;
       const int64_t at = step.offset * hidden + in_slice, at_then = then.offset * hidden + in_slice;
-      const int64_t padded = kWhole ? at : (step.offset + row) * pitch + unit,
-                    padded_then = kWhole ? at_then : (then.offset + row) * pitch + unit;
+      const int64_t padded = kWhole ? at : (step.offset + row) * pitch + place,
+                    padded_then = kWhole ? at_then : (then.offset + row) * pitch + place;
       if constexpr (Cell::kSaved > 0) {
         const char* const from = static_cast<const char*>(p.gates) + at * kUnitBytes;
         if constexpr (kWhole) {
@@ -158,9 +167,12 @@ __device__ __forceinline__ void persistent_backward(const FusedrnnBackward& p) {
       if constexpr (Cell::kUsesHPrev)
         if (row < then.rows)
           copy_async<sizeof(Two)>(twos_to + buffer + 2 * kTwos, static_cast<const Scalar*>(p.y) + padded_then);
-      if constexpr (kHasCellState<Cell>) {
-        if (p.dcells) copy_wide(wide_to + buffer, static_cast<const Accumulator*>(p.dcells) + at);
-        if (row < then.rows) copy_wide(wide_to + buffer + kWide, static_cast<const Accumulator*>(p.cells) + at_then);
+#pragma unroll
+      for (int k = 0; k < Cell::kStates - 1; ++k) {
+        const int64_t on = k * of_rows;
+        if (p.dcells) copy_wide(wide_to + buffer + k * kWide, static_cast<const Accumulator*>(p.dcells) + at + on);
+        if (row < then.rows)
+          copy_wide(wide_to + buffer + (kOthers + k) * kWide, static_cast<const Accumulator*>(p.cells) + at_then + on);
       }
     };
 
@@ -228,9 +240,12 @@ __device__ __forceinline__ void persistent_backward(const FusedrnnBackward& p) {
           if (p.dy) read_two(two_of(parity, 0), dy);
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
-            u.dh[j] = dy[j];
-            u.c[j] = c_carried[j];
-            u.dc[j] = dc_carried[j];
+            u.d[0][j] = dy[j];
+#pragma unroll
+            for (int k = 1; k < kSlots<Cell>; ++k) {
+              u.next[k][j] = carried[k - 1][j];
+              u.d[k][j] = d_carried[k][j];
+            }
 #pragma unroll
             for (int k = 0; k < Cell::kSaved; ++k) u.saved[j][k] = widen(saved_of(parity, j)->v[k]);
           }
@@ -239,31 +254,35 @@ __device__ __forceinline__ void persistent_backward(const FusedrnnBackward& p) {
             if (p.dh_n) load_two(static_cast<const Scalar*>(p.dh_n) + in_batch, more);
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
-              u.dh[j] += more[j];
-              u.dc[j] = 0;
+              u.d[0][j] += more[j];
+#pragma unroll
+              for (int k = 1; k < kSlots<Cell>; ++k) u.d[k][j] = 0;
             }
-            if constexpr (kHasCellState<Cell>) {
-              load_two(static_cast<const Accumulator*>(p.cells) + now.offset * hidden + in_slice, u.c);
-              if (p.dc_n) load_two(static_cast<const Scalar*>(p.dc_n) + in_batch, u.dc);
+#pragma unroll
+            for (int k = 1; k < Cell::kStates; ++k) {
+              load_two(static_cast<const Accumulator*>(p.cells) + now.offset * hidden + in_slice + (k - 1) * of_rows,
+                       u.next[k]);
+              if (p.dc_n) load_two(static_cast<const Scalar*>(p.dc_n) + in_batch + (k - 1) * of_state, u.d[k]);
             }
           } else if constexpr (Cell::kDirectH) {
 #pragma unroll
-            for (int j = 0; j < 2; ++j) u.dh[j] += dh_carried[j];
+            for (int j = 0; j < 2; ++j) u.d[0][j] += d_carried[0][j];
           }
-          if constexpr (kHasCellState<Cell>) {
-            if (row < next.rows)
-              read_two(wide_of(parity, 1), u.c_prev);
-            else
-              load_two(static_cast<const Scalar*>(p.c0) + in_batch, u.c_prev);
 #pragma unroll
-            for (int j = 0; j < 2; ++j) c_carried[j] = u.c_prev[j];
+          for (int k = 1; k < Cell::kStates; ++k) {
+            if (row < next.rows)
+              read_two(wide_of(parity, kOthers + k - 1), u.prev[k]);
+            else
+              load_two(static_cast<const Scalar*>(p.c0) + in_batch + (k - 1) * of_state, u.prev[k]);
+#pragma unroll
+            for (int j = 0; j < 2; ++j) carried[k - 1][j] = u.prev[k][j];
           }
-          if constexpr (Cell::kUsesH) read_two(two_of(parity, 1), u.h);
+          if constexpr (Cell::kUsesH) read_two(two_of(parity, 1), u.next[0]);
           if constexpr (Cell::kUsesHPrev) {
             if (row < next.rows)
-              read_two(two_of(parity, 2), u.h_prev);
+              read_two(two_of(parity, 2), u.prev[0]);
             else
-              load_two(static_cast<const Scalar*>(p.h0) + in_batch, u.h_prev);
+              load_two(static_cast<const Scalar*>(p.h0) + in_batch, u.prev[0]);
           }
           if (with_options) {
             if (reset && row < before.rows) {
@@ -271,27 +290,47 @@ __device__ __forceinline__ void persistent_backward(const FusedrnnBackward& p) {
               Sums::clear(all_sums + (sums_in + buffer));
 #pragma unroll
               for (int j = 0; j < 2; ++j) {
-                u.dh[j] = dy[j];
-                u.dc[j] = 0;
+                u.d[0][j] = dy[j];
+#pragma unroll
+                for (int k = 1; k < kSlots<Cell>; ++k) u.d[k][j] = 0;
               }
             }
             reset = p.resets && reset_of(parity);
             if (reset) {
 #pragma unroll
-              for (int j = 0; j < 2; ++j) u.c_prev[j] = u.h_prev[j] = 0;
+              for (int j = 0; j < 2; ++j)
+#pragma unroll
+                for (int k = 0; k < kSlots<Cell>; ++k) u.prev[k][j] = 0;
             }
             if (kHasCellState<Cell> && p.dcells) {
-              Accumulator more[2];
-              read_two(wide_of(parity, 0), more);
 #pragma unroll
-              for (int j = 0; j < 2; ++j) u.dc[j] += more[j];
+              for (int k = 1; k < Cell::kStates; ++k) {
+                Accumulator more[2];
+                read_two(wide_of(parity, k - 1), more);
+#pragma unroll
+                for (int j = 0; j < 2; ++j) u.d[k][j] += more[j];
+              }
             }
+          }
+          if constexpr (kOwn) {
+            const int64_t at = now.offset * hidden + in_slice;
+#pragma unroll
+            for (int j = 0; j < 2; ++j)
+              if (real[j])
+                u.load_own(j, static_cast<const Scalar*>(given.parameters) + unit + j, hidden,
+                           static_cast<const Scalar*>(given.inputs) + at + j, of_rows);
           }
           advance_back<Cell, Accumulator>(all_sums + (sums_in + buffer), row < recurrent_rows, u);
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
-            dc_carried[j] = u.dc_prev[j];
-            dh_carried[j] = u.dh_prev[j];
+#pragma unroll
+            for (int k = 0; k < kSlots<Cell>; ++k) d_carried[k][j] = u.dprev[k][j];
+            if constexpr (kOwn) {
+              const int64_t at = now.offset * hidden + in_slice + j;
+              if (real[j])
+                u.store_own(j, static_cast<Scalar*>(given.dparameters) + at, static_cast<Scalar*>(given.dinputs) + at,
+                            of_rows);
+            }
           }
         }
 #pragma unroll
@@ -313,10 +352,12 @@ __device__ __forceinline__ void persistent_backward(const FusedrnnBackward& p) {
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
             if (!real[j]) continue;
-            if constexpr (kHasCellState<Cell>)
-              static_cast<Scalar*>(p.dc0)[in_batch + j] = narrow<Scalar>(reset ? Accumulator(0) : u.dc_prev[j]);
+#pragma unroll
+            for (int k = 1; k < Cell::kStates; ++k)
+              static_cast<Scalar*>(p.dc0)[in_batch + j + (k - 1) * of_state] =
+                  narrow<Scalar>(reset ? Accumulator(0) : u.dprev[k][j]);
             if constexpr (Cell::kDirectH)
-              static_cast<Accumulator*>(p.dh_direct)[in_batch + j] = reset ? Accumulator(0) : u.dh_prev[j];
+              static_cast<Accumulator*>(p.dh_direct)[in_batch + j] = reset ? Accumulator(0) : u.dprev[0][j];
           }
         }
       }
@@ -333,9 +374,9 @@ __device__ __forceinline__ void persistent_backward(const FusedrnnBackward& p) {
 }  // namespace fusedrnn
 
 // Left to choose how many blocks share a multiprocessor, the compiler spills to fit one more.
-#define FUSEDRNN_KERNEL(Cell, dtype, size, rows)                                                           \
-  extern "C" __global__ void __launch_bounds__(fusedrnn::kThreads, 1)                                      \
-      persistent_backward_##Cell##_##dtype##_##size##_##rows(const __grid_constant__ FusedrnnBackward p) { \
-    fusedrnn::persistent_backward<fusedrnn::Cell, fusedrnn::dtypes::dtype, size, fusedrnn::rows>(p);       \
+#define FUSEDRNN_KERNEL(Cell, dtype, size, rows)                                                               \
+  extern "C" __global__ void __launch_bounds__(fusedrnn::kThreads, 1)                                          \
+      persistent_backward_##Cell##_##dtype##_##size##_##rows(const __grid_constant__ fusedrnn::BackwardOf p) { \
+    fusedrnn::persistent_backward<fusedrnn::Cell, fusedrnn::dtypes::dtype, size, fusedrnn::rows>(p);           \
   }
 FUSEDRNN_PERSISTENT_BACKWARD(FUSEDRNN_KERNEL)

@@ -22,8 +22,9 @@ __device__ __forceinline__ Piece gather(Scalar x) {
   return p;
 }
 
-template <typename Cell, typename Type, int kUnits, int kChunks, bool kWhole>
-__device__ __forceinline__ void persistent_forward(const FusedrnnForward& p) {
+template <typename Cell, typename Type, int kUnits, int kChunks, bool kWhole, typename Params>
+__device__ __forceinline__ void persistent_forward(const Params& given) {
+  const FusedrnnForward& p = plain(given);
   using Math = Arithmetic<Type>;
   using Scalar = typename Math::Scalar;
   using Accumulator = typename Math::Accumulator;
@@ -40,8 +41,9 @@ __device__ __forceinline__ void persistent_forward(const FusedrnnForward& p) {
   extern __shared__ __align__(16) unsigned char shared[];
 
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const int hidden = int(p.hidden), pitch = kWhole ? hidden : (hidden + kPer - 1) / kPer * kPer;
-  const int pieces = pitch / kPer, piece0 = 4 * warp + (lane & 3);
+  const Share<kPer, kWhole, kUnits> share(given);
+  const int hidden = share.hidden, pitch = share.pitch, length = share.length;
+  const int pieces = length / kPer, piece0 = 4 * warp + (lane & 3);
   const Inbox<kWhole, kChunks> inbox{Inbox<kWhole, kChunks>::count(piece0, pieces)};
 
   const int row_bytes = keep(pitch * int(sizeof(Scalar)));
@@ -53,11 +55,12 @@ __device__ __forceinline__ void persistent_forward(const FusedrnnForward& p) {
     for (int a = 0; a < 2 * kMT; ++a) {
       constexpr int kOfEight = 2 * kMTiles<Cell>;
       const int gate = a % kOfEight < kAccs ? h_gate<Cell>(a % kOfEight) : -1;
-      const int lane_unit = int(blockIdx.x) * kUnits + 8 * (a / kOfEight) + (lane >> 2);
+      const int lane_unit = share.first + 8 * (a / kOfEight) + (lane >> 2);
       weights[c][a] = Piece{};
-      if (gate >= 0 && lane_unit < hidden && piece0 + 32 * c < pieces) {
-        const Scalar* row = static_cast<const Scalar*>(p.w_hh) + (int64_t(gate) * hidden + lane_unit) * pitch;
-        weights[c][a] = load_piece<true>(row, (piece0 + 32 * c) * kPer, pitch);
+      if (gate >= 0 && lane_unit < share.depth && piece0 + 32 * c < pieces) {
+        const Scalar* row =
+            static_cast<const Scalar*>(p.w_hh) + (int64_t(gate) * hidden + share.head_unit + lane_unit) * length;
+        weights[c][a] = load_piece<true>(row, (piece0 + 32 * c) * kPer, length);
         Math::prepare(weights[c][a]);
       }
     }
@@ -65,8 +68,10 @@ __device__ __forceinline__ void persistent_forward(const FusedrnnForward& p) {
 
   // From here on a thread is row my_row + kStride i and unit `own` of the block.
   const int own = int(threadIdx.x) % kUnits;
-  const int unit = keep(int(blockIdx.x) * kUnits + own), my_row = keep(int(threadIdx.x) / kUnits);
-  const bool real_unit = unit < hidden, sends = (lane & (kPer - 1)) == 0 && unit < pitch;
+  const int in_head = keep(share.first + own), my_row = keep(int(threadIdx.x) / kUnits);
+  // Of all units, and of all with each head padded to whole packets.
+  const int unit = in_head + share.head_unit, place = in_head + share.head_place;
+  const bool real_unit = in_head < share.depth, sends = (lane & (kPer - 1)) == 0 && in_head < length;
   Accumulator bias[kAccs];
 #pragma unroll
   for (int a = 0; a < kAccs; ++a) {
@@ -74,6 +79,17 @@ __device__ __forceinline__ void persistent_forward(const FusedrnnForward& p) {
     bias[a] = 0;
     if (p.b_hh && gate >= 0 && real_unit)
       bias[a] = widen(static_cast<const Scalar*>(p.b_hh)[int64_t(gate) * hidden + unit]);
+  }
+  int64_t of_state = 0, of_rows = 0;
+  Accumulator parameters[kParameterSlots<Cell>];
+  const Scalar* inputs_at = nullptr;
+  if constexpr (kOwn) {
+    of_state = p.batch * hidden, of_rows = given.rows * hidden;
+    inputs_at = static_cast<const Scalar*>(given.inputs);
+#pragma unroll
+    for (int k = 0; k < Cell::kParameters; ++k)
+      parameters[k] = real_unit ? Accumulator(widen(static_cast<const Scalar*>(given.parameters)[k * hidden + unit]))
+                                : Accumulator(0);
   }
   Sum* const all_sums = reinterpret_cast<Sum*>(shared);
   const int with_resets = keep(int(p.resets != nullptr));
@@ -89,10 +105,10 @@ __device__ __forceinline__ void persistent_forward(const FusedrnnForward& p) {
   unsigned char* const offset_stage =
       reinterpret_cast<unsigned char*>(reset_stage + 2 * stage_rows) + 2 * warp * kOffsetsOfStep;
   const int copied_gate = own / kPackets, copied_unit = own % kPackets * kPer;
-  const bool copies = copied_gate < kGates && int(blockIdx.x) * kUnits + copied_unit < pitch;
+  const bool copies = copied_gate < kGates && share.first + copied_unit < length;
   const char* const x_at = keep(reinterpret_cast<const char*>(static_cast<const Scalar*>(p.x) +
                                                               (int64_t(my_row) * kGates + copied_gate) * pitch +
-                                                              int(blockIdx.x) * kUnits + copied_unit));
+                                                              share.head_place + share.first + copied_unit));
   const uint32_t shared_base = shared_address(shared);
   const auto address_of = [&](const void* at) {
     return shared_base + uint32_t(static_cast<const unsigned char*>(at) - shared);
@@ -119,20 +135,23 @@ __device__ __forceinline__ void persistent_forward(const FusedrnnForward& p) {
     const int limit = int(p.batch - first < p.slice_rows ? p.batch - first : p.slice_rows);
     const Timeline timeline{p.offsets_device, p.batch, first, limit};
     const int64_t in_slice = keep(int64_t(my_row) * hidden + unit), in_batch = first * hidden + in_slice;
-    Accumulator c[kElements], h_carried[kElements];
+    Accumulator carried[kElements][kSlots<Cell>];  // h, c and other states
 #pragma unroll
     for (int i = 0; i < kElements; ++i) {
-      c[i] = h_carried[i] = 0;
+#pragma unroll
+      for (int k = 0; k < kSlots<Cell>; ++k) carried[i][k] = 0;
       if (my_row + kStride * i < limit && real_unit) {
-        if constexpr (kHasCellState<Cell>)
-          c[i] = widen(static_cast<const Scalar*>(p.c0)[in_batch + i * kStride * hidden]);
+#pragma unroll
+        for (int k = 1; k < Cell::kStates; ++k)
+          carried[i][k] = widen(static_cast<const Scalar*>(p.c0)[in_batch + i * kStride * hidden + (k - 1) * of_state]);
         if constexpr (Cell::kUsesHPrev)
-          h_carried[i] = widen(static_cast<const Scalar*>(p.h0)[(first + my_row + kStride * i) * pitch + unit]);
+          carried[i][0] = widen(static_cast<const Scalar*>(p.h0)[(first + my_row + kStride * i) * pitch + place]);
       }
     }
-    const char* const h0_at =
-        keep(reinterpret_cast<const char*>(static_cast<const Scalar*>(p.h0) + first * pitch + piece0 * kPer));
-    const char* const y_at = keep(reinterpret_cast<const char*>(static_cast<const Scalar*>(p.y) + piece0 * kPer));
+    const char* const h0_at = keep(reinterpret_cast<const char*>(static_cast<const Scalar*>(p.h0) + first * pitch +
+                                                                 share.head_place + piece0 * kPer));
+    const char* const y_at =
+        keep(reinterpret_cast<const char*>(static_cast<const Scalar*>(p.y) + share.head_place + piece0 * kPer));
 
     const int direction = keep(p.reverse ? -1 : 1);
     int t = p.reverse ? int(p.steps) - 1 : 0;
@@ -241,7 +260,8 @@ __device__ __forceinline__ void persistent_forward(const FusedrnnForward& p) {
         for (int i = 0; i < kElements; ++i) {
           const int row = my_row + kStride * i;
           if (row < now.rows && reset_stage[parity * stage_rows + row]) {
-            h_carried[i] = c[i] = 0;
+#pragma unroll
+            for (int k = 0; k < kSlots<Cell>; ++k) carried[i][k] = 0;
             Sums::clear(all_sums + (sums_in + buffer) + i * kStride * kWarps * kUnits);
           }
         }
@@ -253,12 +273,15 @@ __device__ __forceinline__ void persistent_forward(const FusedrnnForward& p) {
         const int64_t at = (now.offset + kStride * i) * hidden + in_slice;
         if constexpr (Cell::kSaved > 0)
           if (p.gates) reinterpret_cast<Pack<Scalar, Cell::kSaved>*>(static_cast<Scalar*>(p.gates))[at] = saved[i];
-        if constexpr (kHasCellState<Cell>)
-          if (p.cells) static_cast<Accumulator*>(p.cells)[at] = c[i];
+#pragma unroll
+        for (int k = 1; k < Cell::kStates; ++k)
+          if (p.cells) static_cast<Accumulator*>(p.cells)[at + (k - 1) * of_rows] = carried[i][k];
         if (row >= next.rows) {
-          static_cast<Scalar*>(p.h_n)[in_batch + i * kStride * hidden] = narrow<Scalar>(h_carried[i]);
-          if constexpr (kHasCellState<Cell>)
-            static_cast<Scalar*>(p.c_n)[in_batch + i * kStride * hidden] = narrow<Scalar>(c[i]);
+          static_cast<Scalar*>(p.h_n)[in_batch + i * kStride * hidden] = narrow<Scalar>(carried[i][0]);
+#pragma unroll
+          for (int k = 1; k < Cell::kStates; ++k)
+            static_cast<Scalar*>(p.c_n)[in_batch + i * kStride * hidden + (k - 1) * of_state] =
+                narrow<Scalar>(carried[i][k]);
         }
       };
 #pragma unroll
@@ -266,28 +289,35 @@ __device__ __forceinline__ void persistent_forward(const FusedrnnForward& p) {
         const int row = my_row + kStride * i;
         if (32 / kUnits * warp + kStride * i <
             now.rows) {  // the same for the whole warp: lanes of missing rows help to gather
-          Accumulator acc[kAccs], h, c_now = 0, kept[kSavedOrOne<Cell>];
-          const Scalar* const inputs = stage + (parity * stage_size + row * kUnits) + own;
+          Accumulator acc[kAccs], now_is[kSlots<Cell>] = {}, kept[kSavedOrOne<Cell>], inputs[kInputSlots<Cell>] = {};
+          const Scalar* const staged = stage + (parity * stage_size + row * kUnits) + own;
           Scalar x[kGates];
 #pragma unroll
-          for (int g = 0; g < kGates; ++g) x[g] = inputs[g * stage_rows * kUnits];
+          for (int g = 0; g < kGates; ++g) x[g] = staged[g * stage_rows * kUnits];
 #pragma unroll
           for (int a = 0; a < kAccs; ++a) {
             constexpr auto gate = [](int acc) { return x_gate<Cell>(acc); };
             acc[a] = gate(a) >= 0 ? bias[a] + widen(x[gate(a) >= 0 ? gate(a) : 0]) : bias[a];
           }
+          if constexpr (Cell::kInputs > 0) {
+            if (row < now.rows && real_unit)
+#pragma unroll
+              for (int k = 0; k < Cell::kInputs; ++k)
+                inputs[k] = widen(inputs_at[(now.offset + kStride * i) * hidden + in_slice + k * of_rows]);
+          }
           advance<Cell, Accumulator, kUnits>(all_sums + (sums_in + buffer) + i * kStride * kWarps * kUnits, acc,
-                                             h_carried[i], c[i], h, c_now, kept);
-          const Scalar stored = mailbox::encode(narrow<Scalar>(real_unit ? h : Accumulator(0)));
+                                             carried[i], parameters, inputs, now_is, kept);
+          const Scalar stored = mailbox::encode(narrow<Scalar>(real_unit ? now_is[0] : Accumulator(0)));
           const Piece packet = gather(stored);
           if (row < now.rows && sends) {
             const int64_t at =
-                kWhole ? (now.offset + kStride * i) * hidden + in_slice : (now.offset + row) * pitch + unit;
+                kWhole ? (now.offset + kStride * i) * hidden + in_slice : (now.offset + row) * pitch + place;
             mailbox::put(static_cast<Scalar*>(p.y) + at, packet);
           }
           if (row < now.rows && real_unit) {
-            c[i] = c_now;
-            h_carried[i] = widen(stored);
+#pragma unroll
+            for (int k = 1; k < kSlots<Cell>; ++k) carried[i][k] = now_is[k];
+            carried[i][0] = widen(stored);
 #pragma unroll
             for (int k = 0; k < Cell::kSaved; ++k) saved[i].v[k] = narrow<Scalar>(kept[k]);
           }

@@ -112,4 +112,34 @@ __device__ __forceinline__ void backward_sums(Accumulator* sums, const Scalar* w
   __syncthreads();
 }
 
+// The same for a cell of one's own: of a block's head the columns of one gate after the other. A row of `weights` is
+// that of a unit, [kGates, depth]; of `from` a row is [kAccumulators, hidden].
+template <typename Cell, typename Math, int kTiles, bool kWhole, typename Scalar, typename Accumulator>
+__device__ __forceinline__ void own_backward_sums(Accumulator* sums, const Scalar* weights, const BlockUnits& block,
+                                                  int hidden, int depth, const Scalar* from, int rows) {
+  using Sums = BackwardSums<Accumulator>;
+  const int lane = threadIdx.x & 31, first = int(blockIdx.x) * kTiles * 8;
+  if (first < rows) {
+    Accumulator acc[kTiles][1][4] = {};
+#pragma unroll 1
+    for (int gate = 0; gate < Cell::kGates; ++gate) {
+      const Scalar *a[2], *b[kTiles];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int unit = min(block.first + (lane >> 2) + 8 * j, block.end - 1);
+        a[j] = weights + (int64_t(unit) * Cell::kGates + gate) * depth;
+      }
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile)
+        b[tile] = from + int64_t(min(first + tile * 8 + (lane >> 2), rows - 1)) * Cell::kAccumulators * hidden +
+                  Cell::h_acc(gate) * hidden + block.head;
+      accumulate<Math, false, 2, kTiles, kWhole>(acc, a, b, depth);
+    }
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile)
+      Sums::store(sums + Sums::lane_place() + tile * 8 * Sums::kPitch, acc[tile][0]);
+  }
+  __syncthreads();
+}
+
 }  // namespace fusedrnn

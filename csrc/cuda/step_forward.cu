@@ -5,7 +5,7 @@ namespace fusedrnn {
 
 template <typename Cell, typename Type, int kTiles, bool kWhole>
 __device__ __forceinline__ void step_forward(
-    const ForwardStep<typename Arithmetic<Type>::Scalar, typename Arithmetic<Type>::Accumulator>& p) {
+    const ForwardStepOf<typename Arithmetic<Type>::Scalar, typename Arithmetic<Type>::Accumulator>& p) {
   using Math = Arithmetic<Type>;
   using Scalar = typename Math::Scalar;
   using Accumulator = typename Math::Accumulator;
@@ -17,13 +17,18 @@ __device__ __forceinline__ void step_forward(
   Sum* const sums = reinterpret_cast<Sum*>(shared);
 
   const int octet = keep(int(threadIdx.x & 31) >> 2), first = keep(int(blockIdx.x) * kTiles * 8);
-  const int lane_unit = min(int(blockIdx.y) * kForwardUnits + octet, p.hidden - 1);
+  int64_t of_state = 0, of_cells = 0;
+  int depth = p.out;  // of a row of W_hh
+  if constexpr (kOwn) of_state = p.of_state, of_cells = p.of_cells, depth = p.depth;
+  const BlockUnits block = units_of<kForwardUnits>(int(blockIdx.y), p.hidden, depth);
+  const int lane_unit =
+      kOwn ? min(block.first + octet, block.end - 1) : min(int(blockIdx.y) * kForwardUnits + octet, p.hidden - 1);
   Accumulator acc[kTiles][kMT][4] = {};
 #pragma unroll
   for (int part = 0; part < 2; ++part) {
     // Rows beyond the last unit or the last row of the batch repeat it: their sums are not read.
     const Scalar *a[2 * kMT], *b[kTiles];
-    const int k_size = part == 0 ? p.input : p.out;
+    const int pitch = part == 0 ? p.input : p.out, k_size = kOwn && part == 1 ? depth : pitch;
     const Scalar* const weights = (part == 0 ? p.w_ih : p.w_hh) + int64_t(lane_unit) * k_size;
     const int64_t gate_size = int64_t(p.hidden) * k_size;
 #pragma unroll
@@ -34,7 +39,8 @@ __device__ __forceinline__ void step_forward(
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
       const int row = min(first + tile * 8 + octet, p.rows - 1);
-      b[tile] = (part == 0 ? p.x : row < p.before_rows ? p.h_before : p.h0) + int64_t(row) * k_size;
+      b[tile] = (part == 0 ? p.x : row < p.before_rows ? p.h_before : p.h0) + int64_t(row) * pitch;
+      if (kOwn && part == 1) b[tile] += block.head;
     }
     if (part == 1 && p.resets) {
 #pragma unroll
@@ -58,13 +64,14 @@ __device__ __forceinline__ void step_forward(
   for (int tile = 0; tile < kTiles; ++tile) Sums::store(lane_sums + tile * 8 * kWarps * kForwardUnits, acc[tile]);
   __syncthreads();
 
-  const int unit = int(blockIdx.y) * kForwardUnits + (threadIdx.x & 7);
+  const int unit = (kOwn ? block.first : int(blockIdx.y) * kForwardUnits) + (threadIdx.x & 7);
 #pragma unroll
   for (int i = 0; i < kElements; ++i) {
     const int local = (threadIdx.x >> 3) + kStride * i, row = first + local;
-    if (local >= kTiles * 8 || row >= p.rows || unit >= p.hidden) continue;
+    if (local >= kTiles * 8 || row >= p.rows || unit >= (kOwn ? block.end : p.hidden)) continue;
     const int64_t at = keep(int64_t(row) * p.hidden + unit);
-    Accumulator sum[kAccs] = {}, h, h_prev = 0, c = 0, c_prev = 0, saved[kSavedOrOne<Cell>];
+    Accumulator sum[kAccs] = {}, prev[kSlots<Cell>] = {}, next[kSlots<Cell>] = {}, saved[kSavedOrOne<Cell>];
+    Accumulator parameters[kParameterSlots<Cell>], inputs[kInputSlots<Cell>];
     const auto add_bias = [&](const Scalar* bias, auto is_x) {
       if (bias == nullptr) return;
       const Scalar* of_unit = keep(bias + unit);
@@ -77,18 +84,32 @@ __device__ __forceinline__ void step_forward(
     add_bias(p.b_ih, Constant<true>());
     add_bias(p.b_hh, Constant<false>());
     const bool joined = row < p.before_rows;
-    if constexpr (kHasCellState<Cell>) c_prev = joined ? p.c_before[at] : Accumulator(widen(p.c0[at]));
-    if constexpr (Cell::kUsesHPrev) h_prev = widen((joined ? p.h_before : p.h0)[at]);
-    if (p.resets && p.resets[row]) h_prev = c_prev = 0;
-    advance<Cell, Accumulator>(sums + Sums::place(local, 0, threadIdx.x & 7), sum, h_prev, c_prev, h, c, saved);
-    const Scalar stored = narrow<Scalar>(h);
+#pragma unroll
+    for (int k = 1; k < Cell::kStates; ++k)
+      prev[k] = joined ? p.c_before[at + (k - 1) * of_cells] : Accumulator(widen(p.c0[at + (k - 1) * of_state]));
+    if constexpr (Cell::kUsesHPrev) prev[0] = widen((joined ? p.h_before : p.h0)[at]);
+    if (p.resets && p.resets[row]) {
+#pragma unroll
+      for (int k = 0; k < kSlots<Cell>; ++k) prev[k] = 0;
+    }
+    if constexpr (kOwn) {
+#pragma unroll
+      for (int k = 0; k < Cell::kParameters; ++k) parameters[k] = widen(p.parameters[k * p.hidden + unit]);
+#pragma unroll
+      for (int k = 0; k < Cell::kInputs; ++k) inputs[k] = widen(p.inputs[k * p.of_rows + at]);
+    }
+    advance<Cell, Accumulator>(sums + Sums::place(local, 0, threadIdx.x & 7), sum, prev, parameters, inputs, next,
+                               saved);
+    const Scalar stored = narrow<Scalar>(next[0]);
     p.h[at] = stored;
     if constexpr (Cell::kSaved > 0)
       if (p.gates) store_pack<Scalar, Accumulator, Cell::kSaved>(p.gates + at * Cell::kSaved, saved);
-    if constexpr (kHasCellState<Cell>) p.c[at] = c;
+#pragma unroll
+    for (int k = 1; k < Cell::kStates; ++k) p.c[at + (k - 1) * of_cells] = next[k];
     if (row >= p.next_rows) {
       if (p.h_n) p.h_n[at] = stored;
-      if constexpr (kHasCellState<Cell>) p.c_n[at] = narrow<Scalar>(c);
+#pragma unroll
+      for (int k = 1; k < Cell::kStates; ++k) p.c_n[at + (k - 1) * of_state] = narrow<Scalar>(next[k]);
     }
   }
 }
@@ -98,8 +119,8 @@ __device__ __forceinline__ void step_forward(
 // Left to choose how many blocks share a multiprocessor, the compiler spills to fit one more.
 #define FUSEDRNN_KERNEL(Cell, dtype, size, rows)                                                                       \
   extern "C" __global__ void __launch_bounds__(fusedrnn::kThreads, 1) step_forward_##Cell##_##dtype##_##size##_##rows( \
-      const __grid_constant__ fusedrnn::ForwardStep<fusedrnn::Arithmetic<fusedrnn::dtypes::dtype>::Scalar,             \
-                                                    fusedrnn::Arithmetic<fusedrnn::dtypes::dtype>::Accumulator>        \
+      const __grid_constant__ fusedrnn::ForwardStepOf<fusedrnn::Arithmetic<fusedrnn::dtypes::dtype>::Scalar,           \
+                                                      fusedrnn::Arithmetic<fusedrnn::dtypes::dtype>::Accumulator>      \
           p) {                                                                                                         \
     fusedrnn::step_forward<fusedrnn::Cell, fusedrnn::dtypes::dtype, size, fusedrnn::rows>(p);                          \
   }

@@ -154,6 +154,35 @@ def _by_value(batch_sizes: Tensor, device: torch.device) -> Tensor:
     return sizes
 
 
+def dense(t: Tensor | None) -> Tensor | None:
+    """Contiguous and beginning at 16 bytes, so that rows may be loaded in pieces of 16."""
+    if t is None:
+        return None
+    t = t.contiguous()
+    return t.clone() if t.data_ptr() % 16 else t
+
+
+def stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """Tensors of one shape one after the other, zeros for None; None without any, or where there is None only."""
+    given = [t for t in tensors if t is not None]
+    if not given:
+        return None
+    if len(tensors) == 1:
+        return dense(given[0])
+    return torch.stack([torch.zeros_like(given[0]) if t is None else t for t in tensors])
+
+
+def apart(stacked: Tensor, count: int) -> list[Tensor]:
+    """The tensors of a stack: outputs of an op may not share memory."""
+    return [stacked] if count == 1 else [t.clone() for t in stacked]
+
+
+def empty_stack(like: Tensor, count: int, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """A stack of ``count`` for a kernel to write to; of one the tensor itself, of none no elements."""
+    sizes = (0,) if count == 0 else shape if count == 1 else (count, *shape)
+    return like.new_empty(sizes, dtype=dtype)
+
+
 def neighbours(sizes: Tensor, rows: int, offset: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """For every row of packed data the row of the same sequence ``offset`` (1 or -1) steps on, whether there is one,
     the row's step, and its place in the step's batch; on the device of the sizes, see ``sizes_on``.

@@ -15,6 +15,7 @@ import functools
 import importlib.util
 import itertools
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,18 +31,23 @@ from fusedrnn.backends.common import (
     Inputs,
     Saved,
     allow_tf32,
+    apart,
     check_kernels,
+    dense,
+    empty_stack,
     gate_columns,
     last_rows,
     product,
+    recurrent_product,
     rows_of,
     simulator,
     simulator_folder,
     sizes_on,
+    stacked,
     weight_gradients,
 )
 from fusedrnn.backends.cuda_plan import CHIP_LIMITS, Chip, Plan, Problem, plan
-from fusedrnn.cells import Cell, accumulation_dtype
+from fusedrnn.cells import BUILT_IN, Cell, accumulation_dtype
 
 _FLOAT64, _FLOAT32, _TF32, _BFLOAT16, _FLOAT16 = range(5)
 _DTYPE_IDS = {
@@ -54,6 +60,8 @@ _DTYPE_IDS = {
 _POLL_LIMIT = 1 << 23
 # CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE, CUDA_ERROR_NOT_SUPPORTED.
 _REFUSALS = (720, 801)
+# FUSEDRNN_NO_CODE of csrc/cuda/launcher.h.
+_NO_CODE = 998
 _POLL_LIMIT_SIMULATED = 20_000
 
 
@@ -97,6 +105,27 @@ class _Backward(ctypes.Structure):
     ]
 
 
+class _OwnForward(_Forward):
+    """FusedrnnOwnForward of csrc/cuda/params.h."""
+
+    _fields_ = [*_pointers("parameters inputs"), *_integers("rows heads", ctypes.c_int64)]
+
+
+class _OwnBackward(_Backward):
+    """FusedrnnOwnBackward of csrc/cuda/params.h."""
+
+    _fields_ = [*_pointers("parameters inputs dparameters dinputs"), *_integers("rows heads", ctypes.c_int64)]
+
+
+class _OwnCell(ctypes.Structure):
+    """FusedrnnOwnCell of csrc/cuda/params.h."""
+
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        *_integers("gates accumulators saved states gap reserved", ctypes.c_int32),
+    ]
+
+
 class _RefusedError(RuntimeError):
     """The device does not hold so many blocks at once, or launches none that wait for each other."""
 
@@ -112,26 +141,57 @@ class _Kernels:
             raise RuntimeError(f"backend 'cuda' cannot run: {self.dll.fusedrnn_error().decode()}")
         names = itertools.takewhile(bool, map(self.dll.fusedrnn_cell_name, itertools.count()))
         self._cells = [name.decode() for name in names]
+        self._own: dict[str, int] = {}
+        self._lock = threading.Lock()
         if simulator is None:
             atexit.register(self.tell_fault)
 
     def number_of(self, cell: Cell) -> int:
-        if cell.name not in self._cells:
-            raise RuntimeError(f"backend 'cuda' has kernels for {', '.join(self._cells)}, got {cell.name!r}")
         return self._cells.index(cell.name)
+
+    def number_of_own(self, cell: Cell) -> int:
+        """The number of a cell that is compiled at its first use, kernel by kernel."""
+        with self._lock:
+            if cell.name not in self._own:
+                gap = cell.h_acc != tuple(range(len(cell.gates)))
+                counts = (len(names) for names in (cell.gates, cell.accumulators, cell.saved, cell.states))
+                facts = _OwnCell(cell.name.encode(), *counts, gap)
+                number = self.dll.fusedrnn_add_cell(self._handle, ctypes.byref(facts))
+                if number < 0:
+                    raise RuntimeError(f"backend 'cuda' cannot run: {self.dll.fusedrnn_error().decode()}")
+                self._own[cell.name] = number
+            return self._own[cell.name]
+
+    def _compile(self, number: int, kernel: str, device: torch.device) -> None:
+        """Makes the code of a kernel of a cell of one's own, for a device."""
+        from fusedrnn import compiled
+
+        image = "compute_80.ptx"
+        if device.type == "cuda":
+            image = "sm_{}{}.cubin".format(*torch.cuda.get_device_capability(device))
+        with self._lock:
+            name = next(name for name, n in self._own.items() if n == number)
+            path = compiled.device_code(name, kernel, image)
+            if self.simulator is not None and kernel.startswith("persistent"):
+                self.simulator.set_registers(simulator(".build").registers_of(path.read_text(), 90))
+            self.dll.fusedrnn_add_code(self._handle, number, kernel.encode(), str(path).encode())
 
     def launch(self, name: str, params: ctypes.Structure, tensors: dict[str, Tensor | None]) -> None:
         """Fills in the pointers and launches on the current stream of the tensors' device."""
         for field, tensor in tensors.items():
             setattr(params, field, None if tensor is None or tensor.numel() == 0 else tensor.data_ptr())
         function = functools.partial(getattr(self.dll, f"fusedrnn_{name}"), self._handle, ctypes.byref(params))
-        if self.simulator is not None:
-            used = [t for t in tensors.values() if t is not None and t.numel() > 0]
-            with self.simulator.registered(*used):
-                error = function(0, None)
-        else:
-            device = tensors["y" if "y" in tensors and tensors["y"] is not None else "dgates"].device
-            error = function(device.index, torch.cuda.current_stream(device).cuda_stream)
+        device = tensors["y" if "y" in tensors and tensors["y"] is not None else "dgates"].device
+        used = [t for t in tensors.values() if t is not None and t.numel() > 0]
+        while True:
+            if self.simulator is not None:
+                with self.simulator.registered(*used):
+                    error = function(0, None)
+            else:
+                error = function(device.index, torch.cuda.current_stream(device).cuda_stream)
+            if error != _NO_CODE:
+                break
+            self._compile(params.cell, self.dll.fusedrnn_error().decode(), device)
         if error:
             kind = _RefusedError if error in _REFUSALS else RuntimeError
             raise kind(f"fusedrnn: the launch of {name} failed: {self.dll.fusedrnn_error().decode()}")
@@ -153,6 +213,8 @@ def _launchers(path: Path) -> ctypes.CDLL:
         ("error", text, []),
         ("images", text, [text, integer, integer]),
         ("cell_name", text, [integer]),
+        ("add_cell", integer, [pointer, pointer]),
+        ("add_code", integer, [pointer, integer, text, text]),
         ("cooperative", integer, [pointer, integer]),
         ("fault", text, [pointer]),
         *((f"{a}_{d}", integer, [pointer, pointer, integer, pointer])
@@ -163,7 +225,7 @@ def _launchers(path: Path) -> ctypes.CDLL:
     return dll
 
 
-def _simulate(sources: Path, only: Sequence[str] = ()) -> _Kernels:
+def _simulate(sources: Path, only: Sequence[str] | None = None) -> _Kernels:
     """The kernels of a folder (of some files only) and their launcher, compiled in the simulator's cache."""
     ptxsim = simulator()
     cache, library = ptxsim.build, ptxsim.default_library()
@@ -183,7 +245,7 @@ def _simulate(sources: Path, only: Sequence[str] = ()) -> _Kernels:
         launcher = folder / device_code.LAUNCHER
         if not launcher.exists():
             device_code.compile_launcher(launcher)
-    chosen = [sources / f"{name}.cu" for name in only] or sources.glob("*.cu")
+    chosen = sources.glob("*.cu") if only is None else [sources / f"{name}.cu" for name in only]
     with ThreadPoolExecutor(2) as pool:
         compiled = list(pool.map(compile_one, sorted(chosen, key=lambda path: -path.stat().st_size)))
     with cache.folder_of("kernels", *(path.parent.name for path, _ in compiled)) as folder:
@@ -195,8 +257,9 @@ def _simulate(sources: Path, only: Sequence[str] = ()) -> _Kernels:
 
 
 @functools.cache
-def _simulated() -> _Kernels:
-    return _simulate(simulator_folder().parents[1] / "csrc" / "cuda")
+def _simulated(built_in: bool = True) -> _Kernels:
+    """Without those of built-in cells, which take long to compile, if only a cell of one's own is called."""
+    return _simulate(simulator_folder().parents[1] / "csrc" / "cuda", None if built_in else ())
 
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -229,11 +292,11 @@ def _compiled() -> _Kernels:
     return _Kernels(_LIBRARY, "libcuda.so.1", DEVICE_CODE)
 
 
-def _kernels(device: torch.device) -> _Kernels:
+def _kernels(device: torch.device, built_in: bool = True) -> _Kernels:
     if device.type == "cuda":
         return _compiled()
     if device.type == "cpu" and simulator_folder() is not None:
-        return _simulated()
+        return _simulated() if built_in else _simulated(False)
     raise RuntimeError(
         f"backend 'cuda' takes CUDA tensors (or CPU tensors with FUSEDRNN_SIMULATE=1), got {device.type}"
     )
@@ -302,6 +365,35 @@ def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
+def _is_own(cell: Cell, heads: int) -> bool:
+    """Whether the kernels are compiled at their first use: those of built-in cells have one head."""
+    return cell.name not in BUILT_IN or heads != 1
+
+
+def _kernels_for(cell: Cell, inputs: Inputs) -> tuple[_Kernels, int]:
+    """What launches, and the cell's number there."""
+    if _is_own(cell, inputs.heads):
+        kernels = _kernels(inputs.x.device, False)
+        return kernels, kernels.number_of_own(cell)
+    kernels = _kernels(inputs.x.device)
+    return kernels, kernels.number_of(cell)
+
+
+def _of_own(cell: Cell, inputs: Inputs, rows: int) -> tuple[dict[str, int], dict[str, Tensor | None]]:
+    """Fields and tensors that calls of a cell of one's own have beside the others."""
+    if not _is_own(cell, inputs.heads):
+        return {}, {}
+    tensors = {"parameters": stacked(inputs.parameters), "inputs": stacked([rows_of(t) for t in inputs.inputs])}
+    return {"rows": rows, "heads": inputs.heads}, tensors
+
+
+def _padded_heads(t: Tensor, heads: int, length: int) -> Tensor:
+    """[..., H], each head's units padded with zeros to ``length``; as ``_padded``."""
+    if heads == 1:
+        return _padded(t, length)
+    return _padded(t.unflatten(-1, (heads, -1)), length).flatten(-2)
+
+
 def _padded(t: Tensor, columns: int) -> Tensor:
     """``t`` with zeros up to ``columns``; contiguous and at a multiple of 16 bytes."""
     if t.shape[-1] == columns:
@@ -340,6 +432,7 @@ def plan_for(
     algorithm: str,
     backward: bool,
     steps: int | None = None,
+    heads: int = 1,
 ) -> Plan:
     """The plan on a device of this machine. Raises RuntimeError if the algorithm asked for cannot run."""
     problem = Problem(
@@ -351,27 +444,22 @@ def plan_for(
         backward=backward,
         tf32=_dtype_id(dtype) == _TF32,
         steps=steps,
+        heads=heads,
     )
     return plan(problem, chip(device), algorithm)
 
 
-def _plan_of(cell: Cell, x: Tensor, h0: Tensor, hidden: int, w_hr, algorithm: str, backward: bool, steps: int):
-    proj = 0 if w_hr is None else h0.shape[1]
-    return plan_for(cell, h0.shape[0], x.shape[-1], hidden, proj, x.dtype, x.device, algorithm, backward, steps)
+def _plan_of(cell: Cell, inputs: Inputs, algorithm: str, backward: bool, steps: int) -> Plan:
+    x, h0, heads = inputs.x, inputs.h0, inputs.heads
+    hidden, proj = inputs.w_hh.shape[0] // len(cell.gates), 0 if inputs.w_hr is None else h0.shape[1]
+    return plan_for(cell, h0.shape[0], x.shape[-1], hidden, proj, x.dtype, x.device, algorithm, backward, steps, heads)
 
 
-def forward(
-    cell: Cell, inputs: Inputs, algorithm: str, keep_gates: bool, keep_cells: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def forward(cell: Cell, inputs: Inputs, algorithm: str, keep_gates: bool, keep_cells: bool) -> tuple[Tensor, ...]:
     """See the op ``fusedrnn::sequence``."""
     _check(algorithm)
     check_kernels("cuda", cell)
-    if inputs.special:
-        raise RuntimeError(
-            "backend 'cuda' cannot run: its kernels have one head and no cell with parameters, inputs or more than two "
-            f"states, got heads={inputs.heads} and the cell {cell.name}"
-        )
-    x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, resets, reverse = inputs.plain
+    x, h0, _, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, resets, reverse = inputs.plain
     batch, out = h0.shape
     hidden = w_hh.shape[0] // len(cell.gates)
     x_rows = rows_of(x)
@@ -381,38 +469,42 @@ def forward(
     lead = x.shape[:-1]
 
     gates = x.new_empty((rows, hidden * len(cell.saved)) if keep_gates and cell.saved else (0,))
-    cells = x.new_empty((rows, hidden) if keep_cells and cell.has_cell_state else (0,), dtype=acc_dtype)
+    others, heads = len(cell.states) - 1, inputs.heads
+    cells = empty_stack(x, others * keep_cells, rows, hidden, dtype=acc_dtype)
     h_n = torch.empty_like(h0, memory_format=torch.contiguous_format)
-    c_n = x.new_empty((batch, hidden) if cell.has_cell_state else (0,))
+    c_n = empty_stack(x, others, batch, hidden)
     if batch == 0:
         y = x.new_empty(rows, out)
     else:
-        chosen = _plan_of(cell, x, h0, hidden, w_hr, algorithm, False, steps)
-        kernels = _kernels(x.device)
-        params = _Forward(
-            cell=kernels.number_of(cell), dtype=_dtype_id(x.dtype), reverse=reverse, steps=steps, batch=batch,
+        chosen = _plan_of(cell, inputs, algorithm, False, steps)
+        kernels, number = _kernels_for(cell, inputs)
+        fields, own_tensors = _of_own(cell, inputs, rows)
+        params = (_OwnForward if fields else _Forward)(
+            **fields, cell=number, dtype=_dtype_id(x.dtype), reverse=reverse, steps=steps, batch=batch,
             input=x_rows.shape[1], hidden=hidden, out=out, slice_rows=chosen.slice_rows, groups=chosen.groups,
             units=chosen.units,
             poll_limit=_POLL_LIMIT if kernels.simulator is None else _POLL_LIMIT_SIMULATED,
         )  # fmt: skip
-        outputs = {"h_n": h_n, "c_n": c_n, "gates": gates, "cells": cells}
+        outputs = {"h_n": h_n, "c_n": c_n, "gates": gates, "cells": cells, **own_tensors}
         state0 = {
-            "c0": None if c0 is None else c0.contiguous(),
+            "c0": stacked(inputs.states0),
             "resets": None if resets is None else resets.contiguous(),
         }
         bias = None if b_hh is None else b_hh.contiguous()
         if chosen.algorithm == "persistent":
-            pitch = _round_up(hidden, _per_packet(x.dtype))
+            length = _round_up(hidden // heads, _per_packet(x.dtype))  # of a head
+            pitch = heads * length
             y = _mailbox(x, rows, pitch)
-            gates_of = (-1, hidden)
-            w_in = _padded(w_ih.unflatten(0, gates_of).mT, pitch).mT.flatten(0, 1) if pitch != hidden else w_ih
-            b_in = b_ih if b_ih is None or pitch == hidden else _padded(b_ih.unflatten(0, gates_of), pitch).flatten()
+            w_in, b_in, gates_of = w_ih, b_ih, (-1, hidden)
+            if pitch != hidden:
+                w_in = _padded_heads(w_ih.unflatten(0, gates_of).mT, heads, length).mT.flatten(0, 1)
+                b_in = None if b_ih is None else _padded_heads(b_ih.unflatten(0, gates_of), heads, length).flatten()
             hoisted = product(x_rows, w_in.t(), b_in)
             if resets is not None:
                 state0["resets"] = resets.to(torch.int32).contiguous()
             tensors = {
-                "x": hoisted, "h0": _padded(h0, pitch), **state0, "w_hh": _padded(w_hh, pitch), "b_hh": bias, "y": y,
-                **outputs, "offsets_device": _offsets(batch_sizes, x.device),
+                "x": hoisted, "h0": _padded_heads(h0, heads, length), **state0, "w_hh": _padded(w_hh, length),
+                "b_hh": bias, "y": y, **outputs, "offsets_device": _offsets(batch_sizes, x.device),
             }  # fmt: skip
             try:
                 kernels.launch("persistent_forward", params, tensors)
@@ -422,7 +514,7 @@ def forward(
                 _refused(x.device, chosen, error)
                 return forward(cell, inputs, algorithm, keep_gates, keep_cells)
             if pitch != hidden:
-                y = y[:, :hidden].contiguous()
+                y = y.view(rows, heads, length)[:, :, : hidden // heads].reshape(rows, hidden)
         else:
             y = x.new_empty(rows, out)
             on_host = _offsets(batch_sizes, torch.device("cpu"))
@@ -431,22 +523,29 @@ def forward(
                 "w_hh": w_hh.contiguous(), "b_ih": None if b_ih is None else b_ih.contiguous(), "b_hh": bias,
                 "w_hr": None if w_hr is None else w_hr.contiguous(), "y": y, **outputs, "offsets_host": on_host,
                 "zeros": None if resets is None else x.new_zeros(out),
-                "state": None if keep_cells else x.new_empty(batch, hidden, dtype=acc_dtype),
+                "state": None if keep_cells else empty_stack(x, others, batch, hidden, dtype=acc_dtype),
                 "unprojected": None if w_hr is None else x.new_empty(batch, hidden),
             }  # fmt: skip
             kernels.launch("step_forward", params, tensors)
-    return (
-        y.view(*lead, out),
-        h_n,
-        c_n,
-        gates.view(*lead, gates.shape[1]) if gates.dim() == 2 else gates,
-        cells.view(*lead, hidden) if cells.dim() == 2 else cells,
-    )
+    finals = apart(c_n, max(others, 1))
+    every = [
+        t.view(*lead, hidden) if t.dim() == 2 else t for t in (apart(cells, max(others, 1)) if keep_cells else [cells])
+    ]
+    gates = gates.view(*lead, gates.shape[1]) if gates.dim() == 2 else gates
+    return y.view(*lead, out), h_n, finals[0], gates, every[0], *finals[1:], *every[1:]
 
 
 def _started(t: Tensor, batch: int, batch_sizes: Tensor | None, reverse: bool) -> Tensor:
     """The B rows of ``t`` [N, K] in which each sequence begins."""
     return t[last_rows(t.shape[0], batch, batch_sizes, t.device) if reverse else slice(0, batch)]
+
+
+def _transposed(w_hh: Tensor, hidden: int, heads: int) -> Tensor:
+    """[H, G, H / heads] (with a projection [P, G, H]): of each unit what its column of W_hh holds, gate after gate."""
+    if heads == 1:
+        return w_hh.unflatten(0, (-1, hidden)).permute(2, 0, 1)
+    units = hidden // heads
+    return w_hh.view(-1, heads, units, units).permute(1, 3, 0, 2).reshape(hidden, -1, units)
 
 
 def backward(
@@ -455,14 +554,9 @@ def backward(
     """See the op ``fusedrnn::sequence_backward``."""
     _check(algorithm)
     check_kernels("cuda", cell)
-    if inputs.special:
-        raise RuntimeError(
-            "backend 'cuda' cannot run: its kernels have one head and no cell with parameters, inputs or more than two "
-            f"states, got heads={inputs.heads} and the cell {cell.name}"
-        )
-    x, h0, c0, _, w_hh, _, _, w_hr, batch_sizes, resets, reverse = inputs.plain
+    x, h0, _, _, w_hh, _, _, w_hr, batch_sizes, resets, reverse = inputs.plain
     y, gates, cells = saved[:3]
-    dy, dh_n, dc_n, dcells = grads[:4]
+    dy, dh_n, heads, others = grads.dy, grads.dh_n, inputs.heads, len(cell.states) - 1
     batch, out = h0.shape
     hidden = w_hh.shape[0] // len(cell.gates)
     count = len(cell.accumulators)
@@ -470,15 +564,20 @@ def backward(
     rows = y_rows.shape[0]
     steps = x.shape[0] if batch_sizes is None else batch_sizes.shape[0]
     acc_dtype = accumulation_dtype(x.dtype)
-    dc0 = x.new_empty((batch, hidden) if cell.has_cell_state else (0,))
+    dc0 = empty_stack(x, others, batch, hidden)
+    dparameters = x.new_empty(len(cell.parameters), rows, hidden)
+    dinputs = x.new_empty(len(cell.inputs), rows, hidden)
     dh_direct = x.new_empty(batch, hidden, dtype=acc_dtype) if cell.has_direct else None
     dgates = x.new_empty(rows, count * hidden)
     dy_total = None if w_hr is None else x.new_empty(rows, out)
     if batch > 0:
-        chosen = _plan_of(cell, x, h0, hidden, w_hr, algorithm, True, steps)
-        kernels = _kernels(x.device)
-        params = _Backward(
-            cell=kernels.number_of(cell), dtype=_dtype_id(x.dtype), reverse=reverse, steps=steps, batch=batch,
+        chosen = _plan_of(cell, inputs, algorithm, True, steps)
+        kernels, number = _kernels_for(cell, inputs)
+        fields, own_tensors = _of_own(cell, inputs, rows)
+        if fields:
+            own_tensors |= {"dparameters": dparameters, "dinputs": dinputs}
+        params = (_OwnBackward if fields else _Backward)(
+            **fields, cell=number, dtype=_dtype_id(x.dtype), reverse=reverse, steps=steps, batch=batch,
             hidden=hidden, out=out, slice_rows=chosen.slice_rows, groups=chosen.groups,
             units=chosen.units,
             poll_limit=_POLL_LIMIT if kernels.simulator is None else _POLL_LIMIT_SIMULATED,
@@ -486,19 +585,21 @@ def backward(
         tensors = {
             "dy": None if dy is None else rows_of(dy).contiguous(),
             "dh_n": None if dh_n is None else dh_n.contiguous(),
-            "dc_n": None if dc_n is None else dc_n.contiguous(),
-            "gates": gates.contiguous(), "cells": cells.contiguous(),
-            "c0": None if c0 is None else c0.contiguous(), "h0": h0.contiguous(), "y": y_rows, "dc0": dc0,
+            "dc_n": stacked((grads.dc_n, *grads.dothers_n)), "gates": gates.contiguous(),
+            "cells": stacked((cells, *saved.others)), "c0": stacked(inputs.states0), "h0": h0.contiguous(),
+            "y": y_rows, "dc0": dc0,
             "dh_direct": dh_direct, "resets": None if resets is None else resets.contiguous(),
-            "dcells": None if dcells is None else dcells.contiguous(),
+            "dcells": stacked((grads.dcells, *grads.dothers)), **own_tensors,
         }  # fmt: skip
         if chosen.algorithm == "persistent":
-            pitch = _round_up(hidden, _per_packet(x.dtype))
+            length = _round_up(hidden // heads, _per_packet(x.dtype))
+            pitch = heads * length
             box = _mailbox(x, rows, count * pitch)
             tensors |= {
-                "dy": None if dy is None else _padded(rows_of(dy), pitch), "y": _padded(y_rows, pitch),
+                "dy": None if dy is None else _padded_heads(rows_of(dy), heads, length),
+                "y": _padded_heads(y_rows, heads, length),
                 "resets": None if resets is None else resets.to(torch.int32).contiguous(),
-                "w_hh_t": _padded(w_hh.unflatten(0, (-1, hidden)).permute(2, 0, 1), pitch), "dgates": box,
+                "w_hh_t": _padded(_transposed(w_hh, hidden, heads), length), "dgates": box,
                 "offsets_device": _offsets(batch_sizes, x.device),
             }  # fmt: skip
             try:
@@ -508,20 +609,24 @@ def backward(
                     raise
                 _refused(x.device, chosen, error)
                 return backward(cell, grads, inputs, saved, algorithm, needs)
-            dgates = box if pitch == hidden else box.view(rows, count, pitch)[:, :, :hidden].reshape(rows, -1)
+            if pitch != hidden or heads > 1:
+                of_heads = box.view(rows, heads, count, length)[..., : hidden // heads]
+                dgates = of_heads.transpose(1, 2).reshape(rows, -1)
+            else:
+                dgates = box
         else:
             on_host = _offsets(batch_sizes, torch.device("cpu"))
             tensors |= {
-                "w_hh_t": w_hh.t().contiguous(), "dgates": dgates, "dy_total": dy_total,
+                "w_hh_t": dense(_transposed(w_hh, hidden, heads)), "dgates": dgates, "dy_total": dy_total,
                 "w_hr_t": None if w_hr is None else w_hr.t().contiguous(), "offsets_host": on_host,
-                "state": x.new_empty(batch, hidden, dtype=acc_dtype),
+                "state": empty_stack(x, others, batch, hidden, dtype=acc_dtype),
             }  # fmt: skip
             kernels.launch("step_backward", params, tensors)
     need_h0 = needs[1]
     dh0 = x.new_empty(0)
     if need_h0:
         start = _started(dgates, batch, batch_sizes, reverse)
-        dh0 = product(gate_columns(start, cell.h_acc, hidden), w_hh)
+        dh0 = recurrent_product(gate_columns(start, cell.h_acc, hidden), w_hh, heads)
         if resets is not None:
             dh0 = dh0.masked_fill(_started(resets.reshape(-1, 1), batch, batch_sizes, reverse), 0)
         if dh_direct is not None:
@@ -530,7 +635,9 @@ def backward(
     if w_hr is not None and needs[7]:
         saved_o = gates.reshape(rows, hidden, len(cell.saved))[..., -1].to(acc_dtype)  # only the LSTM projects
         h = (saved_o * rows_of(cells).tanh()).to(x.dtype)
-    return weight_gradients(cell, inputs, y, dgates, h, dy_total, needs, dh0, dc0)
+    dc0, *dothers = apart(dc0, max(others, 1))
+    more = dothers, [*dparameters], [t.clone() for t in dinputs]
+    return weight_gradients(cell, inputs, y, dgates, h, dy_total, needs, dh0, dc0, *more)
 
 
 @contextlib.contextmanager

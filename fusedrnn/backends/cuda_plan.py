@@ -63,6 +63,12 @@ class Problem:
     backward: bool
     tf32: bool = False
     steps: int | None = None
+    heads: int = 1
+
+    @property
+    def depth(self) -> int:
+        """Units of a head: of as many a row of W_hh has."""
+        return self.hidden // self.heads
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,12 @@ class Plan:
     shared_bytes: int
     units: int
     why: str
+
+
+def _one_gap(h_acc: tuple[int, ...]) -> bool:
+    """Whether h feeds the accumulators in the order of the gates, with at most one gap."""
+    apart = [acc - gate for gate, acc in enumerate(h_acc)]
+    return apart == sorted(apart) and len({0, *apart}) <= 2
 
 
 def _persistent(problem: Problem, chip: Chip) -> Plan | str:
@@ -105,10 +117,13 @@ def _with_units(problem: Problem, chip: Chip, units: int) -> Plan | str:
         return "float64 is for checking gradients, and a packet of 16 bytes holds only 2 of it"
     if not chip.cooperative:
         return f"{chip.name} has no cooperative launch"
-    accumulators = len(CELLS[problem.cell].accumulators)
+    cell = CELLS[problem.cell]
+    accumulators = len(cell.accumulators)
+    if problem.backward and not _one_gap(cell.h_acc):
+        return f"what W_hh multiplies of the gradients of {problem.cell} is in more than two pieces"
     # A row of W_hh, or of W_hh^T: its gates side by side, each a number of whole packets.
-    gates = len(CELLS[problem.cell].gates) if problem.backward else 1
-    chunks = -(-(-(-problem.hidden * size // 16) * 16 * gates) // (64 * WARPS))
+    gates = len(cell.gates) if problem.backward else 1
+    chunks = -(-(-(-problem.depth * size // 16) * 16 * gates) // (64 * WARPS))
     arithmetic = "16-bit" if size == 2 else "tf32" if problem.tf32 else "float32"
     most = MOST_CHUNKS[problem.backward, arithmetic]
     if problem.backward:
@@ -117,8 +132,9 @@ def _with_units(problem: Problem, chip: Chip, units: int) -> Plan | str:
         most = MOST_CHUNKS_WIDE[arithmetic]
     if chunks > most:
         limit = most * 64 * WARPS // size // gates
-        return f"a block's slice of W_hh does not fit in registers: {arithmetic} fits up to H = {limit}"
-    blocks = -(-problem.hidden // units)
+        of = "H" if problem.heads == 1 else "units of a head"
+        return f"a block's slice of W_hh does not fit in registers: {arithmetic} fits up to {of} = {limit}"
+    blocks = problem.heads * -(-problem.depth // units)
     most_groups = chip.multiprocessors // blocks
     if most_groups == 0:
         return f"{blocks} blocks must be resident at once, {chip.name} has {chip.multiprocessors} multiprocessors"
@@ -126,7 +142,7 @@ def _with_units(problem: Problem, chip: Chip, units: int) -> Plan | str:
     # Two buffers of a row's partial sums; accumulators are kept in pairs.
     sums = 2 * WARPS * units * (accumulators + accumulators % 2) * 4
     # Of a row, copied ahead: the gates of its units and a reset.
-    row = sums + 2 * (len(CELLS[problem.cell].gates) * units * size + 4)
+    row = sums + 2 * (len(cell.gates) * units * size + 4)
     if not problem.backward:
         most_rows = min(most_rows, (chip.shared_per_block - 2 * OFFSETS) // row // 8 * 8)
     groups = min(most_groups, -(-problem.batch // 8))
@@ -143,8 +159,9 @@ def _with_units(problem: Problem, chip: Chip, units: int) -> Plan | str:
     groups = min(groups, -(-problem.batch // slice_rows))
     shared = row * (-(-slice_rows // 8) * 8) + 2 * OFFSETS
     if problem.backward:
-        # Copied ahead: of two units a thread what is saved, dy, h, h', dcells and c'; resets.
-        ahead = 32 * WARPS * 2 * ((len(CELLS[problem.cell].saved) + 3) * size + 8) + BACKWARD_ROWS * 4 + OFFSETS
+        # Copied ahead: of two units a thread what is saved, dy, h, h', every dcells and c'; resets.
+        others = max(len(cell.states) - 1, 1)
+        ahead = 32 * WARPS * 2 * ((len(cell.saved) + 3) * size + 8 * others) + BACKWARD_ROWS * 4 + OFFSETS
         shared = BACKWARD_SUMS + STAGED_ELEMENTS * accumulators * size + 2 * ahead
     if shared > chip.shared_per_block:
         return f"a block needs {shared} bytes of shared memory, {chip.name} has {chip.shared_per_block}"
@@ -161,7 +178,7 @@ def plan(problem: Problem, chip: Chip, algorithm: str = "auto") -> Plan:
     if algorithm not in ("auto", "step", "persistent"):
         raise RuntimeError(f"backend 'cuda' has the algorithms step and persistent, got {algorithm!r}")
     units = BACKWARD_UNITS if problem.backward else FORWARD_UNITS
-    blocks = -(-problem.hidden // units)
+    blocks = problem.heads * -(-problem.depth // units)
     if algorithm == "step":
         why = "step was asked for"
     elif algorithm == "auto" and problem.steps is not None and problem.steps <= FEW_STEPS:

@@ -19,7 +19,10 @@ from fusedrnn.backends.common import (
     Inputs,
     Saved,
     allow_tf32,
+    apart,
     check_kernels,
+    dense,
+    empty_stack,
     gate_columns,
     last_rows,
     product,
@@ -27,6 +30,7 @@ from fusedrnn.backends.common import (
     rows_of,
     simulator,
     sizes_on,
+    stacked,
     step_rows,
     weight_gradients,
 )
@@ -220,33 +224,12 @@ def _plan_of(cell: Cell, inputs: Inputs, algorithm: str, backward: bool) -> Plan
     return plan_for(cell, h0.shape[0], x.shape[-1], hidden, proj, x.dtype, x.device, algorithm, backward, heads=heads)
 
 
-def _stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
-    """Tensors of one shape one after the other, zeros for None; None without any, or where there is None only."""
-    given = [t for t in tensors if t is not None]
-    if not given:
-        return None
-    if len(tensors) == 1:
-        return _dense(given[0])
-    return torch.stack([torch.zeros_like(given[0]) if t is None else t for t in tensors])
-
-
-def _apart(stacked: Tensor, count: int) -> list[Tensor]:
-    """The tensors of a stack: outputs of an op may not share memory."""
-    return [stacked] if count == 1 else [t.clone() for t in stacked]
-
-
-def _empty(like: Tensor, count: int, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """A stack of ``count`` for a kernel to write to; of one the tensor itself, of none no elements."""
-    sizes = (0,) if count == 0 else shape if count == 1 else (count, *shape)
-    return like.new_empty(sizes, dtype=dtype)
-
-
 def _extras(cell: Cell, inputs: Inputs, rows: int) -> tuple[dict, dict]:
     """Arguments and constants of every kernel for what cells of one's own have."""
     hidden, others = inputs.w_hh.shape[0] // len(cell.gates), len(cell.states) - 1
     args = {
-        "parameters": _stacked(inputs.parameters),
-        "inputs": _stacked([rows_of(t) for t in inputs.inputs]),
+        "parameters": stacked(inputs.parameters),
+        "inputs": stacked([rows_of(t) for t in inputs.inputs]),
         # Not where nobody looks: larger numbers have another type.
         "s_state": inputs.h0.shape[0] * hidden if others > 1 else 0,
         "s_rows": rows * hidden if max(others, len(cell.parameters), len(cell.inputs)) > 1 else 0,
@@ -311,18 +294,10 @@ def _guard(x: Tensor):
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def _dense(t: Tensor | None) -> Tensor | None:
-    """Contiguous and beginning at 16 bytes, so that rows may be loaded in pieces of 16."""
-    if t is None:
-        return None
-    t = t.contiguous()
-    return t.clone() if t.data_ptr() % 16 else t
-
-
 def _flags(resets: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """resets as numbers of the products' dtype."""
     # A byte loaded on the way to an operand of a product makes Triton lay that operand out as bytes.
-    return None if resets is None else _dense(resets.to(dtype))
+    return None if resets is None else dense(resets.to(dtype))
 
 
 def _gate_of(accumulators: int, acc_of_gate: tuple[int, ...]) -> tuple[int, ...]:
@@ -367,7 +342,7 @@ def _both_biases(b_ih: Tensor | None, b_hh: Tensor | None) -> tuple[Tensor | Non
         b_ih = torch.zeros_like(b_hh)
     if b_hh is None and b_ih is not None:
         b_hh = torch.zeros_like(b_ih)
-    return _dense(b_ih), _dense(b_hh)
+    return dense(b_ih), dense(b_hh)
 
 
 def forward(cell: Cell, inputs: Inputs, algorithm: str, keep_gates: bool, keep_cells: bool) -> tuple[Tensor, ...]:
@@ -381,17 +356,17 @@ def forward(cell: Cell, inputs: Inputs, algorithm: str, keep_gates: bool, keep_c
     acc_dtype = accumulation_dtype(x.dtype)
     y = x.new_empty(*steps, h0.shape[1])
     h_n = torch.empty_like(h0, memory_format=torch.contiguous_format)
-    c_n = _empty(x, others, batch, hidden)
+    c_n = empty_stack(x, others, batch, hidden)
     gates = x.new_empty(*steps, len(cell.saved) * hidden) if keep_gates and cell.saved else x.new_empty(0)
-    cells = _empty(x, others * keep_cells, *steps, hidden, dtype=acc_dtype)
+    cells = empty_stack(x, others * keep_cells, *steps, hidden, dtype=acc_dtype)
     if batch:
         run = _step_forward if how.algorithm == "step" else _sequence_forward
         b_ih, b_hh = _both_biases(b_ih, b_hh)
-        c0 = _stacked(inputs.states0)
-        given = Inputs(*map(_dense, (x, h0)), c0, *map(_dense, (w_ih, w_hh, b_ih, b_hh, w_hr)), *inputs[8:])
+        c0 = stacked(inputs.states0)
+        given = Inputs(*map(dense, (x, h0)), c0, *map(dense, (w_ih, w_hh, b_ih, b_hh, w_hr)), *inputs[8:])
         with _guard(x):
             run(cell, how, given, y, h_n, c_n, gates, cells)
-    finals, every = _apart(c_n, max(others, 1)), _apart(cells, max(others, 1)) if keep_cells else [cells]
+    finals, every = apart(c_n, max(others, 1)), apart(cells, max(others, 1)) if keep_cells else [cells]
     return y, h_n, finals[0], gates, every[0], *finals[1:], *every[1:]
 
 
@@ -519,14 +494,14 @@ def backward(
     n_rows = rows[-1][0] + rows[-1][1]
     dgates = x.new_empty(n_rows, len(cell.accumulators) * hidden)
     dh0 = torch.empty_like(h0, memory_format=torch.contiguous_format)
-    dc0 = _empty(x, others, batch, hidden)
+    dc0 = empty_stack(x, others, batch, hidden)
     dparameters = x.new_empty(len(cell.parameters), n_rows, hidden)
     dinputs = x.new_empty(len(cell.inputs), n_rows, hidden)
     dy_total = h = None
-    given = inputs._replace(h0=_dense(h0), c0=_stacked(inputs.states0), w_hh=_dense(w_hh), w_hr=_dense(w_hr))
-    dc_n, dcells = (_stacked(t) for t in ((grads.dc_n, *grads.dothers_n), (grads.dcells, *grads.dothers)))
-    grads = Gradients(_dense(grads.dy), _dense(grads.dh_n), dc_n, dcells)
-    kept = Saved(_dense(saved.y), _dense(saved.gates), _stacked((saved.cells, *saved.others)))
+    given = inputs._replace(h0=dense(h0), c0=stacked(inputs.states0), w_hh=dense(w_hh), w_hr=dense(w_hr))
+    dc_n, dcells = (stacked(t) for t in ((grads.dc_n, *grads.dothers_n), (grads.dcells, *grads.dothers)))
+    grads = Gradients(dense(grads.dy), dense(grads.dh_n), dc_n, dcells)
+    kept = Saved(dense(saved.y), dense(saved.gates), stacked((saved.cells, *saved.others)))
     if w_hr is not None:
         # Grows into the whole gradient of y: from outside, from h_n, and from the next step.
         shape = (n_rows, h0.shape[1])
@@ -538,7 +513,7 @@ def backward(
         run = _step_backward if how.algorithm == "step" else _sequence_backward
         with _guard(x):
             run(cell, how, grads, given, kept, rows, dgates, dparameters, dinputs, dh0, dc0, dy_total, needs)
-    dc0, *dothers = _apart(dc0, max(others, 1))
+    dc0, *dothers = apart(dc0, max(others, 1))
     more = dothers, [*dparameters], [t.clone() for t in dinputs]
     return weight_gradients(cell, inputs, saved.y, dgates, h, dy_total, needs, dh0, dc0, *more)
 
