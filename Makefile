@@ -24,7 +24,7 @@ INSTALLED := $(VENV)/.fusedrnn-installed-$(subst /,+,$(subst $() ,_,$(CURDIR)))
 ENVIRONMENT := $(strip $(abspath $(VENV)) torch=$(TORCH) $(wildcard $(GPUS)) $(foreach v,FUSEDRNN_BUILD FUSEDRNN_CUDA FUSEDRNN_NVRTC TORCH_CUDA_ARCH_LIST,$(if $($v),$v=$($v))))
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
 CLANG_FORMATTED = $(shell git ls-files 'csrc/*' 'tests/*' | grep -E '\.(h|cuh|cpp|cu)$$')
-SPELLED = README.md CHANGELOG.md CONTRIBUTING.md docs/*.md docs/*.py fusedrnn/*.py fusedrnn/backends benchmarks/*.py kernels examples tests/*.py csrc
+SPELLED = README.md CHANGELOG.md CONTRIBUTING.md docs/*.md docs/*.py fusedrnn/*.py fusedrnn/backends fusedrnn/compat benchmarks/*.py kernels examples tests/*.py csrc
 # The tests run on every core where pytest-xdist is; ARGS=-n0 runs them in one process.
 # Threads of one that wait for a core that another has must not spin: passive takes 0.3 s where spinning takes 2.
 WORKERS = $(if $(shell $(PY) -c 'import xdist; print(1)' 2>/dev/null),-n $(MAX_JOBS) --dist worksteal --benchmark-disable)

@@ -266,7 +266,7 @@ setup(
     version=VERSION,
     install_requires=[TORCH],
     packages=[
-        *("fusedrnn", "fusedrnn.backends", "fusedrnn.kernels"),
+        *("fusedrnn", "fusedrnn.backends", "fusedrnn.compat", "fusedrnn.kernels"),
         *("fusedrnn.benchmarks", "fusedrnn.benchmarks.data", "fusedrnn.benchmarks.history"),
     ],
     package_dir={"fusedrnn": "fusedrnn", "fusedrnn.benchmarks": "benchmarks", "fusedrnn.kernels": "kernels"},

@@ -289,32 +289,55 @@ class Layer(RecurrentLayer):
         return x if time_first else x.transpose(0, 1), [functional._together([*s]) for s in zip(*finals)], states_of
 
     def _choose(self, dtype: torch.dtype, device: torch.device) -> planning.Choice:
-        """What runs, which has the cell compiled by then."""
-        name, asked = self.cell.cell.name, self.backend
-        if planning._forced:
-            asked, _ = planning._innermost(tuple(planning._forced), asked, self.algorithm)
-        asked = asked or planning.parse(os.environ.get(planning.ENVIRONMENT_VARIABLE, ""))[0]
-        why = ""
-        for backend in (asked,) if asked else ("cpu",) if device.type == "cpu" else ("cuda", "triton"):
-            if backend not in ("cpu", "triton", "cuda") or not (asked or planning.may_run(backend, device)):
-                continue
-            if not (why := compiled.ensure(name, backend)):
-                break
-        if why and asked:
-            raise RuntimeError(f"backend {backend!r} was asked for but cannot run: {why}")
-        chosen = planning.choose(
-            name,
-            input_size=self.input_size,
-            hidden_size=self.hidden_size,
+        return choose_for(
+            self.cell,
+            self.input_size,
+            self.hidden_size,
+            dtype,
+            device,
             proj_size=self.proj_size,
-            dtype=dtype,
-            device=device,
+            heads=self.heads,
             backend=self.backend,
             algorithm=self.algorithm,
-            heads=self.heads,
         )
-        if why and chosen.backend == "reference":
-            planning._tell_once(
-                f"fusedrnn: the reference, a loop of torch's operations, runs the cell {self.cell.name}: {why}"
-            )
-        return chosen
+
+
+def choose_for(
+    cell: Definition,
+    input_size: int,
+    hidden_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    proj_size: int = 0,
+    heads: int = 1,
+    backend: str | None = None,
+    algorithm: str | None = None,
+) -> planning.Choice:
+    """What runs a cell, which is compiled by then; see ``planning.choose``."""
+    name, asked = cell.cell.name, backend
+    if planning._forced:
+        asked, _ = planning._innermost(tuple(planning._forced), asked, algorithm)
+    asked = asked or planning.parse(os.environ.get(planning.ENVIRONMENT_VARIABLE, ""))[0]
+    why = ""
+    for candidate in (asked,) if asked else ("cpu",) if device.type == "cpu" else ("cuda", "triton"):
+        if candidate not in ("cpu", "triton", "cuda") or not (asked or planning.may_run(candidate, device)):
+            continue
+        if not (why := compiled.ensure(name, candidate)):
+            break
+    if why and asked:
+        raise RuntimeError(f"backend {asked!r} was asked for but cannot run: {why}")
+    chosen = planning.choose(
+        name,
+        input_size=input_size,
+        hidden_size=hidden_size,
+        proj_size=proj_size,
+        dtype=dtype,
+        device=device,
+        backend=backend,
+        algorithm=algorithm,
+        heads=heads,
+    )
+    if why and chosen.backend == "reference":
+        planning._tell_once(f"fusedrnn: the reference, a loop of torch's operations, runs the cell {cell.name}: {why}")
+    return chosen

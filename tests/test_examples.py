@@ -56,7 +56,14 @@ def quick(capsys):
 
 def test_every_example_is_tested():
     names = {path.stem for path in EXAMPLES.glob("*.py")} - {"char_lm"}
-    assert names == {"forecast_temperature", "classify_speech", "convert_model", "distributed", "voice_activity"}
+    assert names == {
+        "forecast_temperature",
+        "classify_speech",
+        "convert_model",
+        "distributed",
+        "voice_activity",
+        "swap_flashrnn",
+    }
 
 
 @TEMPERATURES
@@ -221,3 +228,12 @@ def test_tagger_goes_to_onnx_and_into_a_program_of_cpp_by_its_page(tmp_path):
     assert check(sys.executable, "-c", load) == [str([[int(t) for t in again[1].split()]])]
     pytest.importorskip("onnxruntime", reason="the tagger is not run in ONNX Runtime: not installed (extra 'test')")
     assert [line.split() for line in check(sys.executable, "-c", code)] == [["[[1", "0", "1]"], ["[0", "0", "0]]"]]
+
+
+def test_swap_flashrnn(quick):
+    """Both packages train the same model to the same loss."""
+    loss, printed = quick("swap_flashrnn")
+    assert "fusedrnn: loss" in printed
+    pytest.importorskip("flashrnn", reason="the package flashrnn 1.0.8 is not installed")
+    theirs, _ = quick("swap_flashrnn", "--package", "flashrnn")
+    assert abs(loss - theirs) < 1e-3 * max(1.0, theirs)

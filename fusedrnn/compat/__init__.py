@@ -1,0 +1,1 @@
+"""Functions with the interfaces of other packages."""

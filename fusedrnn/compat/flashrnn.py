@@ -1,0 +1,229 @@
+"""FlashRNN's function (package flashrnn, 1.0.8), for a CPU too: :func:`flashrnn`.
+
+Letters as in that package: B batch, T steps, G gates, N heads, D units of a head, P units of the same head one step
+before, S states. In its layout strings H stands for N.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedrnn import functional, layer
+from fusedrnn.backends.common import Inputs
+from fusedrnn.definition import Definition, cell
+
+
+@cell(gates=("i", "f", "z", "o"), states=("h", "c"), inputs=("wi", "wf", "wz", "wo"))
+def flash_lstm(x, u, s, wi, wf, wz, wo):
+    """:func:`fusedrnn.zoo.lstm` whose product of the input comes from outside."""
+    c = torch.sigmoid(x.f + u.f + wf) * s.c + torch.sigmoid(x.i + u.i + wi) * torch.tanh(x.z + u.z + wz)
+    return torch.sigmoid(x.o + u.o + wo) * torch.tanh(c), c
+
+
+@cell(gates=("i", "f", "z", "o"), states=("h", "c", "n", "m"), inputs=("wi", "wf", "wz", "wo"))
+def flash_slstm(x, u, s, wi, wf, wz, wo):
+    """:func:`fusedrnn.zoo.slstm` whose product of the input comes from outside."""
+    a = x.i + u.i + wi
+    l = s.m + torch.nn.functional.logsigmoid(x.f + u.f + wf)
+    m = torch.where(s.n == 0, a, torch.maximum(a, l)).detach()
+    i = torch.exp(a - m)
+    f = torch.exp((l - m).clamp(max=80))
+    z = torch.tanh(x.z + u.z + wz)
+    o = torch.sigmoid(x.o + u.o + wo)
+    c = f * s.c + i * z
+    n = f * s.n + i
+    return o * c / n, c, n, m
+
+
+@cell(gates=("r", "z", "n"), inputs=("wr", "wz", "wn"))
+def flash_gru(x, u, s, wr, wz, wn):
+    """:func:`fusedrnn.zoo.gru` whose product of the input comes from outside."""
+    r = torch.sigmoid(x.r + u.r + wr)
+    z = torch.sigmoid(x.z + u.z + wz)
+    n = torch.tanh(x.n + wn + r * u.n)
+    return n + z * (s.h - n)
+
+
+@cell(gates=("h",), inputs=("wh",))
+def flash_elman(x, u, s, wh):
+    """:func:`fusedrnn.zoo.rnn_tanh` whose product of the input comes from outside."""
+    return torch.tanh(x.h + u.h + wh)
+
+
+@dataclass(frozen=True)
+class _Function:
+    """A cell, and which gate of R, of b beside R and of b beside W each of its gates takes (-1: none)."""
+
+    cell: Definition
+    recurrent: tuple[int, ...]
+    bias: tuple[int, ...]
+    bias_of_input: tuple[int, ...]
+
+
+_FOUR = (0, 1, 2, 3)
+_FUNCTIONS = {
+    "lstm": _Function(flash_lstm, _FOUR, _FOUR, (-1,) * 4),
+    "slstm": _Function(flash_slstm, _FOUR, _FOUR, (-1,) * 4),
+    # R has the candidate first, then r and z; W has r, z and the candidate; b has R's, then the candidate's of W.
+    "gru": _Function(flash_gru, (1, 2, 0), (1, 2, 0), (-1, -1, 3)),
+    "elman": _Function(flash_elman, (0,), (0,), (-1,)),
+}
+BACKENDS = ("vanilla", "vanilla_fwbw", "cuda", "cuda_fused", "triton_fused")
+
+
+def flashrnn(
+    Wx: Tensor,
+    R: Tensor,
+    b: Tensor,
+    states: Tensor | None = None,
+    function: str = "lstm",
+    config: Any = None,
+    backend: str = "cuda_fused",
+    dtype: str = "bfloat16",
+) -> tuple[Tensor, Tensor]:
+    """What flashrnn.flashrnn computes, with its arguments and layouts.
+
+    Everything is computed in the dtype of ``Wx``. ``backend`` and ``dtype`` are that package's and choose nothing here:
+    planning does, or ``with fusedrnn.backend(...)``. With gradient_recurrent_clipval or gradient_recurrent_cut in the
+    config, the sequence is a loop of torch's operations.
+
+    Args:
+        Wx: [B, T, G, N, D] (input_shape "TBGHD": [T, B, G, N, D]), the product of the input, without a bias.
+        R: [G, N, D, P] ("GHDP"; or "HGDP", "HPGD", "HPDG").
+        b: [G, N, D] ("GHD"; or "HGD", "HDG"); of a gru 4 gates.
+        states: [S, B, 1, N, D], in the config's output_shape; absent: the config's initial_val, zeros.
+        function: "lstm", "slstm" (gates i, f, z, o), "gru" or "elman"; a config's own comes first.
+        config: a FlashRNNConfig, or anything with its fields.
+
+    Returns:
+        Every state at every step [S, B, T, N, D] (in the config's output_shape), S being h; h, c; or h, c, n, m. Then
+        the last ones, [S, B, 1, N, D]. Of an slstm h and c / n are meant: c, n and m are so up to a factor. Where n is
+        given, it has to be 1 or more (or 0, with c), as every n is that this returns.
+
+    Raises:
+        ValueError: a function, backend or layout that there is not; shapes that do not fit; forward_clipval.
+    """
+    function = getattr(config, "function", function)
+    backend = getattr(config, "backend", backend)
+    if function not in _FUNCTIONS:
+        raise ValueError(f"function must be one of {', '.join(_FUNCTIONS)}, got {function!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if getattr(config, "forward_clipval", None) is not None:
+        raise ValueError("forward_clipval is not supported: must be None, got " + repr(config.forward_clipval))
+    layout = {
+        name: getattr(config, name, default)
+        for name, default in (
+            ("input_shape", "BTGHD"), ("recurrent_shape", "GHDP"), ("bias_shape", "GHD"), ("output_shape", "SBTHD"),
+        )
+    }  # fmt: skip
+    kind = _FUNCTIONS[function]
+    Wx = _as("Wx", Wx, layout["input_shape"], "TBGHD")
+    R = _as("R", R, layout["recurrent_shape"], "GHDP").to(Wx.dtype)
+    b = _as("b", b, layout["bias_shape"], "GHD").to(Wx.dtype)
+    steps, batch, _, heads, units = Wx.shape
+    _check(kind, function, Wx, R, b)
+    count = len(kind.cell.states)
+    if states is None:
+        states = Wx.new_empty(count, batch, 1, heads, units)
+        values = getattr(config, "initial_val", 0.0)
+        values = values if isinstance(values, Sequence) else [values] * count
+        for state, value in zip(states, values, strict=True):
+            state.fill_(value)
+    else:
+        states = _as("states", states, layout["output_shape"], "SBTHD").to(Wx.dtype)
+        if tuple(states.shape) != (count, batch, 1, heads, units):
+            raise ValueError(f"states must be {[count, batch, 1, heads, units]} (SBTHD), got {list(states.shape)}")
+    clip, cut = (getattr(config, f"gradient_recurrent_{what}", None) for what in ("clipval", "cut"))
+    run = _fused if clip is None and not cut else _loop
+    found = run(kind, Wx, R, b, states, *(() if run is _fused else (clip, bool(cut))))  # [S, T, B, N, D]
+    every = _as("states", found, "STBHD", layout["output_shape"])
+    return every, every.narrow(layout["output_shape"].index("T"), steps - 1, 1)
+
+
+def _as(name: str, t: Tensor, have: str, want: str) -> Tensor:
+    """A view with its dimensions in another order."""
+    if sorted(have) != sorted(want):
+        raise ValueError(f"the layout of {name} must be made of the letters {want}, got {have!r}")
+    if t.dim() != len(have):
+        raise ValueError(f"{name} must have {len(have)} dimensions, {have}, got {list(t.shape)}")
+    return t.permute([have.index(letter) for letter in want])
+
+
+def _check(kind: _Function, function: str, Wx: Tensor, R: Tensor, b: Tensor) -> None:
+    steps, _, _, heads, units = Wx.shape
+    biases = max(*kind.bias, *kind.bias_of_input) + 1
+    if steps < 1:
+        raise ValueError("Wx must have at least one step")
+    for name, t, letters, want in (
+        ("Wx", Wx[0, 0], "GHD", (len(kind.cell.gates), heads, units)),
+        ("R", R, "GHDP", (len(kind.recurrent), heads, units, units)),
+        ("b", b, "GHD", (biases, heads, units)),
+    ):
+        if tuple(t.shape) != want:
+            raise ValueError(f"{name} of function {function!r} must be {list(want)} ({letters}), got {list(t.shape)}")
+
+
+def _biases(b: Tensor, gates: tuple[int, ...]) -> Tensor:
+    """[G, N, D] of the gates that are named, zeros where none is."""
+    return torch.stack([torch.zeros_like(b[0]) if gate < 0 else b[gate] for gate in gates])
+
+
+def _fused(kind: _Function, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor) -> Tensor:
+    definition, (steps, batch, gates, heads, units) = kind.cell, Wx.shape
+    hidden = heads * units
+    choice = layer.choose_for(definition, 1, hidden, Wx.dtype, Wx.device, heads=heads)
+    h0, *others = (state.reshape(batch, hidden) for state in states.unbind(0))
+    inputs = Inputs(
+        x=Wx.new_zeros(steps, batch, 1),
+        h0=h0,
+        c0=others[0] if others else None,
+        w_ih=Wx.new_zeros(gates * hidden, 1),
+        w_hh=R[list(kind.recurrent)].reshape(gates * hidden, units),
+        b_ih=_biases(b, kind.bias_of_input).flatten(),
+        b_hh=_biases(b, kind.bias).flatten(),
+        w_hr=None,
+        batch_sizes=None,
+        resets=None,
+        reverse=False,
+        others=tuple(others[1:]),
+        inputs=tuple(gate.reshape(steps, batch, hidden) for gate in Wx.unbind(2)),
+        heads=heads,
+    )
+    y, _, every = functional.recurrence_of_states(
+        definition.cell, inputs, choice.backend, choice.algorithm, keep_cells=bool(others)
+    )
+    found = torch.stack([y, *(state.to(y.dtype) for state in every[: len(others)])])
+    return found.view(-1, steps, batch, heads, units)
+
+
+class _Clip(torch.autograd.Function):
+    """x, whose gradient is limited to ``most`` in each element."""
+
+    @staticmethod
+    def forward(x, most):
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.most = inputs[1]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.clamp(-ctx.most, ctx.most), None
+
+
+def _loop(kind: _Function, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor, clip: float | None, cut: bool) -> Tensor:
+    """The same, what reaches h through R clipped to ``clip``, or none of it."""
+    now, found = [state.squeeze(1) for state in states.unbind(0)], []
+    R, b_u = R[list(kind.recurrent)], _biases(b, kind.bias)
+    x = [*_biases(b, kind.bias_of_input).unsqueeze(1)]
+    for step in Wx.unbind(0):
+        h = now[0].detach() if cut else _Clip.apply(now[0], clip)
+        u = torch.einsum("bnp,gndp->gbnd", h, R) + b_u.unsqueeze(1)
+        now = [*kind.cell.step(x, u.unbind(0), now, (), step.unbind(1))]
+        found.append(torch.stack(now))
+    return torch.stack(found, 1)
