@@ -23,10 +23,10 @@ QUICK_SECONDS, SECONDS = 3.0, 20.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     split = lambda text: [part for part in text.split(",") if part]
     add = parser.add_argument
-    add("--suite", choices=problems.SUITES, default="deepbench",
+    add("--suite", choices=(*problems.SUITES, "slstm"), default="deepbench",
         help="the problems: deepbench (Baidu's list of sizes), users (layers of popular projects), flashrnn (that "
-        "paper's figure), fastrnns (PyTorch's own benchmark), sweep (one size after another around H=256); "
-        "default: %(default)s")  # fmt: skip
+        "paper's figure), fastrnns (PyTorch's own benchmark), sweep (one size after another around H=256), "
+        "slstm (beside flashrnn); default: %(default)s")  # fmt: skip
     add("--quick", action="store_true", help="the part of the suite that two cores measure in minutes (default: all)")
     add("--peers", type=split, metavar="A,B", help="who runs beside torch.nn, see --list (default: all that can)")
     add("--modes", type=split, metavar="A,B", help=f"of {', '.join(problems.MODES)} (default: the suite's own)")
@@ -252,6 +252,10 @@ def bench(arguments: argparse.Namespace) -> int:
     """Measures fusedrnn against torch.nn and others; writes results.csv, plots and report.html, and resumes them."""
     if arguments.compare:
         return compared(arguments)
+    if arguments.suite == "slstm":
+        from . import slstm
+
+        return slstm.run(arguments, arguments.seconds or (QUICK_SECONDS if arguments.quick else SECONDS))
     try:
         device = chosen_device(arguments.device)
         wrong = [mode for mode in arguments.modes or [] if mode not in problems.MODES]

@@ -139,6 +139,25 @@ def test_packed_once_gives_the_same_answers(cell, layers):
         providers.PROVIDERS["fusedrnn:stream"].make(gate.given, "forward")
 
 
+def test_the_suite_of_slstm(capsys, monkeypatch):
+    """Its providers agree with float64, and a wrong one has no time."""
+    monkeypatch.setattr("fusedrnn.benchmarks.slstm.BATCHES", (1,))
+    monkeypatch.setattr("fusedrnn.benchmarks.slstm.STEPS", 3)
+    arguments = ["bench", "--suite", "slstm", "--rounds", "3", "--seconds", "0.1", "--threads", "1", "--json"]
+    assert main(arguments) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["mode"] for row in rows} == {"forward", "train"}
+    assert {"fusedrnn", "fusedrnn.compat"} <= {row["provider"] for row in rows if row["ms"] > 0}
+    if "flashrnn:vanilla" in {row["provider"] for row in rows}:
+        assert all("times as fast as flashrnn:vanilla" in r for r in rows if r["provider"] == "fusedrnn")
+    monkeypatch.setattr("fusedrnn.benchmarks.slstm.ours", lambda gates, *rest, **options: (gates[None, :, :, 0], None))
+    assert main([*arguments, "--modes", "forward"]) == 1
+    wrong = next(r for r in json.loads(capsys.readouterr().out) if r["provider"] == "fusedrnn.compat")
+    assert "ms" not in wrong
+    assert wrong["why"].startswith("wrong: off by")
+    assert main(["bench", "--suite", "slstm", "--peers", "nobody"]) == 2
+
+
 def test_only_names_problems(capsys):
     assert main(["bench", "--suite", "sweep", "--only", "T=64 L=4", "--list"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if " L=4 " in line] == ["lstm", "gru"]
