@@ -323,6 +323,64 @@ def test_vmap(name):
     torch.testing.assert_close(found, torch.stack([layer(one)[0] for one in x]))
 
 
+@pytest.mark.parametrize("name", OFTEN)
+def test_gradients_of_every_sample(name):
+    layer = fusedrnn.Layer(ZOO[name], 5, 6, heads=2, dtype=torch.float64)
+    weights, xs = dict(layer.named_parameters()), torch.randn(3, 4, 2, 5, dtype=torch.float64)
+
+    def loss(weights, x):
+        return torch.func.functional_call(layer, weights, (x,))[0].square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, xs)
+    for k, x in enumerate(xs):
+        for n, g in zip(weights, torch.autograd.grad(loss(weights, x), [*weights.values()])):
+            torch.testing.assert_close(found[n][k], g)
+
+
+@pytest.mark.parametrize("name", OFTEN)
+def test_double_backward_is_that_of_the_loop(name):
+    """A penalty on the gradient, as training with one has it."""
+    layer = fusedrnn.Layer(ZOO[name], 5, 6, heads=2, dtype=torch.float64)
+    x, answers = torch.randn(4, 3, 5, dtype=torch.float64), []
+    for run in (layer, lambda x: loop(layer, x)):
+        x = x.detach().requires_grad_()
+        (dx,) = torch.autograd.grad(run(x)[0].sin().sum(), x, create_graph=True)
+        answers.append(torch.autograd.grad(dx.square().sum(), [x, *layer.parameters()], allow_unused=True))
+    for got, want in zip(*answers, strict=True):
+        torch.testing.assert_close(torch.zeros(()) if got is None else got, torch.zeros(()) if want is None else want)
+
+
+DDP = """
+import sys
+import torch, torch.distributed as dist, fusedrnn
+rank, folder, name = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+torch.manual_seed(0)
+layer = fusedrnn.Layer(getattr(fusedrnn.zoo, name), 5, 6, 2, heads=2)
+x = torch.randn(4, 6, 5)
+alone = torch.autograd.grad(layer(x)[0].square().mean(), [*layer.parameters()])
+both = torch.nn.parallel.DistributedDataParallel(layer)
+both(x[:, 3 * rank : 3 * rank + 3])[0].square().mean().backward()
+for p, g in zip(layer.parameters(), alone):
+    torch.testing.assert_close(p.grad, g)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
+@pytest.mark.parametrize("name", OFTEN)
+def test_ddp(name, tmp_path):
+    """Two processes of half the batch each have the gradients of one with all of it."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", DDP]
+    both = [
+        subprocess.Popen([*command, str(rank), str(tmp_path), name], env=env, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    said = [p.communicate(timeout=300)[1] for p in both]
+    assert [p.returncode for p in both] == [0, 0], said
+
+
 @pytest.mark.parametrize(
     "make, error, message",
     [
