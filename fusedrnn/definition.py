@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedrnn import printing
+from fusedrnn import printing, remembered
 from fusedrnn.cells import BUILT_IN, CELLS, Cell, register
 from fusedrnn.graph import CellError, Traced, trace
 
@@ -128,7 +128,9 @@ class Definition:
             RuntimeError: an operation has no printer.
         """
         with _lock:
-            return trace(self.name, self._named_step, self.gates, self.states, self.parameters, self.inputs)
+            about = self.gates, self.states, self.parameters, self.inputs
+            key = remembered.key_of(self.function, self.name, *about)
+            return remembered.traced(self.name, key, lambda: trace(self.name, self._named_step, *about))
 
     def _named_step(self, *groups):
         """New states, and the local variables that were tensors when the function returned: they name what it makes."""

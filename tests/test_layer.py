@@ -13,7 +13,7 @@ import torch
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fusedrnn
-from fusedrnn import compiled, planning, zoo
+from fusedrnn import compiled, planning, printing, remembered, zoo
 from fusedrnn.definition import Definition
 
 ZOO = {name: value for name, value in vars(zoo).items() if isinstance(value, Definition)}
@@ -424,15 +424,19 @@ CALL = """
 import sys, time, warnings
 import torch, fusedrnn
 from fusedrnn import compiled
-layer = fusedrnn.Layer(fusedrnn.zoo.janet, 3, 4)
 made = []
 real = compiled.subprocess.run
+traced = []
+made_by = fusedrnn.definition.trace
+fusedrnn.definition.trace = lambda *given: (traced.append(1), made_by(*given))[1]
 compiled.subprocess.run = lambda command, **options: (made.append(command), real(command, **options))[1]
+layer = fusedrnn.Layer(fusedrnn.zoo.janet, 3, 4)
 with warnings.catch_warnings(record=True) as told:
     warnings.simplefilter("always")
     y = layer(torch.ones(2, 1, 3))[0]
     y = layer(torch.ones(2, 1, 3))[0]
 print("compiled", sum("-shared" in c for c in made))
+print("traced", len(traced))
 print("backends", *sorted(fusedrnn.cells.kernels_of(layer.cell.cell.name)))
 print("folder", compiled.cache_folder())
 print("told", *(str(w.message) for w in told if "fusedrnn" in str(w.message)))
@@ -463,11 +467,58 @@ def test_a_cell_is_compiled_once(tmp_path):
     folder = tmp_path / "cache" / "cells"
     assert folder.stat().st_mode & 0o777 == 0o700
     (library,) = folder.glob("*.so")
-    assert called(folder.parent) == {"compiled": "0", "backends": "cpu reference", "folder": str(folder)}
+    found = {"compiled": "0", "traced": "0", "backends": "cpu reference", "folder": str(folder)}
+    assert called(folder.parent) == found
+    (trace,) = folder.glob("trace-*.json")
+    trace.write_text(trace.read_text()[:100])
+    assert called(folder.parent) == found | {"traced": "1"}
     broken = library.read_bytes()[:5000]
     library.write_bytes(broken)
     assert called(folder.parent)["compiled"] == "1"
     assert library.read_bytes() != broken
+
+
+HALF, TABLE = 0.5, torch.ones(3)
+
+
+def scaled(t, by=1.0):
+    return t * by
+
+
+def cell_of(source, **names):
+    names = globals() | names
+    exec(compile(f"def f(x, u, s):\n    return {source}", "a cell", "exec"), names)
+    return names["f"]
+
+
+def test_the_key_of_a_trace_is_everything_it_depends_on():
+    plain = "scaled(torch.tanh(x.h + u.h)) * 0.5 + HALF"
+    keys = [
+        remembered.key_of(cell_of(plain)),
+        remembered.key_of(cell_of(plain.replace("0.5", "0.25"))),
+        remembered.key_of(cell_of(plain, HALF=0.25)),
+        remembered.key_of(cell_of(plain.replace("tanh", "sigmoid"))),
+        remembered.key_of(cell_of(plain, scaled=lambda t, by=2.0: t * by)),
+        remembered.key_of(cell_of(plain, scaled=lambda t, by=3.0: t * by)),
+        remembered.key_of(cell_of(plain, scaled=torch.abs)),
+        remembered.key_of(cell_of(plain), "another name"),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert remembered.key_of(cell_of(plain)) == keys[0]
+    by = [0.5, 0.25]
+    assert len({remembered.key_of(lambda x, u, s, k=k: x.h * k) for k in by}) == 2
+    assert len({remembered.key_of((lambda k: lambda x, u, s: x.h * k)(k)) for k in by}) == 2  # noqa: B023
+    for unknown in ("x.h * TABLE", "layer(x.h)"):
+        assert remembered.key_of(cell_of(unknown, layer=torch.nn.ReLU())) == ""
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_a_trace_read_back_is_the_same(name):
+    traced = ZOO[name].traced
+    again = remembered.loads(remembered.dumps(traced))
+    for write in (printing.cpp, printing.triton, printing.plain_torch):
+        assert write(again, name) == write(traced, name)
+    assert printing.equations(again) == printing.equations(traced)
 
 
 def test_two_processes_at_once(tmp_path):
