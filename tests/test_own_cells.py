@@ -13,6 +13,7 @@ from fusedrnn import cells, compiled, ops, planning, zoo
 from fusedrnn.backends import cuda
 from fusedrnn.backends.common import Inputs
 from fusedrnn.cells import BUILT_IN, CELLS
+from fusedrnn.definition import Definition
 from fusedrnn.functional import recurrence_of_states
 
 CASES = [
@@ -80,6 +81,27 @@ def in_triton():
 def test_triton_agrees_with_float64(cell, dtype, algorithm, case, poisoned, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     check(cell, "triton", algorithm, DTYPES[dtype], case)
+
+
+ZOO = {name: d for name, d in vars(zoo).items() if isinstance(d, Definition) and name not in BUILT_IN}
+
+
+def of_the_zoo():
+    """`make test`: MGU and sLSTM in two dtypes on the CPU; the rest, and Triton's kernels, are slow."""
+    for name, dtype, backend in itertools.product(ZOO, DTYPES, ("cpu", "triton:step", "triton:sequence")):
+        often = backend == "cpu" and name in ("mgu", "slstm") and dtype in ("float32", "bfloat16")
+        for case in CASES if backend == "cpu" else TRITON_CASES:
+            yield pytest.param(name, dtype, backend, case, marks=[] if often else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize("name, dtype, backend, case", [*of_the_zoo()], ids=str)
+def test_zoo_agrees_with_float64(name, dtype, backend, case, poisoned, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    cell, (backend, _, algorithm) = ZOO[name].cell.name, backend.partition(":")
+    recurrence_needs(backend)
+    if why := compiled.ensure(cell, backend):
+        pytest.skip(f"{name} is not tested on {backend}: {why}")
+    check(cell, backend, algorithm or "auto", DTYPES[dtype], case)
 
 
 def in_cuda():
