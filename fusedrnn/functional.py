@@ -42,9 +42,6 @@ def recording(callback: Callable):
         _recorders.remove(entry)
 
 
-_profiled = torch._C._autograd._profiler_enabled
-
-
 def direct(name: str, backend: str | None, algorithm: str | None, *arguments):
     """A module's call as one call of C++ ("cell" or "layers", see csrc/module.cpp) on the backend "cpu"; None where
     it is not built, or something is on that needs the way through Python.
@@ -55,9 +52,8 @@ def direct(name: str, backend: str | None, algorithm: str | None, *arguments):
         backend, algorithm = planning._innermost(tuple(planning._forced), backend, algorithm)
     if algorithm is not None or not (backend is None or backend == "cpu"):
         return None
-    # A profiler is to see an op, and those below the dispatcher are none.
     packed = "_packed" in arguments[1]  # of a frozen layer
-    if _build._small_calls is not None and (packed or not torch.is_grad_enabled()) and not _profiled():
+    if _build._small_calls is not None and (packed or not torch.is_grad_enabled()) and not ops.profiled():
         if name == "layers" and torch.is_autocast_enabled("cpu"):
             return _under_autocast(_build._small_calls.layers, *arguments)
         return getattr(_build._small_calls, name)(*arguments)
@@ -162,6 +158,8 @@ def _check_lengths(lengths, x: Tensor, batch: int, batch_sizes: Tensor | None) -
     if batch_sizes is not None:
         raise RuntimeError("lengths is for a padded batch; a packed one has its lengths")
     lengths = torch.as_tensor(lengths)
+    if lengths.dtype in (torch.uint16, torch.uint32, torch.uint64):  # of which torch has few operations
+        lengths = lengths.long()
     if lengths.dtype == torch.bool or lengths.is_floating_point() or lengths.is_complex():
         raise RuntimeError(f"lengths must be integers, got {lengths.dtype}")
     if tuple(lengths.shape) != (batch,):
@@ -486,7 +484,8 @@ def _stack(
         x = padding.cut(x, padding_value)
     y, h, c = x, _together(h_n), _together(c_n) if c0 is not None else None
     # torch.nn's LSTM is oneDNN's, in 16 bits throughout, unless packed or with a projection; an RNN adds nothing to h.
-    if carried is not None and (cell.name == "gru" or (c0 is not None and (batch_sizes is not None or projection))):
+    packed = batch_sizes is not None or lengths is not None
+    if carried is not None and (cell.name == "gru" or (c0 is not None and (packed or projection))):
         c = None if c is None else c.to(carried)
         if not projection:
             y, h = y.to(carried), h.to(carried)

@@ -605,12 +605,23 @@ def sequence_arguments(
     )  # fmt: skip
 
 
+# A profiler is to see an op, and what is called below the dispatcher is none.
+profiled = torch._C._autograd._profiler_enabled
+
+
+def _below_the_dispatcher():
+    """What calls the CPU kernels without it; None where somebody looks on."""
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or profiled():
+        return None
+    return _build._small_calls
+
+
 def sequence(cell: str, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One direction of one layer: y, h_n, c_n, gates, cells; nothing is recorded for autograd.
 
     Takes the fields of Inputs, then backend, algorithm, keep_gates and keep_cells; a tensor that there is not is empty.
     """
-    fast = None if torch.compiler.is_compiling() or forward_ad._current_level >= 0 else _build._small_calls
+    fast = _below_the_dispatcher()
     if fast is not None and arguments[11] == "cpu" and arguments[12] == "auto":
         found = fast.sequence(cell, *arguments[:11], *arguments[13:])
         if found is not None:
@@ -647,7 +658,7 @@ def sequence_backward(cell: str, *arguments) -> tuple[Tensor, ...]:
 
     Takes the fields of Gradients, Inputs and Saved, then backend, algorithm and needs (eight).
     """
-    fast = None if torch.compiler.is_compiling() or forward_ad._current_level >= 0 else _build._small_calls
+    fast = _below_the_dispatcher()
     if fast is not None and arguments[18] == "cpu" and arguments[19] == "auto":
         found = fast.sequence_backward(cell, *arguments[:18], arguments[20])
         if found is not None:

@@ -172,7 +172,8 @@ def test_every_kind_of_lengths():
     ours, theirs = pair("LSTM")
     x = inputs(theirs)[0]
     want = flat(ours(x, lengths=LENGTHS))
-    for lengths in (LENGTHS.int(), LENGTHS.to(torch.int8), LENGTHS.to(torch.uint8), LENGTHS.tolist()):
+    dtypes = (torch.int8, torch.int16, torch.int32, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+    for lengths in (*map(LENGTHS.to, dtypes), LENGTHS.numpy(), tuple(LENGTHS.tolist()), LENGTHS.tolist()):
         for a, b in zip(flat(ours(x, lengths=lengths)), want):
             assert torch.equal(a, b)
     full = x.detach().nan_to_num()
@@ -392,6 +393,21 @@ def test_sixteen_bits(dtype):
     for a, b in zip(got, want, strict=True):
         assert a.dtype == b.dtype == dtype
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [("LSTM", {}), ("LSTM", {"bidirectional": True}), ("LSTM", {"proj_size": 2}), ("GRU", {}), ("RNN", {})],
+    ids=str,
+)
+def test_dtypes_under_autocast_are_those_of_a_packed_batch(name, options):
+    ours, theirs = pair(name, torch.float32, **options)
+    x = torch.randn(T, B, I)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, want = flat(ours(x, lengths=LENGTHS)), packed(theirs.float(), x, [])
+    assert [t.dtype for t in got] == [t.dtype for t in want]
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b, rtol=0.03, atol=0.03)
 
 
 def test_torchs_own_op_takes_them_packed(monkeypatch):

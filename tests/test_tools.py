@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.flop_counter import FlopCounterMode
 
 import fusedrnn
-from fusedrnn import integrations
+from fusedrnn import _build, integrations
 from fusedrnn.convert import as_torch
 
 LAYERS, CELLS = ("LSTM", "GRU", "RNN"), ("LSTMCell", "GRUCell", "RNNCell")
@@ -513,8 +513,11 @@ def test_a_subclass_that_overrides_a_public_method_is_asked(method):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("wheel", [True, False])
 @pytest.mark.parametrize("name, options", [("LSTM", {}), ("GRUCell", {}), ("RNN", {"backend": "reference"})])
-def test_the_profiler_sees_the_op(name, options, grad):
+def test_the_profiler_sees_the_op(name, options, wheel, grad, monkeypatch):
+    if wheel:  # which has no _direct
+        monkeypatch.setattr(_build, "_calls", _build._small_calls)
     module = getattr(fusedrnn, name)(3, 4, **options)
     x = torch.randn(5, 3) if name in CELLS else torch.randn(5, 2, 3)
     with torch.set_grad_enabled(grad), torch.profiler.profile(record_shapes=True) as profile:
