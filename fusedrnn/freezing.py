@@ -20,6 +20,8 @@ class Freezable(nn.Module):
 
     def _check_frozen(self) -> None:
         """Raises RuntimeError where the promise of freeze is seen to be broken."""
+        if torch.compiler.is_exporting():
+            return  # with tensors in place of the parameters, and none of the packed weights
         recorded = torch.is_grad_enabled()
         for name, (weight, _) in self._frozen.items():
             if self._parameters.get(name) is not weight or name in self.__dict__:

@@ -126,7 +126,7 @@ class Padding(NamedTuple):
         return t.gather(0, index)
 
     def cut(self, t: Tensor, value: float = 0.0) -> Tensor:
-        """[T, B, K] with ``value`` past the ends."""
+        """[..., T, B, K] with ``value`` past the ends."""
         return torch.where(self.inside.unsqueeze(-1), t, value)
 
     def at_end(self, t: Tensor, start: Tensor) -> Tensor:
@@ -310,7 +310,13 @@ def exporting_to_onnx() -> bool:
 
     It imports the exporters, 0.15 s, so that it is asked only in what can be an export.
     """
-    return (torch.compiler.is_compiling() or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export()
+    if not (torch.compiler.is_compiling() or torch.jit.is_tracing()) or not torch.onnx.is_in_onnx_export():
+        return False
+    if torch.compiler.is_compiling():
+        from fusedrnn import onnx
+
+        torch.compiler.allow_in_graph(onnx.symbolic)
+    return True
 
 
 def check_packed_export(batch_sizes: Tensor) -> None:

@@ -200,16 +200,14 @@ class Layer(RecurrentLayer):
         for name in self.cell.inputs:
             if name not in inputs:
                 raise TypeError(f"Layer.forward() needs {name}=, an input of the cell {self.cell.name}")
-        given = [inputs[name] for name in self.cell.inputs]
+        given = {name: inputs[name] for name in self.cell.inputs}
         return self._checked(input, hx, resets, return_all_states, lengths, padding_value, given)
 
-    def _batch_inputs(self, inputs, batched: bool, batch_sizes: Tensor | None, sorted_indices: Tensor | None) -> list:
+    def _batch_inputs(self, inputs, batched: bool, batch_sizes: Tensor | None) -> list[Tensor]:
         """Each as [T, B, H] (packed [N, H]), or with L*D in front."""
-        if not inputs:
-            return []
         found = []
         dims = 2 if batch_sizes is not None or not batched else 3
-        for name, t in zip(self.cell.inputs, inputs, strict=True):
+        for name, t in inputs.items():
             if isinstance(t, PackedSequence):
                 if batch_sizes is None or not torch.equal(t.batch_sizes, batch_sizes):
                     raise RuntimeError(f"Layer: {name} must be packed as the input is")
@@ -226,6 +224,11 @@ class Layer(RecurrentLayer):
         return found
 
     def _run(self, input, states, batch_sizes, resets, return_all_states, lengths, padding_value, inputs):
+        if functional.exporting_to_onnx():
+            from fusedrnn import onnx
+
+            onnx.check(self.cell.cell, heads=self.heads)
+            return super()._run(input, states, batch_sizes, resets, return_all_states, lengths, padding_value, inputs)
         cell, directions = self.cell.cell, 2 if self.bidirectional else 1
         time_first = batch_sizes is not None or not self.batch_first
         x = input if time_first else input.transpose(0, 1)
@@ -250,7 +253,7 @@ class Layer(RecurrentLayer):
         if lengths is not None:
             lengths = functional._check_lengths(lengths, x, states[0].shape[1], batch_sizes)
             padding = functional.Padding.of(lengths, x.shape[0])
-            x = padding.cut(x)
+            x, *inputs = (padding.cut(t) for t in (x, *inputs))
         masks = (None,) * directions
         if resets is not None:
             masks = functional._masks(resets, x, states[0].shape[1], batch_sizes, time_first, directions, padding)

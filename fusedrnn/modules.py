@@ -55,7 +55,8 @@ def _elsewhere(module: nn.Module, given: tuple, call: tuple, options: dict):
     if not torch.overrides.has_torch_function(given):
         return None
     # Not that of a user's subclass, which has called this one.
-    forward = next(base.forward for base in type(module).__mro__ if base.__module__ == __name__)
+    package = __name__.partition(".")[0]
+    forward = next(base.forward for base in type(module).__mro__ if base.__module__.partition(".")[0] == package)
     if isinstance(call[0], PackedSequence):  # whoever unwraps its arguments looks into tuples
         whole = forward
 
@@ -215,12 +216,13 @@ class RecurrentLayer(Freezable, nn.RNNBase):
             return super().forward(input, hx)
         return self._checked(input, hx, resets, return_all_states, lengths, padding_value)
 
-    def _checked(self, input, hx, resets, return_all_states, lengths, padding_value, inputs=()):
-        """forward past the way through C++; ``inputs`` are those of a cell of one's own."""
+    def _checked(self, input, hx, resets, return_all_states, lengths, padding_value, inputs=types.MappingProxyType({})):
+        """forward past the way through C++; ``inputs`` are those of a cell of one's own, by name."""
         packed = isinstance(input, PackedSequence)
-        if not isinstance(input, Tensor) or not (hx is None or isinstance(hx, Tensor)):
-            given = (input.data if packed else input, *_all(hx), resets, lengths)
-            options = {"resets": resets, "lengths": lengths}
+        if not isinstance(input, Tensor) or not (hx is None or isinstance(hx, Tensor)) or inputs:
+            beside = (t.data if isinstance(t, PackedSequence) else t for t in inputs.values())
+            given = (input.data if packed else input, *_all(hx), resets, lengths, *beside)
+            options = {"resets": resets, "lengths": lengths, **inputs}
             options |= {"return_all_states": True} if return_all_states else {}
             options |= {"padding_value": padding_value} if padding_value else {}
             found = _elsewhere(self, given, (input,) if hx is None else (input, hx), options)
@@ -245,8 +247,8 @@ class RecurrentLayer(Freezable, nn.RNNBase):
                     f"{type(self).__name__}: input must be a Tensor or a PackedSequence, got {type(input).__name__}"
                 )
             if input.is_nested:
-                if resets is not None or return_all_states or lengths is not None:
-                    beside = "resets, return_all_states and lengths"
+                if resets is not None or return_all_states or lengths is not None or inputs:
+                    beside = "resets, return_all_states, lengths and inputs of the cell"
                     raise RuntimeError(f"{type(self).__name__}: {beside} cannot be given with nested input")
                 return self._nested(input, hx, padding_value)
             if input.dim() not in (2, 3):
@@ -280,7 +282,7 @@ class RecurrentLayer(Freezable, nn.RNNBase):
             resets = self._batch_resets(resets, batched, sorted_indices)
         if lengths is not None and not batched:
             raise RuntimeError("lengths is for a batch: cut an unbatched input instead")
-        inputs = self._batch_inputs(inputs, batched, batch_sizes, sorted_indices)
+        inputs = self._batch_inputs(inputs, batched, batch_sizes)
         y, finals, every = self._run(
             input, states, batch_sizes, resets, return_all_states, lengths, padding_value, inputs
         )
@@ -325,8 +327,8 @@ class RecurrentLayer(Freezable, nn.RNNBase):
         )
         return y, [s for s in finals if s is not None], every
 
-    def _batch_inputs(self, inputs, batched: bool, batch_sizes: Tensor | None, sorted_indices: Tensor | None):
-        return inputs
+    def _batch_inputs(self, inputs, batched: bool, batch_sizes: Tensor | None) -> list[Tensor]:
+        return []
 
     def _direct(self, input, hx, resets=None):
         """What forward returns, in one call of C++; None where that does not apply."""

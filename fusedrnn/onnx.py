@@ -35,26 +35,36 @@ def _attributes(cell: Cell, hidden: int, directions: int, direction: str) -> dic
 
 def _static(t: Tensor) -> tuple[int, ...]:
     """Sizes that are no part of a trace."""
+    if torch.compiler.is_compiling():
+        return tuple(t.shape)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         return tuple(int(size) for size in t.shape)
 
 
-def _check(cell: Cell, dtype: torch.dtype | None, projection: bool, resets, return_all_states: bool = False) -> None:
+def check(
+    cell: Cell,
+    dtype: torch.dtype | None = None,
+    projection: bool = False,
+    resets: Tensor | None = None,
+    return_all_states: bool = False,
+    heads: int = 1,
+) -> None:
     """Raises where ONNX has no operator for it."""
 
-    def check(ok: bool, why: str) -> None:
+    def need(ok: bool, why: str) -> None:
         if not ok:
             raise RuntimeError(f"no ONNX operator computes this layer: {why}")
 
-    check(cell.name in _OPERATOR, f"ONNX has LSTM, GRU and RNN, and none for the cell {cell.name!r}")
-    check(not projection, "the LSTM of ONNX has no projection (proj_size)")
-    check(resets is None, "the recurrent operators of ONNX take no resets")
-    check(
+    need(cell.name in _OPERATOR, f"ONNX has LSTM, GRU and RNN, and none for the cell {cell.name!r}")
+    need(not projection, "the LSTM of ONNX has no projection (proj_size)")
+    need(resets is None, "the recurrent operators of ONNX take no resets")
+    need(heads == 1, f"the recurrent operators of ONNX have one head, not {heads}")
+    need(
         not (return_all_states and cell.has_cell_state),
         "the LSTM of ONNX gives c after the last step only (return_all_states)",
     )
-    check(dtype is None or dtype in _DTYPES, f"its recurrent operators take float16, float32 and float64, not {dtype}")
+    need(dtype is None or dtype in _DTYPES, f"its recurrent operators take float16, float32 and float64, not {dtype}")
 
 
 def _gates(rows: Tensor, order: Sequence[int]) -> list[Tensor]:
@@ -140,6 +150,11 @@ class _Node(torch.autograd.Function):
         return helper._reshape_helper(g, y, shape, allowzero=0), *finals
 
 
+def symbolic(operator: str, inputs, attributes: dict, dtypes, shapes) -> Sequence[Tensor]:
+    """A node of the exporter through Dynamo, which may not look into torch's function of that (torch.cond)."""
+    return torch.onnx.ops.symbolic_multi_out(operator, inputs, attributes, dtypes=dtypes, shapes=shapes)
+
+
 def _node(cell: Cell, x: Tensor, W: Tensor, R: Tensor, B: Tensor | None, lengths, h0, c0, packed: bool):
     """y, Y_h and Y_c (None without a c) of one node; shapes as of _Node."""
     if torch.jit.is_tracing() and not torch.compiler.is_compiling():
@@ -148,12 +163,12 @@ def _node(cell: Cell, x: Tensor, W: Tensor, R: Tensor, B: Tensor | None, lengths
         directions, _, hidden = R.shape
         steps, batch, _ = x.shape
         states = [(directions, batch, hidden)] * (1 + cell.has_cell_state)
-        found = torch.onnx.ops.symbolic_multi_out(
+        found = symbolic(
             _OPERATOR[cell.name],
             (x, W, R, B, lengths, h0, *((c0,) if cell.has_cell_state else ())),
             _attributes(cell, hidden, directions, "forward" if directions == 1 else "bidirectional"),
-            dtypes=[x.dtype] * (1 + len(states)),
-            shapes=[(steps, directions, batch, hidden), *states],
+            [x.dtype] * (1 + len(states)),
+            [(steps, directions, batch, hidden), *states],
         )
         # They come as CPU tensors.
         y, *finals = (t if t.device == x.device else t.to(x.device) for t in found)
@@ -183,7 +198,7 @@ def layers(
     directions = 2 if bidirectional else 1
     per = len(weights) // (num_layers * directions)
     input, h0, c0, *weights = ops.autocast(input.device.type, input, h0, c0, *weights)
-    _check(cell, input.dtype, per != 2 + 2 * bias, resets, return_all_states)
+    check(cell, input.dtype, per != 2 + 2 * bias, resets, return_all_states)
     operator, hidden = _OPERATOR[cell.name], _static(weights[1])[1]
     packed = batch_sizes is not None
     x = input.transpose(0, 1) if batch_first and not packed else input
@@ -273,7 +288,7 @@ def translation_table(program: torch.export.ExportedProgram) -> dict[Callable, C
             taken = {user.args[1]: user.users for user in node.users}
             used = [*taken.get(2, ()), *(user for item in taken.get(3, ()) for user in item.users)]
             with _hint():
-                _check(CELLS[node.args[0]], None, False, None, return_all_states=bool(used))
+                check(CELLS[node.args[0]], return_all_states=bool(used))
 
     import onnx
     from onnxscript import opset18 as op
@@ -281,7 +296,7 @@ def translation_table(program: torch.export.ExportedProgram) -> dict[Callable, C
     def sequence(*arguments):
         cell, given = CELLS[arguments[0]], ops._of_sequence(arguments)[0]
         with _hint():
-            _check(cell, None, given.w_hr is not None, given.resets)
+            check(cell, None, given.w_hr is not None, given.resets, heads=given.heads)
         if given.batch_sizes is not None:
             raise RuntimeError("no ONNX operator computes this layer: it takes packed data; export it with lengths=")
         operator, hidden = _OPERATOR[cell.name], given.w_hh.shape[1]

@@ -125,6 +125,19 @@ def test_a_replaced_parameter_raises(steps):
         fusedrnn.freeze(frozen)(torch.randn(steps, 2, 5))
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_exported_compiled_and_traced():
+    plain, frozen = pair()
+    x = torch.randn(9, 2, 5)
+    ways = (
+        lambda m: torch.export.export(m, (x,)).module(),
+        lambda m: torch.compile(m, fullgraph=True, backend="aot_eager"),
+        lambda m: torch.jit.trace(m, (x,)),
+    )
+    for way in ways:
+        assert torch.allclose(way(frozen)(x)[0], plain(x)[0])
+
+
 def test_what_the_module_changes_is_packed_again():
     _, frozen = pair()
     other, _ = pair()

@@ -215,6 +215,67 @@ def test_packed_padded_and_every_state(name):
             torch.testing.assert_close(all_of[0, length - 1, b], exact[0, 0])
 
 
+@pytest.mark.parametrize("name", ZOO)
+def test_what_stands_past_an_end_reaches_no_gradient(name):
+    """NaN in the input or in an input of the cell."""
+    layer = fusedrnn.Layer(ZOO[name], 5, 6, 2, bidirectional=True, dtype=torch.float64, backend="reference")
+    lengths = torch.tensor([4, 1, 0])
+    given = {"input": torch.randn(4, 3, 5, dtype=torch.float64), **inputs_of(ZOO[name], 4, 3, 6, dtype=torch.float64)}
+    found = []
+    for filler in (0.0, torch.nan):
+        tensors = {k: t.clone() for k, t in given.items()}
+        for t in tensors.values():
+            t[torch.arange(4)[:, None] >= lengths] = filler
+            t.requires_grad_()
+        y, finals = layer(**tensors, lengths=lengths)
+        outputs = [y, *(finals if isinstance(finals, tuple) else (finals,))]
+        wanted = [*tensors.values(), *layer.parameters()]
+        found.append([*outputs, *torch.autograd.grad(sum(t.sin().sum() for t in outputs), wanted)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert all(t.isfinite().all() for t in found[0])
+
+
+class Gated(torch.nn.Module):
+    def __init__(self, options):
+        super().__init__()
+        self.rnn, self.options = fusedrnn.Layer(zoo.recurrent_dropout_lstm, 5, 6, backend="reference"), options
+
+    def forward(self, x, mask):
+        return self.rnn(x, mask=mask, **self.options)[0]
+
+
+class Answers:
+    """No Tensor, but something that answers in its place."""
+
+    def __init__(self, t):
+        self.t = t
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        def bare(value):
+            return value.t if isinstance(value, Answers) else value
+
+        return function(*map(bare, args), **{name: bare(value) for name, value in kwargs.items()})
+
+
+@pytest.mark.parametrize("options", [{}, {"lengths": torch.tensor([3, 4])}], ids=["", "lengths"])
+def test_inputs_of_a_cell_reach_a_graph_of_fx_and_who_answers_for_a_tensor(options):
+    model, x, mask = Gated(options), torch.randn(4, 2, 5), torch.rand(4, 2, 6)
+    want = model(x, mask)
+    graph = torch.fx.symbolic_trace(model)
+    assert [node.op for node in graph.graph.nodes].count("call_module") == 1
+    assert torch.equal(graph(x, mask), want)
+    for a, b in ((Answers(x), mask), (x, Answers(mask)), (Answers(x), Answers(mask))):
+        assert torch.equal(model(a, b), want)
+
+
+def test_nested_input_and_an_input_of_the_cell():
+    layer = fusedrnn.Layer(zoo.recurrent_dropout_lstm, 5, 6, batch_first=True)
+    x = torch.nested.nested_tensor([torch.randn(k, 5) for k in (2, 3)], layout=torch.jagged)
+    with pytest.raises(RuntimeError, match="inputs of the cell cannot be given with nested input"):
+        layer(x, mask=torch.rand(2, 3, 6))
+
+
 def test_batch_first_unbatched_and_inputs_of_each_direction():
     cell = zoo.zoneout_lstm
     layer = fusedrnn.Layer(cell, 5, 6, 2, bidirectional=True, dtype=torch.float64)

@@ -12,6 +12,7 @@ import torch
 
 import fusedrnn
 import fusedrnn.onnx
+import fusedrnn.zoo
 
 onnx = pytest.importorskip("onnx", reason="export to ONNX is not tested: no onnx (extra 'test')")
 pytest.importorskip("onnxscript", reason="export to ONNX is not tested: no onnxscript (extra 'test')")
@@ -205,8 +206,10 @@ def test_every_state_of_a_gru(dynamo):
         (fusedrnn.GRU(I, H), {"resets": torch.zeros(4, 2, dtype=torch.bool)}, "no resets"),
         (fusedrnn.LSTM(I, H), {"return_all_states": True}, "c after the last step only"),
         (fusedrnn.GRU(I, H).bfloat16(), {}, "not torch.bfloat16"),
+        (fusedrnn.Layer(fusedrnn.zoo.mgu, I, H), {}, "none for the cell 'mgu"),
+        (fusedrnn.Layer(fusedrnn.zoo.lstm, I, 6, heads=2), {}, "have one head, not 2"),
     ],
-    ids=["projection", "resets", "every_c", "bfloat16"],
+    ids=["projection", "resets", "every_c", "bfloat16", "own cell", "heads"],
 )
 def test_what_onnx_cannot_say_raises(layer, options, why, dynamo):
     x = torch.randn(4, 2, I, dtype=layer.weight_ih_l0.dtype)
@@ -215,10 +218,28 @@ def test_what_onnx_cannot_say_raises(layer, options, why, dynamo):
     assert why in str(raised.value)
 
 
-def test_a_cell_of_ones_own_raises():
-    cell = fusedrnn.cells.Cell("mine", "MINE", ("h",), ("h",), (0,), (0,), (), False, None, None)
-    with pytest.raises(RuntimeError, match="none for the cell 'mine'"):
-        fusedrnn.onnx._check(cell, torch.float32, False, None)
+@pytest.mark.parametrize("dynamo", EXPORTERS)
+def test_a_layer_of_a_built_in_cell_and_a_frozen_one(dynamo):
+    for layer in (fusedrnn.Layer(fusedrnn.zoo.lstm, I, H, 2, bidirectional=True), fusedrnn.freeze(fusedrnn.GRU(I, H))):
+        model = First(layer).eval()
+        found = export(model, (torch.randn(4, 2, I),), ((0, 1),), dynamo)
+        assert len(nodes(found)) == layer.num_layers
+        agree(found, model, (torch.randn(7, 3, I),))
+
+
+def test_in_a_branch():
+    class Branch(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gru = fusedrnn.GRU(I, H)
+
+        def forward(self, x):
+            return torch.cond(x.sum() > 0, lambda x: self.gru(x)[0], lambda x: self.gru(-x)[0], (x,))
+
+    model, x = Branch(), torch.randn(4, 2, I).abs()
+    found = export(model, (x,), ((),), True)
+    for each in (x, -x):
+        agree(found, model, (each,), reference=False)
 
 
 class Packed(torch.nn.Module):
@@ -293,6 +314,9 @@ def test_saved_program_that_cannot_be_translated():
     program = torch.export.export(First(fusedrnn.LSTM(I, H, proj_size=2)), (torch.randn(4, 2, I),))
     table = fusedrnn.onnx.translation_table(program)
     with pytest.raises(Exception, match="no projection"):
+        torch.onnx.export(program, (), io.BytesIO(), custom_translation_table=table, verbose=False)
+    program = torch.export.export(First(fusedrnn.Layer(fusedrnn.zoo.gru, I, 6, heads=2)), (torch.randn(4, 2, I),))
+    with pytest.raises(Exception, match="one head, not 2"):
         torch.onnx.export(program, (), io.BytesIO(), custom_translation_table=table, verbose=False)
 
 
