@@ -16,6 +16,7 @@ import platform
 import re
 import shutil
 import sys
+import sysconfig
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -107,6 +108,8 @@ class BuildPy(build_py):
     """Writes down next to the package what setup.py decided."""
 
     def run(self):
+        if not self.editable_mode:  # what an earlier build left would be taken along
+            shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()
         folder = ROOT / "fusedrnn" if self.editable_mode else Path(self.build_lib) / "fusedrnn"
         folder.mkdir(parents=True, exist_ok=True)
@@ -220,7 +223,12 @@ COMPILER, ARCHITECTURES, FACTS = None, "", {}
 MODULE, LIBRARY = "fusedrnn._C", None
 extensions = []
 if os.environ.get("FUSEDRNN_BUILD") == "0":
-    FACTS = {"extension": False, "why": "FUSEDRNN_BUILD=0 when it was installed", "cuda_why": "FUSEDRNN_BUILD=0"}
+    FACTS = {"extension": False, "cuda_why": "nothing was compiled"}
+elif sysconfig.get_config_var("Py_GIL_DISABLED"):
+    sys.exit(
+        "fusedrnn: there are no kernels for the free-threaded Python, which has no limited C API.\n"
+        "`FUSEDRNN_BUILD=0 pip install --no-build-isolation .` installs without them."
+    )
 elif torch is None:
     if not {"egg_info", "sdist", "--version", "--name", "clean"} & set(sys.argv):
         sys.exit(

@@ -6,6 +6,7 @@ import importlib
 import json
 import platform
 import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,10 +44,19 @@ def _facts() -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def why_nothing_compiled(system: str, free_threaded: bool) -> str:
+    """Of the wheel that holds no compiled code, which pip takes where no other fits."""
+    if system != "Linux":
+        return f"there are kernels for Linux only, and this is {system}"
+    if free_threaded:
+        return "there are no kernels for the free-threaded Python"
+    return f"nothing was compiled (FUSEDRNN_BUILD=0, or the wheel without kernels): {HOW_TO_BUILD}"
+
+
 def _load() -> tuple[Any, str]:
     """(fusedrnn._C, "") or (None, why not). libfusedrnn.so, which it needs, registers the ops."""
     if FACTS.get("extension") is False:
-        return None, f"not built: {FACTS.get('why', 'no reason was recorded')}"
+        return None, why_nothing_compiled(platform.system(), bool(sysconfig.get_config_var("Py_GIL_DISABLED")))
     try:
         return importlib.import_module("fusedrnn._C"), ""
     except ModuleNotFoundError as error:

@@ -218,6 +218,9 @@ def test_sdist_and_pure_wheel(checkout, tmp_path):
     missing -= {p.relative_to(unpacked) for p in unpacked.rglob("*")}
     assert not missing
 
+    stale = unpacked / "build" / "lib" / "fusedrnn" / "_direct.so"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
     done = python("-c", hook.format("wheel", str(tmp_path)), folder=unpacked, FUSEDRNN_BUILD="0")
     assert done.returncode == 0, done.stderr
     assert "absent from" not in done.stdout + done.stderr  # a folder of data that `packages` does not name
@@ -244,7 +247,14 @@ def test_sdist_and_pure_wheel(checkout, tmp_path):
     """
     done = python("-c", code, folder=tmp_path, PYTHONPATH=str(tmp_path / "installed"), FUSEDRNN_SIMULATE="0")
     assert done.stdout.startswith(str(tmp_path / "installed")), done.stderr
-    assert "FUSEDRNN_BUILD=0" in done.stdout
+    assert "the wheel without kernels" in done.stdout
+    assert done.stderr.count("RuntimeWarning: fusedrnn: torch's own op runs: cpu cannot: nothing was compiled") == 1
+
+
+def test_the_wheel_without_kernels_says_why():
+    assert _build.why_nothing_compiled("Darwin", False) == "there are kernels for Linux only, and this is Darwin"
+    assert "free-threaded" in _build.why_nothing_compiled("Linux", True)
+    assert _build.HOW_TO_BUILD in _build.why_nothing_compiled("Linux", False)
 
 
 @pytest.mark.slow
