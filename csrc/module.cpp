@@ -1,9 +1,9 @@
 // fusedrnn._C, in the limited C API of Python 3.10: what was built, and the CPU kernels below torch's dispatcher, for
 // calls that need nothing of what lies between: a small call takes less time than torch's way to an op.
 //
-// Each call answers None where something is not plain (a tensor subclass, a transform, autocast, a gradient, shapes
-// that do not fit), and where torch, before 2.14, does not hand out its tensors; the op then computes it, or says what
-// is wrong.
+// Each call answers None where something is not plain (a tensor subclass, a transform, autocast, gradients of more than
+// one sequence, shapes that do not fit), and where torch, before 2.14, does not hand out its tensors; the op then
+// computes it, or says what is wrong.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <dlfcn.h>
@@ -75,7 +75,7 @@ struct Torch {
   AOTITorchError (*to_python)(AtenTensorHandle, void*, void**) = nullptr;
   PyObject *tensor_type, *parameter_type;
   PyObject *included, *function_modes, *any_autocast;
-  PyObject *raw_repr, *is_neg, *requires_grad;
+  PyObject *raw_repr, *is_neg, *is_inference, *requires_grad;
   unsigned long long plain, inference;
 
   Torch() {
@@ -88,6 +88,7 @@ struct Torch {
     any_autocast = attribute_of("torch", "_C._is_any_autocast_enabled");
     raw_repr = name("raw_repr");
     is_neg = name("is_neg");
+    is_inference = name("is_inference");
     requires_grad = name("requires_grad");
     // What torch has included where nobody asked for anything, outside and inside of inference_mode.
     const Object keys(attribute_of("torch", "_C.DispatchKey"));
@@ -123,23 +124,34 @@ const Torch& torch_state() {
 
 struct NotPlain {};
 
+// What becomes of a tensor that a gradient will be asked of.
+enum class Recorded { kRefused, kKept };
+
 // Arguments of one call; what they hold lives as long as this.
 class Arguments {
  public:
-  explicit Arguments(bool recorded) : recorded_(recorded) {}
+  explicit Arguments(Recorded recorded) : recorded_(recorded) {}
   ~Arguments() {
     for (const AtenTensorHandle handle : handles_) aoti_torch_delete_tensor_object(handle);
   }
 
-  // A Tensor or Parameter, of no subclass, dense, on the CPU, that no gradient is asked of; None: no tensor.
+  // Whether a gradient will be asked of one that was taken.
+  bool need_gradient() const { return need_gradient_; }
+
+  // A Tensor or Parameter, of no subclass, dense, on the CPU; None: no tensor.
   Tensor take(PyObject* object) {
     if (object == Py_None) return {};
     const Torch& torch = torch_state();
     const auto type = reinterpret_cast<PyObject*>(Py_TYPE(object));
     if (type != torch.tensor_type && type != torch.parameter_type) throw NotPlain();
-    if (recorded_ && is_true(Object(PyObject_GetAttr(object, torch.requires_grad)).get())) throw NotPlain();
+    if (grad_mode_ && is_true(Object(PyObject_GetAttr(object, torch.requires_grad)).get())) {
+      if (recorded_ == Recorded::kRefused) throw NotPlain();
+      need_gradient_ = true;
+    }
+    // Autograd saves none of these.
+    if (grad_mode_ && recorded_ == Recorded::kKept && says(object, torch.is_inference)) throw NotPlain();
     // A tensor whose memory holds its negative.
-    if (is_true(Object(PyObject_CallMethodObjArgs(object, torch.is_neg, nullptr)).get())) throw NotPlain();
+    if (says(object, torch.is_neg)) throw NotPlain();
     AtenTensorHandle handle = nullptr;
     FUSEDRNN_TORCH(torch.from_python(object, &handle));
     handles_.push_back(handle);
@@ -149,7 +161,12 @@ class Arguments {
   }
 
  private:
-  bool recorded_;
+  static bool says(PyObject* object, PyObject* method) {
+    return is_true(Object(PyObject_CallMethodObjArgs(object, method, nullptr)).get());
+  }
+
+  Recorded recorded_;
+  bool grad_mode_ = aoti_torch_grad_mode_is_enabled(), need_gradient_ = false;
   std::vector<AtenTensorHandle> handles_;
 };
 
@@ -157,6 +174,11 @@ Object wrap(const Tensor& t) {
   void* object = nullptr;
   FUSEDRNN_TORCH(torch_state().to_python(t.handle(), nullptr, &object));
   return Object(static_cast<PyObject*>(object));
+}
+
+Object none() {
+  Py_INCREF(Py_None);
+  return Object(Py_None);
 }
 
 class WithoutGil {
@@ -204,11 +226,26 @@ Object tuple_of(std::initializer_list<const Tensor*> tensors) {
   return found;
 }
 
+// Of those that there are.
+Object list_of(std::initializer_list<const Tensor*> tensors) {
+  Object found(PyList_New(0));
+  for (const Tensor* t : tensors) {
+    if (*t && PyList_Append(found.get(), wrap(*t).get())) throw PythonError();
+  }
+  return found;
+}
+
+Tensor zeros_of(Sizes sizes, int32_t dtype) {
+  Tensor t = Tensor::empty(sizes, dtype);
+  if (t.numel()) std::memset(t.writable(), 0, t.numel() * t.element_size());
+  return t;
+}
+
 // (cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, resets, reverse, keep_gates, keep_cells): y, h_n, c_n,
 // gates, cells.
 PyObject* call_sequence(PyObject* const* a) {
   require_plain();
-  Arguments held(aoti_torch_grad_mode_is_enabled());
+  Arguments held(Recorded::kRefused);
   Inputs in;
   Tensor* const to[] = {&in.x,    &in.h0,   &in.c0,   &in.w_ih,        &in.w_hh,
                         &in.b_ih, &in.b_hh, &in.w_hr, &in.batch_sizes, &in.resets};
@@ -227,7 +264,7 @@ PyObject* call_sequence(PyObject* const* a) {
 // (cell, dy, dh_n, dc_n, dcells, the ten inputs, reverse, y, gates, cells, needs): the eight gradients.
 PyObject* call_sequence_backward(PyObject* const* a) {
   require_plain();
-  Arguments held(aoti_torch_grad_mode_is_enabled());
+  Arguments held(Recorded::kRefused);
   Tensor grads[4], saved[3];
   for (int k = 0; k < 4; ++k) grads[k] = held.take(a[1 + k]);
   Inputs in;
@@ -275,14 +312,14 @@ void require(bool plain) {
 // The arguments that the calls of whole modules begin with: (cell, the module's __dict__, the names of its weights,
 // input, h0, c0).
 struct Call {
-  Arguments held{aoti_torch_grad_mode_is_enabled()};
+  Arguments held;
   std::string_view cell;
   int64_t gates = 0, hidden_size = 0;
   bool has_c = false;
   Tensor x, h0, c0;
   std::vector<Tensor> weights;
 
-  explicit Call(PyObject* const* a) : cell(text(a[0])) {
+  explicit Call(PyObject* const* a, Recorded recorded = Recorded::kRefused) : held(recorded), cell(text(a[0])) {
     std::tie(gates, has_c) = gates_and_c(cell);
     static PyObject *const parameters_name = name("_parameters"), *const hidden_size_name = name("hidden_size");
     PyObject* module = a[1];
@@ -322,8 +359,7 @@ struct Call {
     if (!h0) {
       for (int k = 0; k < 1 + has_c; ++k) {
         lead.back() = k ? hidden : out;
-        zeros[k] = Tensor::empty(lead, x.dtype());
-        if (zeros[k].numel()) std::memset(zeros[k].writable(), 0, zeros[k].numel() * zeros[k].element_size());
+        zeros[k] = zeros_of(lead, x.dtype());
         (k ? c0 : h0) = zeros[k].with_dims(zeros[k].dim());
       }
       return;
@@ -348,9 +384,30 @@ struct Call {
   }
 };
 
-// A Cell's call, input [B, I] or [I]: h, and c of a cell that has one, in a tuple then.
+// `t` as a tensor of these sizes, in one piece.
+Tensor reshaped(Tensor&& t, Sizes sizes) {
+  if (t.dim() == sizes.count) return std::move(t);
+  std::vector<int64_t> strides(sizes.count, 1);
+  for (int64_t k = sizes.count - 2; k >= 0; --k) strides[k] = strides[k + 1] * sizes.data[k + 1];
+  AtenTensorHandle view = nullptr;
+  FUSEDRNN_TORCH(aoti_torch__reinterpret_tensor(t.handle(), sizes.count, sizes.data, strides.data(), 0, &view));
+  return Tensor::own(view);
+}
+
+// Another tensor of torch in the memory of `t`.
+Tensor same_memory(const Tensor& t) {
+  const Sizes sizes = t.sizes();
+  int64_t strides[Tensor::kDims];
+  for (int64_t k = 0; k < sizes.count; ++k) strides[k] = t.stride(k);
+  AtenTensorHandle found = nullptr;
+  FUSEDRNN_TORCH(aoti_torch__reinterpret_tensor(t.handle(), sizes.count, sizes.data, strides, t.offset(), &found));
+  return Tensor::own(found);
+}
+
+// A Cell's call, input [B, I] or [I]: h, and c of a cell that has one, in a tuple then. Where a gradient will be asked
+// for, a list of these, and of y, gates and cells for backward; nothing of it is recorded.
 PyObject* call_cell(PyObject* const* a) {
-  Call call(a);
+  Call call(a, Recorded::kKept);
   const int64_t dims = call.x.dim(), out = call.weights[1].size(1);
   require(call.weights.size() == 4 && (dims == 1 || dims == 2));
   // Zeros have the size that the module says.
@@ -365,6 +422,16 @@ PyObject* call_cell(PyObject* const* a) {
   in.h0 = call.h0.with_dims(2);
   if (call.has_c) in.c0 = call.c0.with_dims(2);
   lead.push_back(out);
+  if (call.held.need_gradient()) {
+    Outputs found;
+    {
+      const WithoutGil released;
+      found = sequence(call.cell, in, true, true);
+    }
+    const Tensor h = reshaped(std::move(found.h_n), lead);
+    const Tensor c = call.has_c ? reshaped(std::move(found.c_n), lead) : Tensor();
+    return list_of({&h, &c, &found.y, &found.gates, &found.cells}).release();
+  }
   Tensor h = Tensor::empty(lead, call.x.dtype()), c;
   if (call.has_c) c = Tensor::empty(lead, call.x.dtype());
   const Tensor y = Tensor::empty(lead, call.x.dtype());
@@ -375,19 +442,69 @@ PyObject* call_cell(PyObject* const* a) {
   return (call.has_c ? tuple_of({&h, &c}) : wrap(h)).release();
 }
 
+// (cell, batch_first, grads, saved, needs): of a call that answered a list the gradients of x to w_hr, None where it is
+// not needed. grads are those of the results; saved are x to w_hr, a state None for zeros, then the end of that list.
+PyObject* call_backward(PyObject* const* a) {
+  constexpr int kGiven = 8;
+  require_plain();
+  Arguments held(Recorded::kRefused);
+  const std::string_view cell = text(a[0]);
+  const auto [gates, has_c] = gates_and_c(cell);
+  const bool batch_first = a[1] == Py_True;
+  const auto take = [&](int tuple, Py_ssize_t k) {
+    PyObject* found = PyTuple_GetItem(a[tuple], k);
+    if (!found) throw PythonError();
+    return held.take(found);
+  };
+  Tensor given[kGiven], saved[3], zeros[2];
+  for (int k = 0; k < kGiven; ++k) given[k] = take(3, k);
+  for (int k = 0; k < 3; ++k) saved[k] = take(3, kGiven + k);
+  require(given[0] && given[4] && given[4].dim() == 2);
+  std::array<bool, 8> needs{};
+  for (int k = 0; k < kGiven; ++k) needs[k] = is_true(Object(PySequence_GetItem(a[4], k)).get());
+  const auto time_first = [&](const Tensor& t) { return batch_first && t ? t.transposed() : t.with_dims(t ? 3 : 0); };
+  Inputs in;
+  in.x = time_first(given[0]);
+  const int64_t sizes[] = {given[4].size(1), given[4].size(0) / gates};
+  for (int k = 0; k < 1 + has_c; ++k) {
+    const Tensor& state = given[1 + k];
+    if (!state) zeros[k] = zeros_of({in.x.size(1), sizes[k]}, in.x.dtype());
+    (k ? in.c0 : in.h0) = (state ? state : zeros[k]).with_dims(2);
+  }
+  Tensor* const weights[] = {&in.w_ih, &in.w_hh, &in.b_ih, &in.b_hh, &in.w_hr};
+  for (int k = 0; k < 5; ++k) *weights[k] = given[3 + k].with_dims(given[3 + k].dim());
+  const bool has_y = given[0].dim() == 3;  // a Cell's call has none
+  const Tensor dy = has_y ? take(2, 0) : Tensor(), dh = take(2, has_y), dc = has_c ? take(2, 1 + has_y) : Tensor();
+  Gradients d;
+  {
+    const WithoutGil released;
+    d = sequence_backward(cell, time_first(dy), dh.with_dims(dh ? 2 : 0), dc.with_dims(dc ? 2 : 0), {}, in, saved[0],
+                          saved[1], saved[2], needs);
+  }
+  Object found(PyTuple_New(kGiven));
+  for (int k = 0; k < kGiven; ++k) {
+    Object each = !needs[k]               ? none()
+                  : k == 0 && batch_first ? wrap(same_memory(d[k].transposed()))
+                                          : wrap(reshaped(std::move(d[k]), given[k].sizes()));
+    PyTuple_SetItem(found.get(), k, each.release());
+  }
+  return found.release();
+}
+
 // (cell, w_hh): W_hh packed for this processor, what the list `_packed` of a frozen layer holds.
 PyObject* call_pack(PyObject* const* a) {
   require_plain();
-  Arguments held(aoti_torch_grad_mode_is_enabled());
+  Arguments held(Recorded::kRefused);
   const Tensor w_hh = held.take(a[1]);
   require(w_hh && w_hh.dim() == 2 && w_hh.numel() > 0);
   return wrap(pack(text(a[0]), w_hh)).release();
 }
 
-// A layer's call; after what Call takes: bias, num_layers, directions, batch_first, batch_sizes of packed input or
-// None, resets of one direction or None. y, h_n, and c_n where there is a c.
+// A layer's call, its answer as a Cell's with y in front; after what Call takes: bias, num_layers, directions,
+// batch_first, batch_sizes of packed input or None, resets of one direction or None. y, h_n, and c_n where there is a
+// c.
 PyObject* call_layers(PyObject* const* a) {
-  Call call(a);
+  Call call(a, Recorded::kKept);
   const Tensor batch_sizes = call.held.take(a[10]), resets = call.held.take(a[11]);
   const bool packed = static_cast<bool>(batch_sizes);
   require(call.x.dim() == (packed ? 2 : 3));
@@ -434,6 +551,22 @@ PyObject* call_layers(PyObject* const* a) {
     const Tensor& panels = sequences[k].panels;
     require(!panels || panels.numel() >= w[1].numel() * w[1].element_size());
   }
+  if (call.held.need_gradient()) {
+    require(all == 1 && !packed && !resets && !kept);
+    Inputs& in = sequences[0];
+    in.x = input.with_dims(3);
+    in.h0 = call.h0.select(0);
+    if (call.has_c) in.c0 = call.c0.select(0);
+    Outputs found;
+    {
+      const WithoutGil released;
+      found = sequence(call.cell, in, true, true);
+    }
+    const Tensor y = same_memory(batch_first ? found.y.transposed() : found.y.with_dims(3));
+    const Tensor h = reshaped(std::move(found.h_n), {1, batch, out});
+    const Tensor c = call.has_c ? reshaped(std::move(found.c_n), {1, batch, hidden}) : Tensor();
+    return list_of({&y, &h, &c, &found.y, &found.gates, &found.cells}).release();
+  }
   Tensor h_n = Tensor::empty({all, batch, out}, dtype), c_n;
   if (call.has_c) c_n = Tensor::empty({all, batch, hidden}, dtype);
   Tensor y;
@@ -469,12 +602,7 @@ PyObject* call_layers(PyObject* const* a) {
       y = std::move(together);
     }
   }
-  if (batch_first) {
-    const int64_t sizes[] = {batch, input.size(0), width}, strides[] = {width, batch * width, 1};
-    AtenTensorHandle view = nullptr;
-    FUSEDRNN_TORCH(aoti_torch__reinterpret_tensor(y.handle(), 3, sizes, strides, 0, &view));
-    y = Tensor::own(view);
-  }
+  if (batch_first) y = same_memory(y.transposed());
   return (call.has_c ? tuple_of({&y, &h_n, &c_n}) : tuple_of({&y, &h_n})).release();
 }
 
@@ -600,12 +728,19 @@ PyMethodDef method(const char* name) {
 }
 
 PyMethodDef methods[] = {
-    method<call_sequence, 14>("sequence"), method<call_sequence_backward, 20>("sequence_backward"),
-    method<call_cell, 6>("cell"),          method<call_layers, 12>("layers"),
-    method<call_pack, 2>("pack"),          method<facts, 0>("facts"),
-    method<small_calls, 0>("small_calls"), method<cpu_products, 6>("cpu_products"),
-    method<call_plan, 13>("plan"),         method<call_crowd, 0>("crowd"),
-    method<call_stream, 7>("stream"),      method<call_stream_run, 5>("stream_run"),
+    method<call_sequence, 14>("sequence"),
+    method<call_sequence_backward, 20>("sequence_backward"),
+    method<call_cell, 6>("cell"),
+    method<call_backward, 5>("backward"),
+    method<call_layers, 12>("layers"),
+    method<call_pack, 2>("pack"),
+    method<facts, 0>("facts"),
+    method<small_calls, 0>("small_calls"),
+    method<cpu_products, 6>("cpu_products"),
+    method<call_plan, 13>("plan"),
+    method<call_crowd, 0>("crowd"),
+    method<call_stream, 7>("stream"),
+    method<call_stream_run, 5>("stream_run"),
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -70,7 +70,7 @@ def _load() -> tuple[Any, str]:
 
 def _load_calls() -> Any:
     """What computes whole calls of modules: fusedrnn._direct where it fits this torch, with gradients; else fusedrnn._C
-    where this torch hands its tensors to C (from 2.14 on), without; else nothing.
+    where this torch hands its tensors to C (from 2.14 on), without, or of one sequence; else nothing.
     """
     if _extension is None:
         return None
@@ -135,7 +135,7 @@ def build_info() -> dict[str, Any]:
     CPU: "host" (torch's GEMM: float32 on Intel's processors, bfloat16 where there are units for it) or "panels" of
     ours; FUSEDRNN_CPU_PRODUCTS forces one.
     ``small_calls`` names what takes the calls of modules past torch's dispatcher: "fusedrnn._direct", of a source build
-    for this very torch, with gradients; "fusedrnn._C" (torch 2.14 and later) without gradients; or nothing.
+    for this very torch; "fusedrnn._C" (torch 2.14 and later), with gradients where there is one sequence; or nothing.
     ``cuda_why`` is what the build decided on CUDA.
     """
     info = {

@@ -10,8 +10,9 @@ import inspect
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from fusedrnn import batching, ops
+from fusedrnn import _build, batching, ops
 from fusedrnn import recompute as recomputing
 from fusedrnn.backends import reference
 from fusedrnn.backends.common import Gradients, Inputs
@@ -49,8 +50,7 @@ class RecurrenceFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, dh_n, dc_n, _dgates, dcells):
         *tensors, y, gates, cells = ctx.saved_tensors
-        watch = getattr(ctx, "watch", None)
-        if watch is not None and watch._version != ctx.version:
+        if _changed(ctx):
             y = None
         if not CELLS[ctx.cell].has_cell_state:
             dc_n = None
@@ -70,6 +70,19 @@ class RecurrenceFunction(torch.autograd.Function):
         return batching.sequence(RecurrenceFunction.apply, 0, info, in_dims, *args)
 
 
+def _watch(ctx, y: Tensor) -> None:
+    """Keeps what counts the changes of y, and does not hold its memory."""
+    ctx.watch = y.detach()
+    ctx.watch.data = ctx.watch.new_empty(0)
+    ctx.version = y._version
+
+
+def _changed(ctx) -> bool:
+    """Whether y was changed in place since ``_watch``."""
+    watch = getattr(ctx, "watch", None)
+    return watch is not None and watch._version != ctx.version
+
+
 class EagerRecurrenceFunction(torch.autograd.Function):
     """RecurrenceFunction where no transform of torch.func is on: without setup_context, for which torch binds the
     arguments by their signature at every call, and that takes longer than a small step's kernels.
@@ -84,10 +97,7 @@ class EagerRecurrenceFunction(torch.autograd.Function):
         RecurrenceFunction.setup_context(ctx, arguments, outputs)
         y, *others = outputs
         y = y.data
-        # It counts the changes of y, and does not hold its memory.
-        ctx.watch = y.detach()
-        ctx.watch.data = ctx.watch.new_empty(0)
-        ctx.version = y._version
+        _watch(ctx, y)
         return y, *others
 
     backward = RecurrenceFunction.backward
@@ -101,6 +111,62 @@ def recorded(*arguments):
         return EagerRecurrenceFunction.apply(*arguments)
     y, *others = RecurrenceFunction.apply(*arguments)
     return y.clone(), *others  # so that it may be changed in place
+
+
+class CallFunction(torch.autograd.Function):
+    """A call of a Cell, or of a layer with one sequence, that ``_C`` has computed (csrc/module.cpp).
+
+    Takes the cell, whether the batch comes first, what ``_C`` answered, then input, h0, c0 and weights as Inputs has
+    them, in the shapes of the module; no state is zeros.
+    """
+
+    @staticmethod
+    def forward(ctx, cell, batch_first, found, *tensors):
+        *results, y, gates, cells = found
+        ctx.cell, ctx.batch_first, ctx.watch = cell, batch_first, None
+        if tensors[0].dim() == 3:
+            _watch(ctx, results[0])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, y, gates, cells)
+        return tuple(results) if len(results) > 1 else results[0]
+
+    @staticmethod
+    def backward(ctx, *grads):
+        if all(g is None for g in grads):
+            return (None,) * 11
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[3:]
+        if not torch.is_grad_enabled() and forward_ad._current_level < 0 and not _changed(ctx):
+            found = _build._small_calls.backward(ctx.cell, ctx.batch_first, grads, saved, needs)
+            if found is not None:
+                return None, None, None, *found
+        return None, None, None, *_gradients_of_call(ctx, grads, saved, needs)
+
+
+def _gradients_of_call(ctx, grads, saved, needs) -> list[Tensor | None]:
+    """What CallFunction.backward returns, by RecurrenceBackwardFunction."""
+    *tensors, y, gates, cells = saved
+    dy, dh, dc = (*([None] if tensors[0].dim() < 3 else []), *grads, None)[:3]
+    x, y = _with_dims(tensors[0], 3), None if _changed(ctx) else y
+    if ctx.batch_first:
+        x, dy = x.transpose(0, 1), None if dy is None else dy.transpose(0, 1)
+    hidden = tensors[4].shape[0] // len(CELLS[ctx.cell].gates)
+    sizes = (tensors[4].shape[1], hidden)[: 1 + CELLS[ctx.cell].has_cell_state]
+    states = [x.new_zeros(x.shape[1], n) if t is None else _with_dims(t, 2) for t, n in zip(tensors[1:], sizes)]
+    h0, c0 = (*states, None)[:2]
+    dh, dc = (None if d is None else _with_dims(d, 2) for d in (dh, dc))
+    gradient = RecurrenceBackwardFunction
+    found = (gradient.apply if torch.is_grad_enabled() else gradient.forward)(
+        dy, dh, dc, None, x, h0, c0, *tensors[3:], None, None, False, y, gates, cells, ctx.cell, "cpu", "auto", False,
+        [*needs],
+    )  # fmt: skip
+    if needs[0] and ctx.batch_first:
+        found = (found[0].transpose(0, 1), *found[1:])
+    return [g.reshape(t.shape) if need else None for g, t, need in zip(found, tensors, needs)]
+
+
+def _with_dims(t: Tensor, dims: int) -> Tensor:
+    """``t`` with dimensions of one element put in front, or taken away there."""
+    return t.view((1,) * (dims - t.dim()) + t.shape[max(t.dim() - dims, 0) :])
 
 
 class RecurrenceBackwardFunction(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils import rnn as rnn_utils
 
 from fusedrnn import _build, ops, planning, trials
-from fusedrnn.autograd import CellFunction, recorded
+from fusedrnn.autograd import CallFunction, CellFunction, recorded
 from fusedrnn.backends import reference
 from fusedrnn.backends.common import Inputs, neighbours, sizes_on
 from fusedrnn.cells import CELLS, Cell
@@ -53,10 +54,11 @@ def direct(name: str, backend: str | None, algorithm: str | None, *arguments):
     if algorithm is not None or not (backend is None or backend == "cpu"):
         return None
     packed = "_packed" in arguments[1]  # of a frozen layer
-    if _build._small_calls is not None and (packed or not torch.is_grad_enabled()) and not ops.profiled():
+    small = packed or not torch.is_grad_enabled() or _build._calls is _build._small_calls
+    if small and _build._small_calls is not None and not ops.profiled():
         if name == "layers" and torch.is_autocast_enabled("cpu"):
-            return _under_autocast(_build._small_calls.layers, *arguments)
-        return getattr(_build._small_calls, name)(*arguments)
+            return _under_autocast(functools.partial(_small_call, name), *arguments)
+        return _small_call(name, *arguments)
     if _build._calls is None or _build._calls is _build._small_calls:
         return None
     if name == "layers":
@@ -66,6 +68,19 @@ def direct(name: str, backend: str | None, algorithm: str | None, *arguments):
         if torch.is_autocast_enabled("cpu"):
             return _under_autocast(_build._calls.layers, *arguments)
     return getattr(_build._calls, name)(*arguments)
+
+
+def _small_call(name: str, cell: str, module: dict, names: Sequence[str], input, h0, c0, *options):
+    """A call of ``_C``, recorded for autograd where it answers what backward needs."""
+    found = getattr(_build._small_calls, name)(cell, module, names, input, h0, c0, *options)
+    if type(found) is not list:
+        return found
+    weights = [*map(module["_parameters"].get, names)]
+    if options and not options[0]:  # no bias
+        weights[2:2] = None, None
+    if len(weights) < 5:
+        weights.append(None)
+    return CallFunction.apply(cell, bool(options) and options[3], found, input, h0, c0, *weights)
 
 
 def _under_autocast(call: Callable, cell: str, module: dict, names: Sequence[str], input, h0, c0, *options):

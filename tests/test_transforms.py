@@ -196,6 +196,7 @@ DIRECT = [
     *((name + "Cell", {}, shape) for name in ("LSTM", "GRU", "RNN") for shape in ((3, 4), (4,))),
     ("RNNCell", {"nonlinearity": "relu", "bias": False}, (3, 4)),
     *((name, {}, (2, 3, 4)) for name in ("LSTM", "GRU", "RNN")),
+    ("LSTM", {"proj_size": 2, "bias": False, "batch_first": True}, (3, 2, 4)),
     ("LSTM", {"num_layers": 2, "bidirectional": True, "proj_size": 2, "batch_first": True}, (3, 2, 4)),
     ("GRU", {"num_layers": 2, "bidirectional": True, "bias": False}, (3, 2, 4)),
 ]
@@ -212,6 +213,13 @@ def calls(request, monkeypatch):
     monkeypatch.setattr(_build, "_calls", found[request.param])
     with torch.set_grad_enabled(request.param == "fusedrnn._direct"):
         yield request.param
+
+
+@pytest.fixture
+def recorded_calls(calls):
+    """The same where gradients are on; those of fusedrnn._C are past the dispatcher where there is one sequence."""
+    with torch.enable_grad():
+        yield calls
 
 
 def direct_pair(name, options, dtype=torch.float64):
@@ -263,7 +271,7 @@ def test_direct_call_equals_the_way_through_python(name, options, shape, dtype, 
 
 
 @pytest.mark.parametrize("name, options, shape", DIRECT)
-def test_direct_call_is_differentiable_twice(name, options, shape):
+def test_direct_call_is_differentiable_twice(name, options, shape, recorded_calls):
     modules = direct_pair(name, options)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     leaves, hx = states_of(modules[0], x)
@@ -277,10 +285,12 @@ def test_direct_call_is_differentiable_twice(name, options, shape):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name, options, shape", [DIRECT[0], DIRECT[-2]])
-def test_direct_call_in_the_hands_of_autograd(name, options, shape):
+@pytest.mark.parametrize("name, options, shape", [DIRECT[0], *DIRECT[-3:-1]])
+def test_direct_call_in_the_hands_of_autograd(name, options, shape, recorded_calls):
     module, python = direct_pair(name, options)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    if "num_layers" not in options:
+        assert module._direct(x, *(None,) * (2 if "Cell" in name else 1)) is not None
 
     def first(m, a=x):
         return flat(m(a))[0]
@@ -291,10 +301,13 @@ def test_direct_call_in_the_hands_of_autograd(name, options, shape):
         assert torch.equal(torch.autograd.grad(y.sum(), x, retain_graph=retain)[0], want)
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(y.sum(), x)
-    # Only a state, only a bias, nothing of the weights.
+    # What was answered may change.
+    found = [torch.autograd.grad(y.sum(), list(module.parameters())) for y in (first(module).mul_(2), first(module))]
+    for changed, grad in zip(*found, strict=True):
+        torch.testing.assert_close(changed, 2 * grad)
+    # Only a state, only one of the weights.
     leaves, hx = states_of(module, x)
-    bias = "bias_hh" if "Cell" in name else "bias_hh_l0"
-    for only in (lambda m: leaves[-1], lambda m: m.get_parameter(bias)):
+    for only in (lambda m: leaves[-1], lambda m: list(m.parameters())[-1]):
         found = [torch.autograd.grad(flat(m(x, hx))[0].sum(), only(m))[0] for m in (module, python)]
         assert torch.equal(*found)
         assert found[0].abs().max() > 0
@@ -339,8 +352,13 @@ def test_direct_call_gives_way(calls):
     negative = torch._neg_view(x)
     assert module._direct(negative, None, None) is None
     torch.testing.assert_close(module(negative), module(-x))
+    with torch.inference_mode():
+        unsavable = x.clone()
+    assert module._direct(unsavable, None, None) is not None
     with torch.enable_grad():
-        assert (module._direct(x, None, None) is None) == (calls == "fusedrnn._C")
+        assert module._direct(x, None, None).grad_fn is not None
+        assert module._direct(unsavable, None, None) is None
+        assert module(unsavable).grad_fn is not None
     with torch.autocast("cpu", torch.bfloat16):
         assert module._direct(x, None, None) is None
     with fusedrnn.backend("reference"):
