@@ -109,7 +109,7 @@ def wide_cases():
     for cell, case in itertools.product(CELLS, CASES):
         if not case.proj and (cell == "lstm" or case in OTHER_CASES):
             marks = [pytest.mark.slow] if cell.startswith("rnn") else []
-            yield pytest.param(cell, case, marks=marks, id=f"{cell}-{case}")
+            yield pytest.param(cell, case, marks=marks, id=f"cuda-{cell}-{case}")
 
 
 @pytest.mark.parametrize("math", ["tf32", "bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
