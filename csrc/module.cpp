@@ -155,7 +155,12 @@ class Arguments {
     AtenTensorHandle handle = nullptr;
     FUSEDRNN_TORCH(torch.from_python(object, &handle));
     handles_.push_back(handle);
-    Tensor t = Tensor::borrow(handle);
+    Tensor t;
+    try {
+      t = Tensor::borrow(handle);
+    } catch (const std::exception&) {  // a nested tensor has no sizes
+      throw NotPlain();
+    }
     if (!t.is_strided() || !t.on_cpu() || t.dim() > Tensor::kDims || (t.numel() && !t.data())) throw NotPlain();
     return t;
   }

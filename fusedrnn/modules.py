@@ -216,8 +216,9 @@ class RecurrentLayer(Freezable, nn.RNNBase):
             return super().forward(input, hx)
         return self._checked(input, hx, resets, return_all_states, lengths, padding_value)
 
-    def _checked(self, input, hx, resets, return_all_states, lengths, padding_value, inputs=types.MappingProxyType({})):
+    def _checked(self, input, hx, resets, return_all_states, lengths, padding_value, inputs=None):
         """forward past the way through C++; ``inputs`` are those of a cell of one's own, by name."""
+        inputs = {} if inputs is None else inputs
         packed = isinstance(input, PackedSequence)
         if not isinstance(input, Tensor) or not (hx is None or isinstance(hx, Tensor)) or inputs:
             beside = (t.data if isinstance(t, PackedSequence) else t for t in inputs.values())

@@ -514,7 +514,7 @@ def forward(cell: Cell, inputs: Inputs, algorithm: str, keep_gates: bool, keep_c
                 _refused(x.device, chosen, error)
                 return forward(cell, inputs, algorithm, keep_gates, keep_cells)
             if pitch != hidden:
-                y = y.view(rows, heads, length)[:, :, : hidden // heads].reshape(rows, hidden)
+                y = y.view(rows, heads, length)[:, :, : hidden // heads].reshape(rows, hidden).contiguous()
         else:
             y = x.new_empty(rows, out)
             on_host = _offsets(batch_sizes, torch.device("cpu"))
