@@ -158,13 +158,16 @@ class Padding(NamedTuple):
         outside = ~self.inside
         return inputs._replace(x=x, resets=outside if resets is None else resets | outside, reverse=False)
 
-    def after(self, inputs: Inputs, y: Tensor, finals: list[Tensor], gates: Tensor, every: list[Tensor]) -> tuple:
-        """What the op would have returned for the inputs as they came; states must be kept."""
+    def after(self, inputs, y, finals, gates, every, with_gates: bool, with_states: bool) -> tuple:
+        """What the op would have returned for the inputs as they came, gates and the states after every step where
+        somebody wants them; states must be kept.
+        """
         ends = [self.at_end(states, start) for states, start in zip(every, inputs.states0)]
         finals = [self.at_end(y, inputs.h0), *(ends or finals[1:])]
-        y, gates, *every = (self.cut(t) if t.dim() == 3 else t for t in (y, gates, *every))
-        if inputs.reverse:
-            y, gates, *every = (self.turn(t) if t.dim() == 3 else t for t in (y, gates, *every))
+        turn = self.turn if inputs.reverse else lambda t: t
+        y = turn(self.cut(y))
+        gates = turn(self.cut(gates)) if with_gates and gates.dim() == 3 else gates
+        every = [turn(self.cut(t)) if t.dim() == 3 else t for t in every] if with_states else every
         return y, finals, gates, every
 
 
@@ -181,12 +184,16 @@ def _check_lengths(lengths, x: Tensor, batch: int, batch_sizes: Tensor | None) -
         raise RuntimeError(f"lengths must have shape [B] = [{batch}], got {list(lengths.shape)}")
     if lengths.layout != torch.strided:
         raise RuntimeError(f"lengths must be a dense tensor, got layout {lengths.layout}")
+    if x.device.type == "cpu":
+        lengths = lengths.to(x.device)  # waits for them: non_blocking would read what has not come yet
     if lengths.device.type == "cpu" and lengths.numel() and not _traced():
         low, high = lengths.aminmax()
         if low < 0 or high > x.shape[0]:
             raise RuntimeError(
                 f"lengths must be between 0 and the {x.shape[0]} steps of the input, got {int(low)} to {int(high)}"
             )
+        if x.device.type == "cuda":
+            lengths = lengths.pin_memory()  # a copy from other memory may wait for the GPU
     return lengths.to(x.device, non_blocking=True)
 
 
@@ -219,7 +226,7 @@ def recurrence_of_states(
 
     An empty tensor stands for the c of a cell of one state, and for states that were not kept.
     """
-    given = inputs
+    given, wanted = inputs, keep_cells
     if padding is not None:
         inputs, keep_cells = padding.before(inputs), True
     mine = [callback for thread, callback in _recorders if thread == threading.get_ident()] if _recorders else []
@@ -239,7 +246,7 @@ def recurrence_of_states(
     y, h_n, c_n, gates, cells = outputs[:5]
     finals, every = [h_n, c_n, *outputs[5 : 5 + others]], [cells, *outputs[5 + others :]]
     if padding is not None:
-        y, finals, gates, every = padding.after(given, y, finals, gates, every)
+        y, finals, gates, every = padding.after(given, y, finals, gates, every, bool(mine), wanted or bool(mine))
     for callback in mine:
         callback(
             cell,

@@ -3,6 +3,8 @@
 import io
 import subprocess
 import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -232,6 +234,22 @@ def test_reads_no_value():
     (y.sum() + h.sum() + c.sum()).backward()
 
 
+@pytest.mark.parametrize("here, there, seen", [("cpu", "cuda", ["pin", True]), ("meta", "cpu", [False, True])])
+def test_how_lengths_get_to_the_device_of_the_input(here, there, seen, monkeypatch):
+    """A copy to a GPU waits for nothing, one to the CPU does."""
+    found = []
+
+    def to(t, device, non_blocking=False):
+        found.append(non_blocking)
+        return torch.full(t.shape, 2) if torch.device(device).type == "cpu" else t
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: found.append("pin") or t)
+    x = types.SimpleNamespace(shape=(T, B, I), device=torch.device(there))
+    functional._check_lengths(torch.ones(B, dtype=torch.int64, device=here), x, B, None)
+    assert found == seen
+
+
 def test_bitwise_repeatable():
     ours, theirs = pair("LSTM", bidirectional=True, num_layers=2)
     leaves = inputs(theirs)
@@ -301,17 +319,21 @@ def test_exported_saved_and_loaded_elsewhere(tmp_path):
     lengths = torch.tensor([2, 9, 4])
     x = inputs(model.rnn, torch.float32, lengths, 9)[0].detach()
     torch.save({"args": (x, lengths), "want": model(x, lengths)}, tmp_path / "case.pt")
+    ways = ["import fusedrnn"]
+    if fusedrnn.build_info()["extension"]:  # the library alone has the ops
+        ways.append(f"torch.ops.load_library({str(Path(fusedrnn.__file__).with_name('libfusedrnn.so'))!r})")
     script = (
-        "import sys, torch, fusedrnn\n"
+        "import sys, torch\n"
+        "exec(sys.argv[3])\n"
         "case = torch.load(sys.argv[2])\n"
         "found = torch.export.load(sys.argv[1]).module()(*case['args'])\n"
         "for a, b in zip(found, case['want'], strict=True): torch.testing.assert_close(a, b)\n"
         "print('equal')"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, tmp_path / "tagger.pt2", tmp_path / "case.pt"], capture_output=True, text=True
-    )
-    assert done.stdout == "equal\n", done.stderr
+    for way in ways:
+        command = [sys.executable, "-c", script, tmp_path / "tagger.pt2", tmp_path / "case.pt", way]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.stdout == "equal\n", done.stderr
 
 
 @pytest.mark.parametrize("name", CLASSES)
