@@ -69,13 +69,16 @@ bool is_plain(const Tensor& t) {
 }
 
 // Counts what changes y in place, as the y that the caller has does; it does not hold its memory. The y that is saved
-// is another tensor in the same memory, so that a changed one is no error: it is computed again.
-struct Watch : torch::CustomClassHolder {
-  explicit Watch(const Tensor& y) : counter(torch::autograd::impl::version_counter(y)), at(counter.current_version()) {}
-  bool changed() const { return counter.current_version() != at; }
-  c10::VariableVersion counter;
-  uint32_t at;
-};
+// is another tensor in the same memory, so that a changed one is no error: it is computed again. A tensor, because
+// compiled autograd passes those on.
+Tensor watch(const Tensor& y) {
+  auto nothing = c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), 0, at::DataPtr(), nullptr,
+                                                       /*resizable=*/false);
+  auto found = c10::make_intrusive<c10::TensorImpl>(c10::Storage(std::move(nothing)),
+                                                    c10::DispatchKeySet(c10::DispatchKey::CPU), y.dtype());
+  found->set_version_counter(torch::autograd::impl::version_counter(y));
+  return Tensor(std::move(found));
+}
 
 // Changes the shape of a result in place, and it is no view then, which could not be detached in place.
 Tensor transposed_in_place(Tensor t) {
@@ -158,7 +161,8 @@ std::vector<Tensor> differentiable_gradient(const std::string& cell, const std::
 
 // One direction of one layer: y (not of a cell's call), h_n, c_n (if there is a c). Its name is seen as grad_fn.
 struct Recurrence : torch::autograd::Function<Recurrence> {
-  static constexpr bool is_traceable = true;
+  // Whether y was changed is asked when backward runs, not when compiled autograd looks at it.
+  static constexpr bool is_traceable = false;
 
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& h0, const OptionalTensor& c0,
                                const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
@@ -174,7 +178,7 @@ struct Recurrence : torch::autograd::Function<Recurrence> {
     variable_list outputs;
     if (x.dim() == 3) {
       outputs.push_back(y);
-      ctx->saved_data["watch"] = c10::IValue::make_capsule(c10::make_intrusive<Watch>(y));
+      ctx->saved_data["watch"] = watch(y);
     }
     saved.insert(saved.end(), {x.dim() == 3 ? y.variable_data() : y, gates, cells});
     ctx->save_for_backward(std::move(saved));
@@ -207,8 +211,8 @@ struct Recurrence : torch::autograd::Function<Recurrence> {
     }
     if (!any) return result;
     const auto watch = ctx->saved_data.find("watch");
-    const bool changed = watch != ctx->saved_data.end() &&
-                         c10::static_intrusive_pointer_cast<Watch>(watch->second.toCapsule())->changed();
+    // A result that nobody has yet was not changed: it begins at 0.
+    const bool changed = watch != ctx->saved_data.end() && watch->second.toTensor()._version() != 0;
     const std::string& cell = ctx->saved_data["cell"].toStringRef();
     const bool reverse = ctx->saved_data["reverse"].toBool();
     // Or mapped by vmap, or what a hook made of a saved tensor.

@@ -740,6 +740,29 @@ def test_outputs_changed_in_place_under_transforms_and_in_traces():
     torch.testing.assert_close(leaf.grad, want)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "LSTMCell"])
+def test_compiled_autograd(name):
+    compiled_autograd = pytest.importorskip("torch._dynamo.compiled_autograd", reason="compiled autograd is not tested")
+    torch._dynamo.reset()
+    module = getattr(fusedrnn, name)(3, 4)
+    x = torch.randn(2, 3) if name == "LSTMCell" else torch.randn(5, 2, 3)
+    x.requires_grad_()
+
+    def gradients(factor, change):
+        y = flat(module(x))[0]
+        y = y.mul_(factor) if change else y * factor
+        return torch.autograd.grad(y.sin().sum(), [x, *module.parameters()])
+
+    # What was compiled where nobody changed y has to see that somebody does.
+    for factor, change in ((1.0, False), (3.0, True), (2.0, False), (2.0, True)):
+        want = gradients(factor, False)
+        with compiled_autograd._enable(torch.compile(backend="eager")):
+            got = gradients(factor, change and name != "LSTMCell")
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b)
+
+
 def test_what_is_saved_is_let_go_with_the_output():
     """Saved-tensor hooks see y, and what watches it keeps no memory."""
     layer, x = fusedrnn.GRU(3, 4), torch.randn(5, 2, 3)
