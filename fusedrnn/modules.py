@@ -582,6 +582,8 @@ class RecurrentCell(Freezable, nn.RNNCellBase):
         return self._step(input, None if hx is None else (hx,))[0]
 
     def _step(self, input: Tensor, states: tuple[Tensor, ...] | None) -> list[Tensor]:
+        if input.layout != torch.strided:
+            input = input.to_dense()  # torch.nn's cells multiply sparse ones
         batched = input.dim() == 2
         cell = CELL_OF_MODE[self.mode]
         if not batched:

@@ -345,6 +345,20 @@ def test_a_cell_without_features(name, bias):
             assert_same(theirs, ours, wide(*lead, 0), states_of(name, wide(*lead, 4)))
 
 
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=str)
+@pytest.mark.filterwarnings("ignore:Sparse.*")
+@pytest.mark.parametrize("name", CELLS)
+def test_cells_take_sparse_input(name, layout):
+    theirs, ours = pair(name, 30, 4, dtype=torch.float64)
+    x = (wide(5, 30) * (torch.rand(5, 30) < 0.1)).to_sparse(layout=layout)
+    found = []
+    for module in (theirs, ours):
+        outputs = tensors_of(module(x))
+        found.append([*outputs, *torch.autograd.grad([t.sin().sum() for t in outputs], list(module.parameters()))])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(b, a)
+
+
 @pytest.mark.parametrize("name", CELLS)
 def test_cells_of_hidden_size_zero(name):
     theirs, ours = pair(name, 3, 0, dtype=torch.float64)
