@@ -4,6 +4,7 @@ isinstance(m, torch.nn.LSTM) is true of fusedrnn.LSTM, but a table keyed by type
 table can be entered is entered when it is imported, or at once where that has happened; none is imported here.
 """
 
+import copy
 import functools
 import importlib.abc
 import sys
@@ -174,7 +175,8 @@ def _quantise_dynamically(mappings: ModuleType) -> None:
         table[ours] = _Quantised(theirs, table.get(theirs))
 
 
-def _name_ours_in_specs(quantize: ModuleType) -> None:
+def _quantise_by_module(quantize: ModuleType) -> None:
+    _enter_types(quantize.get_default_custom_config_dict()["float_to_observed_custom_module_class"])
     # A spec that names torch.nn.LSTM means every layer that is one.
     original = quantize.propagate_qconfig_
     if hasattr(original, "_fusedrnn"):
@@ -192,6 +194,29 @@ def _name_ours_in_specs(quantize: ModuleType) -> None:
     quantize.propagate_qconfig_ = propagate_qconfig_
 
 
+def _quantise_a_graph(quantize_fx: ModuleType) -> None:
+    # It asks for types in many places: it gets torch.nn's twins, of the same parameters, in a copy of the model.
+    original = quantize_fx._prepare_fx
+    if hasattr(original, "_fusedrnn"):
+        return
+
+    @functools.wraps(original)
+    def _prepare_fx(model, qconfig_mapping, *args, **kwargs):
+        twins = {id(m): as_torch(m) for m in model.modules() if isinstance(m, tuple(CLASSES.values()))}
+        if twins:
+            kept = {id(t): t for t in (*model.parameters(), *model.buffers())}
+            model = copy.deepcopy(model, twins | kept)
+            if isinstance(qconfig_mapping, quantize_fx.QConfigMapping):
+                by_type = qconfig_mapping.object_type_qconfigs
+                for theirs, ours in CLASSES.items():
+                    if ours in by_type:
+                        qconfig_mapping.set_object_type(theirs, by_type[ours])
+        return original(model, qconfig_mapping, *args, **kwargs)
+
+    _prepare_fx._fusedrnn = True
+    quantize_fx._prepare_fx = _prepare_fx
+
+
 def _make_private(validators: ModuleType) -> None:
     _enter_types(validators.ModuleValidator.VALIDATORS)
     _enter_types(validators.ModuleValidator.FIXERS)
@@ -201,7 +226,8 @@ _TABLES: dict[str, Callable[[ModuleType], None]] = {
     "torch._dynamo.variables.builder": _let_dynamo_trace,
     "torch.utils.flop_counter": _count_flops,
     "torch.ao.quantization.quantization_mappings": _quantise_dynamically,
-    "torch.ao.quantization.quantize": _name_ours_in_specs,
+    "torch.ao.quantization.quantize": _quantise_by_module,
+    "torch.ao.quantization.quantize_fx": _quantise_a_graph,
     "thop.profile": lambda profile: _enter_types(profile.register_hooks),
     "ptflops.pytorch_ops": lambda ops: _enter_types(ops.MODULES_MAPPING),
     "ptflops.aten_ops": _count_aten,

@@ -117,6 +117,42 @@ def test_quantize_dynamic(name, spec):
     torch.testing.assert_close(first(quantised(x)), first(model(x)), rtol=0.1, atol=0.1)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("spec", ["theirs", "ours"])
+@pytest.mark.parametrize("name", ["LSTM", "GRU", *CELLS])
+def test_a_quantised_graph(name, spec):
+    from torch.ao.quantization import QConfigMapping, default_dynamic_qconfig, quantize_fx
+
+    model = nn.Sequential(getattr(fusedrnn, name)(3, 4), nn.Identity()).eval()
+    x = torch.randn(2, 3) if name in CELLS else torch.randn(5, 2, 3)
+
+    def quantised(model, chosen):
+        mapping = QConfigMapping().set_object_type(chosen, default_dynamic_qconfig)
+        return quantize_fx.convert_fx(quantize_fx.prepare_fx(model, mapping, (x,)))
+
+    got = quantised(model, getattr(nn if spec == "theirs" else fusedrnn, name))
+    want = quantised(fusedrnn.revert(copy.deepcopy(model)), getattr(nn, name))
+    assert type(getattr(got, "0")) is type(getattr(want, "0"))
+    assert "torch.ao.nn.quantized" in type(getattr(got, "0")).__module__
+    assert torch.equal(first(got(x)), first(want(x)))
+    assert type(model[0]) is getattr(fusedrnn, name)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_statically_quantised():
+    from torch.ao import quantization
+
+    model, x = nn.Sequential(fusedrnn.LSTM(8, 6)).eval(), torch.randn(5, 2, 8)
+    found = []
+    for each in (model, fusedrnn.revert(copy.deepcopy(model))):
+        each.qconfig = quantization.get_default_qconfig("x86")
+        prepared = quantization.prepare(each)
+        prepared(x)
+        found.append(type(quantization.convert(prepared)[0]))
+    assert found[0] is found[1]
+    assert "torch.ao.nn.quantized" in found[0].__module__
+
+
 def test_what_a_library_is_told_when_it_is_imported(tmp_path, monkeypatch):
     (tmp_path / "a_counter.py").write_text("import torch\ntable = {torch.nn.LSTM: 'lstm', torch.nn.Linear: 'linear'}\n")
     (tmp_path / "a_changed_counter.py").write_text("")
