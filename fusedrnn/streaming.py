@@ -20,8 +20,8 @@ class Stream:
     No gradient is recorded, and nothing drops out.
 
     The weights are those that the layer had when the stream was made: copied, and on the CPU packed for the processor.
-    There all layers are one call of C++ (csrc/cpu/stream.h has the same for programs without Python); elsewhere, and
-    where nothing was compiled, a call is one of the layer.
+    There all layers are one call of C++ where the layer would take backend "cpu" (csrc/cpu/stream.h has the same for
+    programs without Python); elsewhere, and where nothing was compiled, a call is one of the layer.
 
     One thread at a time. :attr:`states` is what to save; a stream itself is neither pickled nor copied.
     """
@@ -46,8 +46,17 @@ class Stream:
         weights = [None if w is None else w.detach() for w in layer._weights()]
         self.dtype, self.device = weights[0].dtype, weights[0].device
         self._stream = None
-        own = self.device.type == "cpu" and self.dtype in _DTYPES and layer.backend in (None, "cpu")
-        if own and _build.loaded():
+        choice = functional.planning.choose(
+            self._cell.name,
+            input_size=layer.input_size,
+            hidden_size=layer.hidden_size,
+            proj_size=layer.proj_size,
+            dtype=self.dtype,
+            device=self.device,
+            backend=layer.backend,
+            algorithm=layer.algorithm,
+        )
+        if choice.backend == "cpu" and self.dtype in _DTYPES:
             self._stream, self._at, self._bytes = self._made(layer, weights)
         else:
             self._weights = [None if w is None else w.clone() for w in weights]

@@ -176,6 +176,16 @@ def test_what_is_refused(way):
         fusedrnn.Layer(fusedrnn.zoo.mgu, 5, 8).stream()
 
 
+def test_a_backend_that_was_asked_for_runs():
+    layer, x = layer_of(), torch.randn(1, 5)
+    want = layer.stream()(x).clone()
+    with fusedrnn.backend("reference"):
+        stream = layer.stream()
+        assert stream._stream is None
+        assert close(stream(x), want)
+    assert layer_of(backend="reference").stream()._stream is None
+
+
 def test_a_frozen_layer_and_parametrized_weights(way):
     layer = layer_of()
     x = torch.randn(1, 5)
