@@ -31,6 +31,7 @@ import torch
 
 import fusedrnn
 from fusedrnn import planning
+from fusedrnn.backends import triton
 from fusedrnn.backends.common import Gradients, Inputs, Saved, simulator
 from fusedrnn.cells import CELLS
 
@@ -226,6 +227,27 @@ def alone(backend: str, algorithm: str, backward: bool, problem: Problem, device
     return lambda: module.backward(cell, grads, given, saved, algorithm, [False] * 8)
 
 
+# Backend, algorithm, warps of a program where not the plan's.
+ALONE = (("cuda", "persistent", ""), ("cuda", "step", ""), ("triton", "step", ""),
+         ("triton", "step", "1"), ("triton", "step", "2"), ("triton", "step", "4"))  # fmt: skip
+
+
+def with_warps(warps: str, run):
+    """``run`` with so many warps in a program of Triton's step."""
+
+    def set_and_run():
+        before = os.environ.get(triton.WARPS_VARIABLE)
+        os.environ[triton.WARPS_VARIABLE] = warps
+        try:
+            return run()
+        finally:
+            os.environ.pop(triton.WARPS_VARIABLE)
+            if before is not None:
+                os.environ[triton.WARPS_VARIABLE] = before
+
+    return set_and_run if warps else run
+
+
 LAYERS = ("torch.nn", "torch.nn:flattened", "torch.nn:float16", "fusedrnn", "fusedrnn:cuda:step",
           "fusedrnn:cuda:persistent", "fusedrnn:triton:step")  # fmt: skip
 
@@ -239,10 +261,12 @@ def steps(device: torch.device) -> list[dict]:
     for batch, hidden in sizes:
         by_length = {t: Problem("check", "lstm", t, batch, hidden, hidden, dtype="bfloat16") for t in (few, many)}
         makers = {
-            ("kernel", f"{backend}:{algorithm}", mode): (
-                lambda p, b=backend, a=algorithm, m=mode: alone(b, a, m == "backward", p, device)
+            ("kernel", f"{backend}:{algorithm}" + (warps and f" {warps} warps"), mode): (
+                lambda p, b=backend, a=algorithm, m=mode, w=warps: with_warps(
+                    w, alone(b, a, m == "backward", p, device)
+                )
             )
-            for backend, algorithm in (("cuda", "persistent"), ("cuda", "step"), ("triton", "step"))
+            for backend, algorithm, warps in (ALONE if on_gpu else ALONE[:4])
             for mode in ("forward", "backward")
         }
         for name in LAYERS:

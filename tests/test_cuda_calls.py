@@ -2,6 +2,8 @@
 
 import contextlib
 import threading
+from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -232,3 +234,69 @@ def test_flags_are_put_back_by_the_last_thread(flags):
     with pytest.raises(ZeroDivisionError), common._as_flag("fp32_precision", "tf32"):
         raise ZeroDivisionError
     assert FLAGS.fp32_precision == "ieee"
+
+
+class Driver:
+    """Triton's, of a card that is not there: kernels are compiled for it, launches are written down."""
+
+    def __init__(self):
+        self.launches = []
+        self.utils = SimpleNamespace(
+            get_device_properties=lambda device: {"max_shared_mem": 232448},
+            load_binary=lambda *args: (None, 2, 64, 0, 1024),
+        )
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 7
+
+    def launcher_cls(self, source, metadata):
+        return lambda *args: self.launches.append(args)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_later_steps_are_launched_as_triton_itself_would(card, monkeypatch, cell, packed):
+    pytest.importorskip("triton", reason="launches of Triton's kernels")
+    from triton.runtime import driver
+
+    from fusedrnn.kernels import step
+
+    monkeypatch.undo()
+    for kernel in (step.step_forward_kernel, step.step_backward_kernel):  # of a card that is there
+        monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(triton, "_check", lambda x: None)
+    monkeypatch.setattr(triton, "_chip", lambda device: triton.chip_of((9, 0), 132, 232448))
+
+    class EveryTime(triton.Steps):
+        compiled = property(lambda self: None, lambda self, value: None)
+
+    found = Driver()
+    monkeypatch.setattr(driver, "_active", found)
+
+    def launched(steps):
+        found.launches.clear()
+        monkeypatch.setattr(triton, "Steps", steps)
+        before = triton.launches.total()
+        with Card():
+            backward_and_forward(triton, CELLS[cell], "step", packed, False, dtype=torch.bfloat16)
+        assert triton.launches.total() - before == len(found.launches) == 2 * len(SIZES)
+        of_step = {}  # a tensor is known by the place at which it came first
+        return [
+            [of_step.setdefault(id(a), (k, i)) if isinstance(a, torch.Tensor) else a for i, a in enumerate(step)]
+            for k, step in enumerate(found.launches)
+        ]
+
+    # Words before the kernel's arguments: grid, stream, function, what was compiled, hooks.
+    again, every_time = launched(triton.Steps), launched(EveryTime)
+    assert [(*step[:5], *step[9:]) for step in again] == [(*step[:5], *step[9:]) for step in every_time]
+    assert len({str(step) for step in again}) == len(again)

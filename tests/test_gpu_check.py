@@ -35,7 +35,8 @@ def test_every_part_leaves_its_result_in_one_file(tmp_path, capsys):
     assert len(modelled["us_per_step"]) == 2
     rows = parts["steps"]["found"]
     kernels = {(r["name"], r["mode"]) for r in rows if r["what"] == "kernel"}
-    assert kernels == {(n, m) for n in ("cuda:persistent", "cuda:step", "triton:step") for m in ("forward", "backward")}
+    names = ("cuda:persistent", "cuda:step", "triton:step", "triton:step 1 warps")
+    assert kernels == {(n, m) for n in names for m in ("forward", "backward")}
     assert {("torch.nn", "train"), ("fusedrnn", "forward")} <= {(r["name"], r["mode"]) for r in rows}
     # What ran here says nothing of a GPU's time, and claims nothing.
     assert {r["why"] for r in rows} == {"ran; simulated: no time"}

@@ -84,3 +84,18 @@ def test_tiles_fit_the_chip(chip):
 def test_a_plan_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         plan(1, 1).BB = 2
+
+
+def test_warps_of_a_step_may_be_asked_for(monkeypatch):
+    def planned(algorithm):
+        cpu = torch.device("cpu")
+        return triton.plan_for(LSTM, 16, 96, 96, 0, torch.bfloat16, cpu, algorithm, backward=False).num_warps
+
+    own = planned("step"), planned("sequence")
+    assert own == (1, 8)
+    for warps in ("1", "2", "4"):
+        monkeypatch.setenv(triton.WARPS_VARIABLE, warps)
+        assert (planned("step"), planned("sequence")) == (int(warps), 8)
+    monkeypatch.setenv(triton.WARPS_VARIABLE, "3")
+    with pytest.raises(ValueError, match="FUSEDRNN_TRITON_WARPS must be 1, 2 or 4, got '3'"):
+        planned("step")

@@ -9,7 +9,7 @@ import functools
 import importlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -40,6 +40,9 @@ ALGORITHMS = ("step", "sequence")
 
 # The widest H whose W_hh [G*H, H] one program keeps for a whole sequence, in registers.
 SEQUENCE_MAX_HIDDEN = {"half": 128, "tf32": 64, "ieee": 64, "double": 32}
+
+# Warps of a step's program, in place of those that few counted instructions speak for: 1, 2 or 4.
+WARPS_VARIABLE = "FUSEDRNN_TRITON_WARPS"
 
 # Columns of weights that a step kernel takes at a time.
 _BLOCK_K = {"half": 128, "tf32": 64, "ieee": 32, "double": 16}
@@ -101,8 +104,9 @@ def plan(
     tf32: bool = False,
     chip: Chip = SM80,
     heads: int = 1,
+    num_warps: int | None = None,
 ) -> Plan:
-    """The plan for a problem; proj_size 0 is no projection.
+    """The plan for a problem; proj_size 0 is no projection; num_warps: of step, in place of the plan's own.
 
     Raises:
         ValueError: the algorithm asked for cannot run this problem.
@@ -117,7 +121,8 @@ def plan(
         found, reason = None, "algorithm 'step' was asked for"
     if found is not None:
         return found
-    return _plan_step(cell, batch, input_size, hidden_size, proj_size, dtype, math, chip, backward, reason, heads)
+    how = _plan_step(cell, batch, input_size, hidden_size, proj_size, dtype, math, chip, backward, reason, heads)
+    return how if num_warps is None else replace(how, num_warps=num_warps)
 
 
 def _plan_sequence(cell, batch, hidden_size, proj_size, dtype, math, chip, backward, heads) -> tuple[Plan | None, str]:
@@ -203,6 +208,9 @@ def plan_for(
     heads: int = 1,
 ) -> Plan:
     """The plan on a device of this machine, with the tf32 setting in force; nothing in it depends on the steps."""
+    warps = os.environ.get(WARPS_VARIABLE, "")
+    if warps not in ("", "1", "2", "4"):
+        raise ValueError(f"{WARPS_VARIABLE} must be 1, 2 or 4, got {warps!r}")
     return plan(
         cell,
         batch,
@@ -215,6 +223,7 @@ def plan_for(
         tf32=dtype == torch.float32 and allow_tf32(),
         chip=_chip(device),
         heads=heads,
+        num_warps=int(warps) if warps else None,
     )
 
 
@@ -265,14 +274,45 @@ def _simulator():
 launches: collections.Counter[str] = collections.Counter()
 
 
-def launch(kernel, grid: tuple[int, int], args: dict, constants: dict, num_warps: int, num_stages: int) -> None:
-    """Runs a kernel on a GPU, in the interpreter or in the simulator, and counts it in ``launches`` by name."""
+def launch(kernel, grid: tuple[int, int], args: dict, constants: dict, num_warps: int, num_stages: int):
+    """Runs a kernel on a GPU, in the interpreter or in the simulator, and counts it in ``launches`` by name.
+
+    Returns what Triton compiled, where that can be launched again.
+    """
     launches[kernel.__name__] += 1
     if _simulator() is not None and not any(isinstance(a, Tensor) and a.is_cuda for a in args.values()):
         _simulator().launch(kernel, grid, args, constants, num_warps, num_stages, enable_fp_fusion=True)
-        return
+        return None
     # Triton 3.10 changes the default of enable_fp_fusion: results would change with the version.
-    kernel[grid](**args, **constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
+    return kernel[grid](**args, **constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
+
+
+class Steps:
+    """Launches one kernel step after step. Triton looks at every argument of a launch before it knows which compiled
+    kernel to take; here tensors and constants stay, so that from the second step on it is the same one.
+    """
+
+    def __init__(self, kernel, constants: dict, num_warps: int, num_stages: int):
+        self.kernel, self.constants, self.options = kernel, constants, (num_warps, num_stages)
+        self.compiled = None
+
+    def __call__(self, grid: tuple[int, int], args: dict, numbers: dict) -> None:
+        """args: those of every step; numbers: those of this one, which the kernel is not specialised on."""
+        # From 2^31 on a number has another type.
+        small = all(n < 1 << 31 for n in numbers.values())
+        if self.compiled is not None and small:
+            launches[self.kernel.__name__] += 1
+            values = self.values
+            for name, n in numbers.items():
+                values[self.places[name]] = n
+            self.compiled[(*grid, 1)](*values)
+            return
+        compiled = launch(self.kernel, grid, {**args, **numbers}, self.constants, *self.options)
+        if small and compiled is not None:
+            given = {**args, **numbers, **self.constants}
+            self.places = {name: i for i, name in enumerate(self.kernel.arg_names)}
+            self.values = [given[name] for name in self.kernel.arg_names]
+            self.compiled = compiled
 
 
 def _check(x: Tensor) -> None:
@@ -423,12 +463,20 @@ def _step_forward(cell: Cell, how: Plan, inputs: Inputs, y, h_n, c_n, gates, cel
         "EVEN_K": I % how.BK == 0 and w_hh.shape[1] % how.BK == 0,
         "PRECISION": how.precision,
     }
+    step = Steps(step_forward_kernel, constants, how.num_warps, how.num_stages)
     for k, (row, n, i_prev, n_prev, _, n_next) in enumerate(_neighbours(rows, reverse)):
-        args["n"], args["n_prev"], args["n_next"] = n, n_prev, n_next
-        args["i_row"], args["i_prev"], args["i_h"] = row, i_prev, 0 if projected else row
-        args["i_cell"], args["i_cell_prev"] = (row, i_prev) if saved else (k % 2 * batch, (k + 1) % 2 * batch)
-        grid = (how.grid[0], -(-n // how.BB))
-        launch(step_forward_kernel, grid, args, constants, how.num_warps, how.num_stages)
+        i_cell, i_cell_prev = (row, i_prev) if saved else (k % 2 * batch, (k + 1) % 2 * batch)
+        numbers = {
+            "n": n,
+            "n_prev": n_prev,
+            "n_next": n_next,
+            "i_row": row,
+            "i_prev": i_prev,
+            "i_h": 0 if projected else row,
+            "i_cell": i_cell,
+            "i_cell_prev": i_cell_prev,
+        }
+        step((how.grid[0], -(-n // how.BB)), args, numbers)
         if projected:
             product(h[:n], w_hr.t(), out=y_rows[row : row + n])
     if projected:
@@ -583,6 +631,7 @@ def _step_backward(
         "EVEN_K": K * y.element_size() % 16 == 0 and all(count * K % how.BK == 0 for _, _, count in runs),
         "PRECISION": how.precision,
     }
+    step = Steps(step_backward_kernel, constants, how.num_warps, how.num_stages)
     for k, (row, n, i_prev, n_prev, i_next, n_next) in enumerate(reversed(list(_neighbours(rows, reverse)))):
         if projected and n_next:
             after = slice(i_next, i_next + n_next)
@@ -591,12 +640,19 @@ def _step_backward(
                 product(dgates[after], w_hh, total, out=total)
             else:
                 total += product(dgates[after], w_hh).masked_fill_(cut[after], 0)
-        args["n"], args["n_prev"], args["n_next"] = n, n_prev, n_next
-        args["n_d"], args["i_d"] = (n, row) if projected else (n_next, i_next)
-        args["i_row"], args["i_prev"] = row, i_prev
-        args["i_dc"], args["i_dc_next"] = k % 2 * batch, (k + 1) % 2 * batch
-        grid = (how.grid[0], -(-n // how.BB))
-        launch(step_backward_kernel, grid, args, constants, how.num_warps, how.num_stages)
+        n_d, i_d = (n, row) if projected else (n_next, i_next)
+        numbers = {
+            "n": n,
+            "n_prev": n_prev,
+            "n_next": n_next,
+            "n_d": n_d,
+            "i_row": row,
+            "i_prev": i_prev,
+            "i_d": i_d,
+            "i_dc": k % 2 * batch,
+            "i_dc_next": (k + 1) % 2 * batch,
+        }
+        step((how.grid[0], -(-n // how.BB)), args, numbers)
     if needs[1]:
         first = slice(0, batch)
         if reverse:
