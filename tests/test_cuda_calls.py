@@ -277,7 +277,7 @@ def test_later_steps_are_launched_as_triton_itself_would(card, monkeypatch, cell
     monkeypatch.setattr(triton, "_check", lambda x: None)
     monkeypatch.setattr(triton, "_chip", lambda device: triton.chip_of((9, 0), 132, 232448))
 
-    class EveryTime(triton.Steps):
+    class Anew(triton.Steps):
         compiled = property(lambda self: None, lambda self, value: None)
 
     found = Driver()
@@ -297,6 +297,6 @@ def test_later_steps_are_launched_as_triton_itself_would(card, monkeypatch, cell
         ]
 
     # Words before the kernel's arguments: grid, stream, function, what was compiled, hooks.
-    again, every_time = launched(triton.Steps), launched(EveryTime)
-    assert [(*step[:5], *step[9:]) for step in again] == [(*step[:5], *step[9:]) for step in every_time]
+    again, anew = launched(triton.Steps), launched(Anew)
+    assert [(*step[:5], *step[9:]) for step in again] == [(*step[:5], *step[9:]) for step in anew]
     assert len({str(step) for step in again}) == len(again)
