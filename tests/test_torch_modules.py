@@ -158,6 +158,34 @@ def test_old_checkpoints_of_whole_modules(name, options, version):
     assert_same(*(m.to(torch.float64) for m in loaded), wide(5, 2, 3))
 
 
+class PickledBy010:
+    """Pickles as a module of release 0.1.0 did: by its class, with the attributes that torch.nn's has, and recompute."""
+
+    def __init__(self, cls: type, theirs: nn.Module):
+        self.cls, self.state = cls, theirs.__getstate__() | ({"recompute": True} if cls is fusedrnn.LSTM else {})
+
+    def __reduce__(self):
+        return object.__new__, (self.cls,), self.state
+
+
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}, {"bias": False}], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_modules_that_0_1_0_pickled(name, options):
+    if name not in LAYERS and "num_layers" in options:
+        pytest.skip("a cell has one layer")
+    theirs, _ = pair(name, 3, 4, dtype=torch.float64, **options)
+    loaded = pickle.loads(pickle.dumps(PickledBy010(getattr(fusedrnn, name), theirs)))
+    assert type(loaded) is getattr(fusedrnn, name)
+    assert loaded.recompute == (name == "LSTM") if name in LAYERS else not hasattr(loaded, "recompute")
+    x = wide(5, 2, 3) if name in LAYERS else wide(2, 3)
+    assert_same(theirs, loaded, x)
+    loaded.load_state_dict(theirs.state_dict())
+    assert_same(theirs, pickle.loads(pickle.dumps(loaded)), x)
+    holder = fusedrnn.revert(nn.Sequential(loaded))
+    assert type(holder[0]) is type(theirs)
+    assert_same(theirs, holder[0], x)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_state_dict_with_weights_only_and_assign(name):
     theirs, ours = pair(name, 3, 4)
