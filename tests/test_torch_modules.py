@@ -159,7 +159,7 @@ def test_old_checkpoints_of_whole_modules(name, options, version):
 
 
 class PickledBy010:
-    """Pickles as a module of release 0.1.0 did: by its class, with the attributes that torch.nn's has, and recompute."""
+    """Pickles as a module of 0.1.0 did: by its class, with the attributes that torch.nn's has, and recompute."""
 
     def __init__(self, cls: type, theirs: nn.Module):
         self.cls, self.state = cls, theirs.__getstate__() | ({"recompute": True} if cls is fusedrnn.LSTM else {})
