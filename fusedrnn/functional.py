@@ -197,6 +197,33 @@ def _check_lengths(lengths, x: Tensor, batch: int, batch_sizes: Tensor | None) -
     return lengths.to(x.device, non_blocking=True)
 
 
+def by_packing(call, input: Tensor, states, lengths: Tensor, batch_first: bool, padding_value: float, resets=None):
+    """y of a padded batch and its final states by a call for a packed one: ``call(data, batch_sizes, states, resets)``.
+
+    No length may be 0. Their values are read.
+    """
+    steps, batch_dim = input.shape[1 if batch_first else 0], 0 if batch_first else 1
+    packed = rnn_utils.pack_padded_sequence(input, lengths.cpu(), batch_first, enforce_sorted=False)
+    data, batch_sizes, order, back = packed
+    if resets is not None:
+        resets = resets.index_select(batch_dim, order).narrow(1 - batch_dim, 0, batch_sizes.shape[0])
+        resets = resets.t() if batch_first else resets
+    y, *finals = call(data, batch_sizes, [s.index_select(1, order) for s in states], resets)
+    y = rnn_utils.PackedSequence(y, batch_sizes, order, back)
+    y, _ = rnn_utils.pad_packed_sequence(y, batch_first, padding_value, steps)
+    return y, *(s.index_select(1, back) for s in finals)
+
+
+def packs(lengths: Tensor | None, backend: str, tensors: Sequence[Tensor | None], resets) -> bool:
+    """Whether a padded batch is computed as a packed one, which is less work: where lengths are read for nothing."""
+    if lengths is None or backend != "cpu" or _recorders or _traced() or _has_tangent(tensors):
+        return False
+    # resets of another shape have an error of their own.
+    if resets is not None and (not isinstance(resets, Tensor) or resets.shape != tensors[0].shape[:2]):
+        return False
+    return lengths.numel() > 0 and int(lengths.min()) > 0
+
+
 def recurrence(
     cell: Cell,
     inputs: Inputs,
@@ -471,6 +498,18 @@ def _stack(
             batch_sizes, lengths, padding_value,
         ), None  # fmt: skip
 
+    if not return_all_states and packs(lengths, runs, as_given, resets):
+
+        def call(data, batch_sizes, states, resets):
+            found = layers(
+                cell, data, *states, *(None,) * (c0 is None), as_given[3:], bias, num_layers, dropout, training,
+                bidirectional, batch_first, batch_sizes, resets, False, recompute, backend, algorithm, None, 0.0,
+            )  # fmt: skip
+            return found[: 1 + len(states)]
+
+        given = [t for t in as_given[1:3] if t is not None]
+        found = by_packing(call, as_given[0], given, lengths, batch_first, padding_value, resets)
+        return *found, *(None,) * (4 - len(found))
     padding = None
     if lengths is not None:
         padding = Padding.of(lengths, x.shape[0])
@@ -801,12 +840,18 @@ def _torch_layers(
 
     It wants the lengths on the host, and none to be 0.
     """
-    order = None
     if lengths is not None:
-        steps = input.shape[1 if batch_first else 0]
-        packed = rnn_utils.pack_padded_sequence(input, lengths.cpu(), batch_first, enforce_sorted=False)
-        input, batch_sizes, order, back = packed
-        h0, c0 = (None if s is None else s.index_select(1, order) for s in (h0, c0))
+
+        def call(data, batch_sizes, states, _):
+            found = _torch_layers(
+                cell, data, *states, *(None,) * (c0 is None), weights, bias, num_layers, dropout, training,
+                bidirectional, batch_first, batch_sizes, None, 0.0,
+            )  # fmt: skip
+            return found[: 1 + len(states)]
+
+        states = [h0] if c0 is None else [h0, c0]
+        found = by_packing(call, input, states, lengths, batch_first, padding_value)
+        return (*found, None) if c0 is None else found
     hx = h0 if c0 is None else (h0, c0)
     if not training and input.device.type == "cuda" and _may_need_gradient((input, h0, c0, *weights)):
         # cuDNN has gradients in training only; without dropout that is all the difference.
@@ -817,8 +862,4 @@ def _torch_layers(
         result = op(input, hx, *tail, batch_first)
     else:
         result = op(input, batch_sizes, hx, *tail)
-    if order is not None:
-        y = rnn_utils.PackedSequence(result[0], batch_sizes, order, back)
-        y, _ = rnn_utils.pad_packed_sequence(y, batch_first, padding_value, steps)
-        result = (y, *(s.index_select(1, back) for s in result[1:]))
     return (*result, None) if c0 is None else result

@@ -252,6 +252,16 @@ class Layer(RecurrentLayer):
         padding = None
         if lengths is not None:
             lengths = functional._check_lengths(lengths, x, states[0].shape[1], batch_sizes)
+            if not (inputs or return_all_states) and functional.packs(
+                lengths, runs, (input, *states, *weights), resets
+            ):
+
+                def call(data, batch_sizes, states, resets):
+                    y, ends, _ = self._run(data, states, batch_sizes, resets, False, None, 0.0, inputs)
+                    return y, *ends
+
+                y, *ends = functional.by_packing(call, input, states, lengths, self.batch_first, padding_value, resets)
+                return y, ends, None
             padding = functional.Padding.of(lengths, x.shape[0])
             x, *inputs = (padding.cut(t) for t in (x, *inputs))
         masks = (None,) * directions

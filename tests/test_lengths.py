@@ -108,6 +108,28 @@ def test_with_a_projection():
     check(ours, theirs)
 
 
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_on_the_cpu_a_padded_batch_is_the_packed_one(batch_first):
+    """To the bit, resets and dropout too: the steps past the ends are not computed."""
+    ours, _ = pair("LSTM", torch.float32, num_layers=2, dropout=0.5, bidirectional=True, batch_first=batch_first)
+    x, *states = (t.detach().float().requires_grad_() for t in inputs(ours))
+    resets = torch.rand(x.shape[:2], generator=torch.Generator().manual_seed(3)) < 0.3
+    torch.manual_seed(5)
+    got = flat(ours(x, tuple(states), lengths=LENGTHS, resets=resets))
+    torch.manual_seed(5)
+    batch = pack_padded_sequence(x, LENGTHS, batch_first, enforce_sorted=False)
+    y, final = ours(batch, tuple(states), resets=(resets.t() if batch_first else resets)[: int(LENGTHS.max())])
+    want = [pad_packed_sequence(y, batch_first, 0.0, x.shape[1 if batch_first else 0])[0], *flat(final)]
+    for a, b in zip([*got, *gradients(got, [x, *states])], [*want, *gradients(want, [x, *states])], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_resets_of_another_shape_are_refused_with_lengths():
+    ours, _ = pair("GRU", torch.float32)
+    with pytest.raises(RuntimeError, match=r"resets must have shape \[T, B\] = "):
+        ours(torch.zeros(T, B, I), lengths=LENGTHS, resets=torch.zeros(T - 1, B, dtype=torch.bool))
+
+
 @pytest.mark.parametrize("recompute", [True, False])
 def test_every_state_and_padding_value(recompute):
     ours, theirs = pair("LSTM", bidirectional=True)
