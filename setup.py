@@ -219,18 +219,19 @@ class BuildExt(build_ext):
         return [(launcher, launcher.name), *((path, f"device/{path.name}") for path in code)]
 
 
+WITHOUT_COMPILING = {"egg_info", "sdist", "--version", "--name", "clean"}
 COMPILER, ARCHITECTURES, FACTS = None, "", {}
 MODULE, LIBRARY = "fusedrnn._C", None
 extensions = []
 if os.environ.get("FUSEDRNN_BUILD") == "0":
     FACTS = {"extension": False, "cuda_why": "nothing was compiled"}
-elif sysconfig.get_config_var("Py_GIL_DISABLED"):
+elif sysconfig.get_config_var("Py_GIL_DISABLED") and not WITHOUT_COMPILING & set(sys.argv):
     sys.exit(
         "fusedrnn: there are no kernels for the free-threaded Python, which has no limited C API.\n"
         "`FUSEDRNN_BUILD=0 pip install --no-build-isolation .` installs without them."
     )
 elif torch is None:
-    if not {"egg_info", "sdist", "--version", "--name", "clean"} & set(sys.argv):
+    if not WITHOUT_COMPILING & set(sys.argv):
         sys.exit(
             f"fusedrnn is built with torch's headers, and torch is not here ({missing}).\n"
             "Install torch and setuptools>=77 first, then run `pip install --no-build-isolation .` "

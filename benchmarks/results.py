@@ -1,7 +1,6 @@
 """Measurements on disk: a CSV row each, written so that a killed run loses none and doubles none."""
 
 import csv
-import fcntl
 import io
 import os
 import platform
@@ -12,6 +11,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nobody looks for another run
+    fcntl = None
 
 import torch
 
@@ -152,7 +156,8 @@ class Results:
         self.path = folder / "results.csv"
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is not None:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             os.close(self._file)
             raise RuntimeError(f"another run is writing to {self.path}") from error
