@@ -80,6 +80,12 @@ def test_the_readme_says_what_the_pages_say():
     assert len(readme.splitlines()) < 130
 
 
+def test_the_readmes_small_calls_are_those_of_the_page():
+    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if re.match(r"\| \w+.*, H=\d+ \|", line)]
+    assert len(rows) == 6
+    assert set(rows) < set((DOCS / "benchmarks.md").read_text().splitlines())
+
+
 def test_the_readme_can_be_read_on_pypi():
     """torch's range is the package's."""
     low = fusedrnn.build_info()["torch_supported"].removeprefix(">=").split(",")[0]
