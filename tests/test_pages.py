@@ -105,22 +105,22 @@ def test_pictures_are_those_that_the_script_draws():
 
 
 def test_the_tables_are_those_of_the_history():
-    """Every ratio of docs/benchmarks.md's first table."""
-    page = (DOCS / "benchmarks.md").read_text()
-    lines = re.findall(
-        r"^\| ([A-Z]\w+(?: relu)?) (inference|one step \(Cell\)|training step) (\d+)/(\d+)/(\d+) \|.*\*\*([\d.]+)\*\*",
-        page,
-        re.M,
+    kept = keep.read()
+    lines = keep.table(kept)
+    assert "\n".join(lines) in (DOCS / "benchmarks.md").read_text()
+    last = [k for k in keep.of_last_release(kept) if (k.provider, k.dtype) == ("fusedrnn", "float32")]
+    assert [float(line.split("**")[1]) for line in lines[2:]] == pytest.approx(
+        [k.ratio for k in sorted(last, key=lambda k: lines.index(line_of(k, lines)))], abs=0.0051
     )
-    mode = {"inference": "forward", "one step (Cell)": "latency", "training step": "train"}
-    cell = {"LSTM": "lstm", "GRU": "gru", "RNN relu": "rnn_relu"}
-    found = {(cell[c], mode[m], int(h), int(b), int(t)): float(ratio) for c, m, h, b, t, ratio in lines}
-    first = [k for k in keep.read() if k.release == "0.1.0" and k.machine == "xeon-amx-2"]
-    wanted = {
-        (k.cell, k.mode, k.H, k.B, k.T): k.ratio for k in first if (k.provider, k.dtype) == ("fusedrnn", "float32")
-    }
-    assert found == wanted
-    assert len(found) == 26
+    for page in (ROOT / "README.md", DOCS / "index.md"):
+        assert keep.caption(kept) in " ".join(page.read_text().split())
+    machines = re.findall(r"^\| `(.*?)` \| (.*?), torch", (DOCS / "history.md").read_text(), re.M)
+    assert dict(machines) == {m: keep.MACHINES[m] for m in {k.machine for k in kept}}
+
+
+def line_of(kept: keep.Kept, lines: list[str]) -> str:
+    what = f"| {keep.CELL_NAMES[kept.cell]} {keep.MODE_NAMES[kept.mode]} {kept.H}/{kept.B}/{kept.T} |"
+    return next(line for line in lines if line.startswith(what))
 
 
 def test_keeping_a_run(tmp_path, capsys):
