@@ -35,7 +35,9 @@ def per_row(p, stride, mask, COUNT: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit(do_not_specialize=FORWARD_RUNTIME)
 def step_forward_kernel(
-    x,  # [N, I]
+    x,  # [N, I]; None where the products are there
+    x_product,  # [n, G*H], x W_ih^T in the dtype of the sums, or None; x and the weights are None then
+    h_product,  # [n, G*H]
     h0,  # [B, P]
     c0,  # [K, B, H]: the states beside h; None without
     w_ih,  # [G*H, I]
@@ -48,7 +50,7 @@ def step_forward_kernel(
     h_n,  # [B, H] or None
     c_n,  # [K, B, H] or None
     gates,  # [N, S*H] or None
-    cells,  # [K, N, H], or [K, 2 B, H] when only carried; None without
+    cells,  # [K, N, H], or [K, 2 B, H] when only carried; None without, or where nobody asks for those of one step
     parameters,  # [PARAMETERS, H] or None
     inputs,  # [INPUTS, N, H] or None
     resets,  # [N] or None: not 0 where a row's step starts from zeros
@@ -78,12 +80,13 @@ def step_forward_kernel(
     BU: tl.constexpr,
     BB: tl.constexpr,
     BK: tl.constexpr,
+    G: tl.constexpr,
     SAME_K: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     A: tl.constexpr = len(X_GATE)
-    ACC: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    ACC: tl.constexpr = tl.float64 if h.dtype.element_ty == tl.float64 else tl.float32
     i_u = tl.program_id(0) * BU
     i_end = H
     n_h = P
@@ -95,34 +98,51 @@ def step_forward_kernel(
         n_h = D
     o_b = tl.program_id(1) * BB + tl.arange(0, BB)
     i_b = tl.minimum(o_b, n - 1).to(tl.int64)
-    o_a = tl.arange(0, A * BU)
-    i_unit = tl.minimum(i_u + o_a % BU, i_end - 1)
-    p_w_ih = weight_rows(w_ih, o_a // BU, i_unit, zeros, I, H, X_GATE)
-    p_w_hh = weight_rows(w_hh, o_a // BU, i_unit, zeros, n_h, H, H_GATE)
-    p_x = x + (i_row + i_b) * I
     p_h = tl.where(o_b < n_prev, y + (i_prev + i_b) * P, h0 + i_b * P)
     if resets is not None:
         p_h = tl.where(tl.load(resets + i_row + i_b) != 0, zeros, p_h)
-    p_h_k = p_h
-    if HEADS > 1:
-        p_h_k = p_h + i_head * D
-    b_acc = tl.zeros((A * BU, BB), ACC)
-    if b_ih is not None:
-        b_bias = tl.load(weight_rows(b_ih, o_a // BU, i_unit, zeros, 1, H, X_GATE)).to(ACC)
-        b_bias += tl.load(weight_rows(b_hh, o_a // BU, i_unit, zeros, 1, H, H_GATE)).to(ACC)
-        b_acc += b_bias[:, None]
-    if TOGETHER:
-        b_acc = dot_rows_twice(b_acc, p_w_ih, p_x, I, p_w_hh, p_h_k, n_h, SAME_K, BK, EVEN_K, PRECISION)
+    if x_product is None:
+        o_a = tl.arange(0, A * BU)
+        i_unit = tl.minimum(i_u + o_a % BU, i_end - 1)
+        p_w_ih = weight_rows(w_ih, o_a // BU, i_unit, zeros, I, H, X_GATE)
+        p_w_hh = weight_rows(w_hh, o_a // BU, i_unit, zeros, n_h, H, H_GATE)
+        p_x = x + (i_row + i_b) * I
+        p_h_k = p_h
+        if HEADS > 1:
+            p_h_k = p_h + i_head * D
+        b_acc = tl.zeros((A * BU, BB), ACC)
+        if b_ih is not None:
+            b_bias = tl.load(weight_rows(b_ih, o_a // BU, i_unit, zeros, 1, H, X_GATE)).to(ACC)
+            b_bias += tl.load(weight_rows(b_hh, o_a // BU, i_unit, zeros, 1, H, H_GATE)).to(ACC)
+            b_acc += b_bias[:, None]
+        if TOGETHER:
+            b_acc = dot_rows_twice(b_acc, p_w_ih, p_x, I, p_w_hh, p_h_k, n_h, SAME_K, BK, EVEN_K, PRECISION)
+        else:
+            b_part_x = dot_rows(tl.zeros((A * BU, BB), ACC), p_w_ih, p_x, 0, I, BK, EVEN_K, PRECISION)
+            b_part_h = dot_rows(tl.zeros((A * BU, BB), ACC), p_w_hh, p_h_k, 0, n_h, BK, EVEN_K, PRECISION)
+            # Zeros times an infinite x or h are NaN, but some sums have no such part.
+            for a in tl.static_range(A):
+                if X_GATE[a] < 0:
+                    b_part_x = tl.where((o_a // BU == a)[:, None], 0.0, b_part_x)
+                if H_GATE[a] < 0:
+                    b_part_h = tl.where((o_a // BU == a)[:, None], 0.0, b_part_h)
+            b_acc += b_part_x + b_part_h
+        b_accs = unstack(b_acc, A, BU, BB)
     else:
-        b_part_x = dot_rows(tl.zeros((A * BU, BB), ACC), p_w_ih, p_x, 0, I, BK, EVEN_K, PRECISION)
-        b_part_h = dot_rows(tl.zeros((A * BU, BB), ACC), p_w_hh, p_h_k, 0, n_h, BK, EVEN_K, PRECISION)
-        # Zeros times an infinite x or h are NaN, but some sums have no such part.
+        b_accs = ()
+        o_unit = tl.minimum(i_u + tl.arange(0, BU), i_end - 1)[:, None]
+        o_row = i_b[None, :] * (G * H) + o_unit
         for a in tl.static_range(A):
-            if X_GATE[a] < 0:
-                b_part_x = tl.where((o_a // BU == a)[:, None], 0.0, b_part_x)
-            if H_GATE[a] < 0:
-                b_part_h = tl.where((o_a // BU == a)[:, None], 0.0, b_part_h)
-        b_acc += b_part_x + b_part_h
+            b_one = tl.zeros((BU, BB), ACC)
+            if X_GATE[a] >= 0:
+                if b_ih is not None:
+                    b_one += tl.load(b_ih + X_GATE[a] * H + o_unit).to(ACC)
+                b_one += tl.load(x_product + X_GATE[a] * H + o_row)
+            if H_GATE[a] >= 0:
+                if b_ih is not None:
+                    b_one += tl.load(b_hh + H_GATE[a] * H + o_unit).to(ACC)
+                b_one += tl.load(h_product + H_GATE[a] * H + o_row)
+            b_accs = b_accs + (b_one,)
 
     o_u = (i_u + tl.arange(0, BU))[:, None]
     o_b = o_b[None, :]
@@ -137,21 +157,23 @@ def step_forward_kernel(
     for k in tl.static_range(K):
         p_c0 = c0 + tl.cast(s_state, tl.int64) * k + o_out
         b_c_prev = tl.load(p_c0, mask=m_kept & (o_b >= n_prev), other=0.0).to(ACC)
-        p_c_prev = cells + tl.cast(s_cells, tl.int64) * k + tl.cast(i_cell_prev, tl.int64) * H + o_out
-        b_c_prev += tl.load(p_c_prev, mask=m_kept & (o_b < n_prev), other=0.0)
+        if cells is not None:
+            p_c_prev = cells + tl.cast(s_cells, tl.int64) * k + tl.cast(i_cell_prev, tl.int64) * H + o_out
+            b_c_prev += tl.load(p_c_prev, mask=m_kept & (o_b < n_prev), other=0.0)
         b_prev = b_prev + (b_c_prev,)
     b_parameters = per_unit(parameters, o_u, o_u < i_end, H, PARAMETERS, BU, BB, ACC)
     b_inputs = ()
     if INPUTS > 0:
         b_inputs = per_row(inputs + tl.cast(i_row, tl.int64) * H + o_out, s_rows, m_out, INPUTS, ACC)
 
-    b_next, b_saved = FORWARD(unstack(b_acc, A, BU, BB), b_prev, b_parameters, b_inputs)
+    b_next, b_saved = FORWARD(b_accs, b_prev, b_parameters, b_inputs)
 
     b_h = b_next[0].to(h.dtype.element_ty)
     tl.store(h + tl.cast(i_h, tl.int64) * H + o_out, b_h, mask=m_out)
-    for k in tl.static_range(K):
-        p_c = cells + tl.cast(s_cells, tl.int64) * k + tl.cast(i_cell, tl.int64) * H + o_out
-        tl.store(p_c, b_next[k + 1], mask=m_out)
+    if cells is not None:
+        for k in tl.static_range(K):
+            p_c = cells + tl.cast(s_cells, tl.int64) * k + tl.cast(i_cell, tl.int64) * H + o_out
+            tl.store(p_c, b_next[k + 1], mask=m_out)
     if n_next < n:
         if h_n is not None:
             tl.store(h_n + o_out, b_h, mask=m_last)

@@ -59,3 +59,24 @@ def pytest_collection_modifyitems(items):
     if os.environ.get("TRITON_INTERPRET") != "1":
         items[:] = [item for item in items if not item.get_closest_marker("interpreted")]
     items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
+
+
+@pytest.fixture
+def many_rows(monkeypatch):
+    """Every call of one step is taken for one of many rows, of which two or three are multiplied at a time; gives the
+    parts that there were."""
+    from fusedrnn.backends import common, cuda, cuda_plan, triton
+
+    parts, made = [], common.products_of_rows
+
+    def counted(inputs):
+        for part in made(inputs):
+            parts.append(part[0])
+            yield part
+
+    for module in (cuda, triton):
+        monkeypatch.setattr(module, "products_of_rows", counted)
+    for module in (cuda_plan, triton):
+        monkeypatch.setattr(module, "MANY_ROWS", 1)
+    monkeypatch.setattr(common, "PRODUCT_BYTES", 2048)
+    return parts

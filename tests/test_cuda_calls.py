@@ -82,10 +82,10 @@ def card(monkeypatch):
 SIZES = (7, 7, 7, 5, 4, 1)
 
 
-def backward_and_forward(module, cell, algorithm, packed, reverse, projected=False, dtype=torch.float16):
+def backward_and_forward(module, cell, algorithm, packed, reverse, projected=False, dtype=torch.float16, steps=6):
     """Of one direction, with resets and every gradient."""
     batch, inputs, hidden, out, gates = 7, 6, 16, 8 if projected else 16, len(cell.gates)
-    rows = (sum(SIZES),) if packed else (len(SIZES), batch)
+    rows = (sum(SIZES),) if packed else (steps, batch)
 
     def new(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device=CUDA)
@@ -211,6 +211,20 @@ def test_sums_of_16_bits_are_float32(card, flags, dtype, flag, before):
         backward_and_forward(cuda, CELLS["lstm"], "persistent", False, False, dtype=dtype)
     assert {reduced for op, reduced in seen if op in ("aten::mm", "aten::addmm")} == {False}
     assert pair() == was
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("module", [cuda, triton])
+def test_products_of_a_step_of_many_rows_are_not_rounded(card, flags, module, dtype, many_rows):
+    """Two a part, of two matrices of the dtype of x."""
+    seen = []
+    with card(lambda op, args: seen.append((op, args))):
+        backward_and_forward(module, CELLS["lstm"], "step", False, False, dtype=dtype, steps=1)
+    products = [args for op, args in seen if op == "aten::mm"]
+    assert len(many_rows) > 1
+    kept = products[: 2 * len(many_rows)]
+    assert all(t.dtype == dtype for args in kept for t in args[:2])
+    assert [args[2:] for args in kept] == [() if dtype == torch.float32 else (torch.float32,)] * len(kept)
 
 
 def test_flags_are_put_back_by_the_last_thread(flags):

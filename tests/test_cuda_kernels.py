@@ -251,6 +251,16 @@ def test_few_steps_take_step():
     assert "for T = 1" in plan(problem(steps=1), H100).why
 
 
+def test_one_step_of_many_rows_is_two_products_and_a_launch():
+    chosen = plan(problem(steps=1, batch=512), H100)
+    assert chosen.products
+    assert chosen.algorithm == "step"
+    assert "two products by torch" in chosen.why
+    assert plan(problem(steps=1, batch=512), H100, "step").products
+    others = ({"batch": 511}, {"steps": 3}, {"steps": None}, {"backward": True})
+    assert not any(plan(problem(**{"steps": 1, "batch": 512, **other}), H100, "step").products for other in others)
+
+
 @pytest.mark.parametrize("dtype, widest", [("bfloat16", 1024), ("float16", 1024), ("float32", 0)])
 def test_blocks_of_16_units_where_they_keep_as_much_of_the_chip_at_work(dtype, widest):
     for hidden, batch, units in (

@@ -118,7 +118,7 @@ class Notes:
         self.driver.get_memory.restype = ctypes.c_void_p
         self.driver.set(capability, version, refuses)
         self.driver.set_current(0)
-        for file in ("step_forward", "step_linear", "persistent_forward", "persistent_forward_wide"):
+        for file in ("step_forward", "step_linear", "step_cell", "persistent_forward", "persistent_forward_wide"):
             for image in images:
                 (folder / f"{file}.{image}").write_text(f"{file} {image}")
         self.kernels = cuda._Kernels(built[1], str(built[0]), folder)
@@ -153,6 +153,17 @@ def test_a_step_of_any_number_of_rows(built, tmp_path):
     n = Notes(built, tmp_path, ["sm_90.cubin"])
     assert n.step(batch=3_000_000) == 0, n.error()
     assert n.notes()[-1].split()[3:5] == ["93750", "2"]
+
+
+def test_the_cell_alone_of_many_rows(built, tmp_path):
+    n = Notes(built, tmp_path, ["sm_90.cubin"])
+    for dtype, name in ((0, "float64"), (1, "float32"), (2, "float32"), (3, "bfloat16")):
+        params = cuda._CellStep(
+            *(1, dtype), batch=3_000_000, hidden=40, out=40, rows=3_000_000, heads=1, first=5, count=2_000_001
+        )
+        call = n.dll.fusedrnn_step_cell
+        assert call(n.kernels._handle, ctypes.byref(params), 0, None) == 0, n.error()
+        assert n.notes()[-1] == f"launch 1 step_cell_Gru_{name}_1_ragged 250001 2 256 on 0"
 
 
 def test_the_instance_fits_the_call(built, tmp_path):

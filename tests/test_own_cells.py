@@ -132,6 +132,23 @@ def test_cuda_agrees_with_float64(cell, dtype, algorithm, case, poisoned, monkey
     check(cell, "cuda", algorithm, DTYPES[dtype], case)
 
 
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize(
+    "cell, dtype",
+    [("slstm", "bfloat16"), ("zoneout_lstm", "float64"), ("peephole_lstm", "float32"), ("gru", "float32")],
+)
+def test_one_step_of_many_rows(cell, dtype, backend, poisoned, many_rows):
+    """Any number of states, parameters, inputs and heads, with the products before the launch."""
+    recurrence_needs(backend)
+    if cell not in BUILT_IN:
+        cell = getattr(zoo, cell).cell.name
+        assert compiled.ensure(cell, backend) == ""
+    check(cell, backend, "step", DTYPES[dtype], Case(T=1, B=19, I=7, H=34, resets=True, strided=True, heads=2))
+    assert len(many_rows) > 2
+    # By "auto" too, whatever else such a call could take.
+    check(cell, backend, "auto", DTYPES[dtype], Case(T=1, B=9, I=7, H=34, states=True, heads=2))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["slstm", "zoneout_lstm"])
 def test_cuda_is_the_same_under_every_schedule(name):

@@ -132,7 +132,7 @@ def test_cuda_kernels_are_built(checkout):
     assert library.fusedrnn_persistent_backward
     names = (
         *("persistent_backward", "persistent_forward", "persistent_forward_wide"),
-        *("step_backward", "step_forward", "step_linear"),
+        *("step_backward", "step_cell", "step_forward", "step_linear"),
     )
     assert sorted(p.name for p in (checkout / "fusedrnn" / "device").iterdir()) == [f"{n}.sm_80.cubin" for n in names]
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from problems import CASES, INPUTS, Case, assert_close, at_own_kinks, call, make, models, run, widened
 
-from fusedrnn import _build, planning
+from fusedrnn import _build, ops, planning, recompute
 from fusedrnn.backends import common, cuda_plan
+from fusedrnn.backends.common import Inputs
 from fusedrnn.backends.triton import SEQUENCE_MAX_HIDDEN, math_of
 from fusedrnn.cells import CELLS
 from fusedrnn.planning import Problem
@@ -116,6 +117,58 @@ def wide_cases():
 @pytest.mark.parametrize("cell, case", [*wide_cases()])
 def test_wide_blocks_agree_with_float64(cell, math, case, poisoned, monkeypatch, wide_blocks):
     check_against_float64(cell, "cuda", "persistent", math, case, monkeypatch)
+
+
+MANY_ROWS = [
+    Case(T=1, B=19, I=5, H=33, states=True),
+    Case(T=1, B=9, I=7, H=40, bias=False, strided=True, resets=True, reverse=True),
+    Case(T=1, B=5, I=6, H=20, lengths=(1, 1, 1, 1, 1), states=True, resets=True),
+    Case(T=1, B=7, I=5, H=12, proj=7, resets=True),
+]
+STEPS = [run for run in EVERYTHING if run[1] == "step"]
+
+
+@pytest.mark.parametrize(
+    "cell, case", [(cell, case) for cell in CELLS for case in MANY_ROWS if cell == "lstm" or not case.proj], ids=str
+)
+@pytest.mark.parametrize("backend, algorithm, math", STEPS)
+def test_one_step_of_many_rows_agrees_with_float64(
+    cell, backend, algorithm, math, case, poisoned, monkeypatch, many_rows
+):
+    check_against_float64(cell, backend, algorithm, math, case, monkeypatch)
+    assert len(many_rows) > 1 or "rnn" in cell
+    assert sum(part.stop - part.start for part in many_rows) == case.B
+
+
+@pytest.mark.parametrize(
+    "cell, case",
+    [
+        *((cell, Case(T=6, B=5, I=4, H=20, resets=True)) for cell in ("lstm", "gru")),
+        *(
+            (cell, Case(T=7, B=5, I=6, H=12, lengths=(7, 7, 4, 2, 1), resets=True, reverse=True))
+            for cell in ("lstm", "gru")
+        ),
+        ("lstm", Case(T=4, B=3, I=5, H=12, proj=7, bias=False)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("math", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_gates_are_computed_again_as_they_were(backend, cell, math, case, poisoned, many_rows):
+    """Sums are not rounded on their way to the gates: those differ from the step kernel's by no more than the order of
+    float32 sums, which rarely is another value of 16 bits."""
+    need(backend)
+    given = make(case, MATHS[math], device_of(backend), cell=cell)
+    tensors = [given.get(name) for name in INPUTS]
+    inputs = Inputs(*tensors, case.batch_sizes(), given.get("resets"), case.reverse)
+    y, _, _, gates, _ = ops.sequence(cell, *inputs.plain, backend, "step", True, False)
+    again = recompute.gates_of(cell, inputs, y, backend, "step")
+    assert len(many_rows) > 1
+    assert gates.shape == again.shape
+    eps = torch.finfo(MATHS[math]).eps
+    torch.testing.assert_close(again, gates, rtol=eps if math != "float32" else 1e-5, atol=1e-6)
+    if math != "float32":
+        assert (again == gates).float().mean() > 0.97
 
 
 @pytest.mark.slow

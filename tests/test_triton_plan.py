@@ -81,6 +81,15 @@ def test_tiles_fit_the_chip(chip):
                     assert p.grid[1] * p.BB >= batch
 
 
+def test_one_step_of_many_rows_is_two_products_and_a_launch():
+    assert plan(512, 64, steps=1).products
+    assert plan(512, 64, steps=1, algorithm="step").products
+    assert "two products by torch" in plan(512, 64, steps=1).why
+    for other in ({"steps": 2}, {"algorithm": "sequence"}, {"backward": True}, {"steps": None}):
+        assert not plan(512, 64, **{"steps": 1, **other}).products
+    assert not plan(511, 64, steps=1).products
+
+
 def test_a_plan_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         plan(1, 1).BB = 2

@@ -30,6 +30,14 @@
   FUSEDRNN_BOTH(X, 1, Cell, float64)
 #define FUSEDRNN_STEP_FORWARD(X) FUSEDRNN_LIST(FUSEDRNN_STEP_FORWARD_OF, X)
 
+// A row of products needs no size, and begins anywhere; tf32 is for products alone.
+#define FUSEDRNN_STEP_CELL_OF(Cell, gates, X) \
+  X(Cell, float32, 1, ragged)                 \
+  X(Cell, bfloat16, 1, ragged)                \
+  X(Cell, float16, 1, ragged)                 \
+  X(Cell, float64, 1, ragged)
+#define FUSEDRNN_STEP_CELL(X) FUSEDRNN_LIST(FUSEDRNN_STEP_CELL_OF, X)
+
 #define FUSEDRNN_STEP_BACKWARD_OF(Cell, gates, X) \
   FUSEDRNN_SIZES_2(X, 2, 4, Cell, float32)        \
   FUSEDRNN_SIZES_2(X, 2, 4, Cell, tf32)           \

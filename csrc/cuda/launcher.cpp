@@ -117,6 +117,7 @@ enum {
   kStepForward,
   kStepBackward,
   kStepLinear,
+  kStepCell,
   kPersistentForward,
   kPersistentForwardWide,
   kPersistentBackward,
@@ -125,6 +126,7 @@ enum {
 #define FUSEDRNN_OF(file, Cell, dtype, size, rows) \
   {k##Cell##Cell, dtype, size, rows, file "_" #Cell "_" #dtype "_" #size "_" #rows},
 #define FUSEDRNN_IN_STEP_FORWARD(...) FUSEDRNN_OF("step_forward", __VA_ARGS__)
+#define FUSEDRNN_IN_STEP_CELL(...) FUSEDRNN_OF("step_cell", __VA_ARGS__)
 #define FUSEDRNN_IN_STEP_BACKWARD(...) FUSEDRNN_OF("step_backward", __VA_ARGS__)
 #define FUSEDRNN_IN_PERSISTENT_FORWARD(...) FUSEDRNN_OF("persistent_forward", __VA_ARGS__)
 #define FUSEDRNN_IN_PERSISTENT_FORWARD_WIDE(...) FUSEDRNN_OF("persistent_forward_wide", __VA_ARGS__)
@@ -135,6 +137,7 @@ const File kFiles[kFileCount] = {
     {"step_forward", {FUSEDRNN_ALL(FUSEDRNN_STEP_FORWARD_OF, FUSEDRNN_IN_STEP_FORWARD)}},
     {"step_backward", {FUSEDRNN_ALL(FUSEDRNN_STEP_BACKWARD_OF, FUSEDRNN_IN_STEP_BACKWARD)}},
     {"step_linear", {FUSEDRNN_STEP_LINEAR(FUSEDRNN_IN_STEP_LINEAR)}},
+    {"step_cell", {FUSEDRNN_ALL(FUSEDRNN_STEP_CELL_OF, FUSEDRNN_IN_STEP_CELL)}},
     {"persistent_forward", {FUSEDRNN_ALL(FUSEDRNN_PERSISTENT_FORWARD_OF, FUSEDRNN_IN_PERSISTENT_FORWARD)}},
     {"persistent_forward_wide",
      {FUSEDRNN_ALL(FUSEDRNN_PERSISTENT_FORWARD_WIDE_OF, FUSEDRNN_IN_PERSISTENT_FORWARD_WIDE)}},
@@ -515,6 +518,35 @@ void step_forward(Queue& queue, const FusedrnnForward& p) {
   }
 }
 
+void step_cell(Queue& queue, const FusedrnnCellStep& p) {
+  const FusedrnnForward& step = p.step.plain;
+  const CellFacts& cell = queue.facts(step.cell);
+  const int size = element_size(step.dtype), wide = accumulator_size(step.dtype);
+  const int64_t first = p.first * step.hidden;
+  OwnForwardStep<void, void> now{};
+  now.x_product = p.x_product;
+  now.h_product = p.h_product;
+  now.h0 = at(step.h0, p.first * step.out, size);
+  now.c0 = at(step.c0, first, size);
+  now.b_ih = step.b_ih;
+  now.b_hh = step.b_hh;
+  now.resets = step.resets ? step.resets + p.first : nullptr;
+  now.h = at(step.y, first, size);
+  now.gates = at(step.gates, first * cell.saved, size);
+  now.c = at(step.cells, first, wide);
+  now.h_n = at(step.h_n, first, size);
+  now.c_n = at(step.c_n, first, size);
+  now.hidden = int(step.hidden);
+  now.out = int(step.out);
+  now.rows = int(p.count);
+  now.parameters = p.step.parameters;
+  now.inputs = at(p.step.inputs, first, size);
+  now.of_state = now.of_cells = now.of_rows = p.step.rows * step.hidden;
+  const int dtype = step.dtype == kTf32 ? int(kFloat32) : step.dtype;
+  queue.launch(kStepCell, pick(kStepCell, &cell, dtype, 1, [](int) { return false; }), blocks(p.count, kWarps),
+               blocks(step.hidden, 32), 0, &now, cell.own ? step.cell : -1);
+}
+
 void step_backward(Queue& queue, const FusedrnnBackward& p) {
   const CellFacts& cell = queue.facts(p.cell);
   const auto own = own_part<FusedrnnOwnBackward>(cell, p);
@@ -666,6 +698,9 @@ int fusedrnn_step_forward(FusedrnnKernels* kernels, const FusedrnnForward* param
 }
 int fusedrnn_step_backward(FusedrnnKernels* kernels, const FusedrnnBackward* params, int device, void* stream) {
   return run(step_backward, kernels, params, device, stream);
+}
+int fusedrnn_step_cell(FusedrnnKernels* kernels, const FusedrnnCellStep* params, int device, void* stream) {
+  return run(step_cell, kernels, params, device, stream);
 }
 int fusedrnn_persistent_forward(FusedrnnKernels* kernels, const FusedrnnForward* params, int device, void* stream) {
   return run(persistent_forward, kernels, params, device, stream);

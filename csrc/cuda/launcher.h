@@ -20,6 +20,7 @@ FUSEDRNN_API FusedrnnKernels* fusedrnn_open(const char* driver, const char* fold
 // device's primary context, or of the context that is current if that is of this device.
 FUSEDRNN_API int fusedrnn_step_forward(FusedrnnKernels*, const FusedrnnForward*, int device, void* stream);
 FUSEDRNN_API int fusedrnn_step_backward(FusedrnnKernels*, const FusedrnnBackward*, int device, void* stream);
+FUSEDRNN_API int fusedrnn_step_cell(FusedrnnKernels*, const FusedrnnCellStep*, int device, void* stream);
 FUSEDRNN_API int fusedrnn_persistent_forward(FusedrnnKernels*, const FusedrnnForward*, int device, void* stream);
 FUSEDRNN_API int fusedrnn_persistent_backward(FusedrnnKernels*, const FusedrnnBackward*, int device, void* stream);
 // Whether a device of that number can launch blocks that wait for each other.

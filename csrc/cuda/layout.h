@@ -83,15 +83,17 @@ struct Rows {
   int rows, before_rows, next_rows;
 };
 
-// What a step of forward touches, every array at the first row of the step.
+// What a step of forward touches, every array at the first row of the step. In step_cell the products are there, x
+// W_ih^T and h W_hh^T [rows, G * H], in place of x and the weights.
 template <typename Scalar, typename Accumulator>
 struct ForwardStep {
   const Scalar *x, *h_before, *h0, *c0, *w_ih, *w_hh, *b_ih, *b_hh;
+  const Accumulator *x_product, *h_product;
   const uint8_t* resets;  // null without
   const Scalar* zeros;
   const Accumulator* c_before;
   Accumulator* c;
-  Scalar *h, *gates, *h_n, *c_n;  // gates and h_n may be null
+  Scalar *h, *gates, *h_n, *c_n;  // gates and h_n may be null, in step_cell c too
   int input, hidden, out, rows, before_rows, next_rows;
 };
 

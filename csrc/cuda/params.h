@@ -94,6 +94,15 @@ typedef struct {
   int64_t heads;
 } FusedrnnOwnBackward;
 
+// One step whose products are there, of some of its rows. Of `step` x, w_ih and w_hh are not read, y is h before a
+// projection, and cells may be null.
+typedef struct {
+  FusedrnnOwnForward step;
+  const void* x_product;  // Acc [count, G * H]: x W_ih^T
+  const void* h_product;  // Acc [count, G * H]: h W_hh^T, of h that is zero in rows that are reset
+  int64_t first, count;   // rows
+} FusedrnnCellStep;
+
 // What is to be known of a cell of one's own.
 typedef struct {
   const char* name;

@@ -75,6 +75,58 @@ __device__ __forceinline__ void accumulate(Accumulator (&acc)[kTiles][kRows / 2]
   }
 }
 
+// One unit of one row of a step: the biases, what `add` adds to them, the cell, and all that is kept of it.
+template <typename Cell, typename Scalar, typename Accumulator, typename Add>
+__device__ __forceinline__ void advance_unit(const ForwardStepOf<Scalar, Accumulator>& p, int row, int unit,
+                                             const Add& add) {
+  constexpr int kAccs = Cell::kAccumulators;
+  const int64_t at = keep(int64_t(row) * p.hidden + unit);
+  int64_t of_state = 0, of_cells = 0;
+  if constexpr (kOwn) of_state = p.of_state, of_cells = p.of_cells;
+  Accumulator sum[kAccs] = {}, prev[kSlots<Cell>] = {}, next[kSlots<Cell>] = {}, saved[kSavedOrOne<Cell>];
+  Accumulator parameters[kParameterSlots<Cell>], inputs[kInputSlots<Cell>];
+  const auto add_bias = [&](const Scalar* bias, auto is_x) {
+    if (bias == nullptr) return;
+    const Scalar* of_unit = keep(bias + unit);
+#pragma unroll
+    for (int a = 0; a < kAccs; ++a) {
+      const int gate = decltype(is_x)::value ? x_gate<Cell>(a) : h_gate<Cell>(a);
+      if (gate >= 0) sum[a] += widen(of_unit[gate * p.hidden]);
+    }
+  };
+  add_bias(p.b_ih, Constant<true>());
+  add_bias(p.b_hh, Constant<false>());
+  const bool joined = row < p.before_rows;
+#pragma unroll
+  for (int k = 1; k < Cell::kStates; ++k)
+    prev[k] = joined ? p.c_before[at + (k - 1) * of_cells] : Accumulator(widen(p.c0[at + (k - 1) * of_state]));
+  if constexpr (Cell::kUsesHPrev) prev[0] = widen((joined ? p.h_before : p.h0)[at]);
+  if (p.resets && p.resets[row]) {
+#pragma unroll
+    for (int k = 0; k < kSlots<Cell>; ++k) prev[k] = 0;
+  }
+  if constexpr (kOwn) {
+#pragma unroll
+    for (int k = 0; k < Cell::kParameters; ++k) parameters[k] = widen(p.parameters[k * p.hidden + unit]);
+#pragma unroll
+    for (int k = 0; k < Cell::kInputs; ++k) inputs[k] = widen(p.inputs[k * p.of_rows + at]);
+  }
+  add(sum);
+  Cell::template forward<Accumulator>(sum, prev, parameters, inputs, next, saved);
+  const Scalar stored = narrow<Scalar>(next[0]);
+  p.h[at] = stored;
+  if constexpr (Cell::kSaved > 0)
+    if (p.gates) store_pack<Scalar, Accumulator, Cell::kSaved>(p.gates + at * Cell::kSaved, saved);
+#pragma unroll
+  for (int k = 1; k < Cell::kStates; ++k)
+    if (p.c) p.c[at + (k - 1) * of_cells] = next[k];
+  if (row >= p.next_rows) {
+    if (p.h_n) p.h_n[at] = stored;
+#pragma unroll
+    for (int k = 1; k < Cell::kStates; ++k) p.c_n[at + (k - 1) * of_state] = narrow<Scalar>(next[k]);
+  }
+}
+
 // The matmul of a tile of 16 rows of A by kTiles * 8 rows of `from`, its sums in shared memory. kGap: rows of `from`
 // have `skip` columns that A has not, in front of A's column `near`.
 template <typename Math, int kTiles, bool kWhole, bool kGap = false, typename Scalar, typename Accumulator>

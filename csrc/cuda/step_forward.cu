@@ -17,9 +17,8 @@ __device__ __forceinline__ void step_forward(
   Sum* const sums = reinterpret_cast<Sum*>(shared);
 
   const int octet = keep(int(threadIdx.x & 31) >> 2), first = keep(int(blockIdx.x) * kTiles * 8);
-  int64_t of_state = 0, of_cells = 0;
   int depth = p.out;  // of a row of W_hh
-  if constexpr (kOwn) of_state = p.of_state, of_cells = p.of_cells, depth = p.depth;
+  if constexpr (kOwn) depth = p.depth;
   const BlockUnits block = units_of<kForwardUnits>(int(blockIdx.y), p.hidden, depth);
   const int lane_unit =
       kOwn ? min(block.first + octet, block.end - 1) : min(int(blockIdx.y) * kForwardUnits + octet, p.hidden - 1);
@@ -69,48 +68,8 @@ __device__ __forceinline__ void step_forward(
   for (int i = 0; i < kElements; ++i) {
     const int local = (threadIdx.x >> 3) + kStride * i, row = first + local;
     if (local >= kTiles * 8 || row >= p.rows || unit >= (kOwn ? block.end : p.hidden)) continue;
-    const int64_t at = keep(int64_t(row) * p.hidden + unit);
-    Accumulator sum[kAccs] = {}, prev[kSlots<Cell>] = {}, next[kSlots<Cell>] = {}, saved[kSavedOrOne<Cell>];
-    Accumulator parameters[kParameterSlots<Cell>], inputs[kInputSlots<Cell>];
-    const auto add_bias = [&](const Scalar* bias, auto is_x) {
-      if (bias == nullptr) return;
-      const Scalar* of_unit = keep(bias + unit);
-#pragma unroll
-      for (int a = 0; a < kAccs; ++a) {
-        const int gate = decltype(is_x)::value ? x_gate<Cell>(a) : h_gate<Cell>(a);
-        if (gate >= 0) sum[a] += widen(of_unit[gate * p.hidden]);
-      }
-    };
-    add_bias(p.b_ih, Constant<true>());
-    add_bias(p.b_hh, Constant<false>());
-    const bool joined = row < p.before_rows;
-#pragma unroll
-    for (int k = 1; k < Cell::kStates; ++k)
-      prev[k] = joined ? p.c_before[at + (k - 1) * of_cells] : Accumulator(widen(p.c0[at + (k - 1) * of_state]));
-    if constexpr (Cell::kUsesHPrev) prev[0] = widen((joined ? p.h_before : p.h0)[at]);
-    if (p.resets && p.resets[row]) {
-#pragma unroll
-      for (int k = 0; k < kSlots<Cell>; ++k) prev[k] = 0;
-    }
-    if constexpr (kOwn) {
-#pragma unroll
-      for (int k = 0; k < Cell::kParameters; ++k) parameters[k] = widen(p.parameters[k * p.hidden + unit]);
-#pragma unroll
-      for (int k = 0; k < Cell::kInputs; ++k) inputs[k] = widen(p.inputs[k * p.of_rows + at]);
-    }
-    advance<Cell, Accumulator>(sums + Sums::place(local, 0, threadIdx.x & 7), sum, prev, parameters, inputs, next,
-                               saved);
-    const Scalar stored = narrow<Scalar>(next[0]);
-    p.h[at] = stored;
-    if constexpr (Cell::kSaved > 0)
-      if (p.gates) store_pack<Scalar, Accumulator, Cell::kSaved>(p.gates + at * Cell::kSaved, saved);
-#pragma unroll
-    for (int k = 1; k < Cell::kStates; ++k) p.c[at + (k - 1) * of_cells] = next[k];
-    if (row >= p.next_rows) {
-      if (p.h_n) p.h_n[at] = stored;
-#pragma unroll
-      for (int k = 1; k < Cell::kStates; ++k) p.c_n[at + (k - 1) * of_state] = narrow<Scalar>(next[k]);
-    }
+    advance_unit<Cell>(p, row, unit,
+                       [&](Accumulator* sum) { Sums::add_up(sums + Sums::place(local, 0, threadIdx.x & 7), sum); });
   }
 }
 

@@ -5,14 +5,14 @@ import importlib
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fusedrnn.cells import Cell, kernels_of
+from fusedrnn.cells import Cell, accumulation_dtype, kernels_of
 
 
 class Inputs(NamedTuple):
@@ -223,13 +223,21 @@ def previous(
     return found if resets is None else found.masked_fill(resets.reshape(-1, 1), 0)
 
 
-def product(a: Tensor, b: Tensor, add: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """a b (+ add) of matrices, sums in float32 at least, rounded once; into ``out``, which may be ``add``.
+def product(
+    a: Tensor, b: Tensor, add: Tensor | None = None, out: Tensor | None = None, keep_sums: bool = False
+) -> Tensor:
+    """a b (+ add) of matrices, sums in float32 at least, rounded once; into ``out``, which may be ``add``. With
+    ``keep_sums`` a b as it is summed, not rounded.
 
     Every product of these backends outside of their kernels. On the CPU 16 bits are widened: what torch's own product
     makes there of infinities, NaN and odd sizes depends on the processor. On a GPU float32 is tf32 where torch's own
     RNNs may take it, whatever other products may, and 16 bits are summed in float32 also where a sum is split.
     """
+    if keep_sums and a.element_size() <= 2:
+        if a.device.type == "cuda" and not torch.version.hip:
+            with _flag_of(a):
+                return torch.mm(a, b, out_dtype=torch.float32)
+        return product(a.float(), b.float())
     if a.device.type == "cpu" and a.element_size() <= 2:
         wide = a.float() @ b.float() if add is None else torch.addmm(add.float(), a.float(), b.float())
         return wide.to(a.dtype) if out is None else out.copy_(wide)
@@ -349,6 +357,33 @@ def recurrent_product(dgates: Tensor, w_hh: Tensor, heads: int) -> Tensor:
     blocks, weights = dgates.reshape(rows, -1, heads, units), w_hh.view(-1, heads, units, units)
     found = [product(blocks[:, :, k].flatten(1), weights[:, k].flatten(0, 1)) for k in range(heads)]
     return torch.cat(found, 1)
+
+
+# From so many rows on a step is two products and a kernel for the cell: its own kernel would read the weights once for
+# every 32 rows.
+MANY_ROWS = 512
+# Of the sums of both products at a time: what is read again soon is still in L2.
+PRODUCT_BYTES = 32 << 20
+
+
+def products_of_rows(inputs: Inputs) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Of a call of one step, some rows after the other: x W_ih^T and h W_hh^T, [rows, G*H] each, not rounded."""
+    x, h, heads = rows_of(inputs.x), inputs.h0, inputs.heads
+    if inputs.resets is not None:
+        h = h.masked_fill(inputs.resets.reshape(-1, 1), 0)
+    columns, wide = inputs.w_hh.shape[0], accumulation_dtype(x.dtype).itemsize
+    each = max(PRODUCT_BYTES // (2 * columns * wide), 1)
+    for first in range(0, h.shape[0], each):
+        rows = slice(first, min(first + each, h.shape[0]))
+        of_x = product(x[rows], inputs.w_ih.t(), keep_sums=True)
+        if heads == 1:
+            of_h = product(h[rows], inputs.w_hh.t(), keep_sums=True)
+        else:
+            units = inputs.w_hh.shape[1]
+            blocks, weights = h[rows].unflatten(1, (heads, units)), inputs.w_hh.view(-1, heads, units, units)
+            found = [product(blocks[:, k], weights[:, k].flatten(0, 1).t(), keep_sums=True) for k in range(heads)]
+            of_h = torch.stack([t.unflatten(1, (-1, units)) for t in found], 2).flatten(1)
+        yield rows, of_x, of_h
 
 
 def _recurrent_gradient(heads: int, hidden: int, dgates: Tensor, started: Tensor) -> Tensor:

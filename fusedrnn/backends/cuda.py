@@ -38,6 +38,7 @@ from fusedrnn.backends.common import (
     gate_columns,
     last_rows,
     product,
+    products_of_rows,
     recurrent_product,
     rows_of,
     simulator,
@@ -109,6 +110,12 @@ class _OwnForward(_Forward):
     """FusedrnnOwnForward of csrc/cuda/params.h."""
 
     _fields_ = [*_pointers("parameters inputs"), *_integers("rows heads", ctypes.c_int64)]
+
+
+class _CellStep(_OwnForward):
+    """FusedrnnCellStep of csrc/cuda/params.h."""
+
+    _fields_ = [*_pointers("x_product h_product"), *_integers("first count", ctypes.c_int64)]
 
 
 class _OwnBackward(_Backward):
@@ -219,6 +226,7 @@ def _launchers(path: Path) -> ctypes.CDLL:
         ("fault", text, [pointer]),
         *((f"{a}_{d}", integer, [pointer, pointer, integer, pointer])
           for a in ("step", "persistent") for d in ("forward", "backward")),
+        ("step_cell", integer, [pointer, pointer, integer, pointer]),
     ):  # fmt: skip
         function = getattr(dll, f"fusedrnn_{name}")
         function.restype, function.argtypes = result, arguments
@@ -515,6 +523,12 @@ def forward(cell: Cell, inputs: Inputs, algorithm: str, keep_gates: bool, keep_c
                 return forward(cell, inputs, algorithm, keep_gates, keep_cells)
             if pitch != hidden:
                 y = y.view(rows, heads, length)[:, :, : hidden // heads].reshape(rows, hidden).contiguous()
+        elif chosen.products:
+            fields = {"cell": number, "dtype": _dtype_id(x.dtype), "hidden": hidden}
+            biases = {"b_ih": None if b_ih is None else b_ih.contiguous(), "b_hh": bias}
+            y = _step_of_many_rows(kernels, fields, inputs, state0 | outputs | biases)
+            if w_hr is not None:
+                h_n.copy_(y)
         else:
             y = x.new_empty(rows, out)
             on_host = _offsets(batch_sizes, torch.device("cpu"))
@@ -533,6 +547,22 @@ def forward(cell: Cell, inputs: Inputs, algorithm: str, keep_gates: bool, keep_c
     ]
     gates = gates.view(*lead, gates.shape[1]) if gates.dim() == 2 else gates
     return y.view(*lead, out), h_n, finals[0], gates, every[0], *finals[1:], *every[1:]
+
+
+def _step_of_many_rows(
+    kernels: _Kernels, fields: dict[str, int], inputs: Inputs, tensors: dict[str, Tensor | None]
+) -> Tensor:
+    """y of a call of one step, its products by torch; ``tensors`` are what the cell reads beside them, and writes."""
+    x, h0, w_hr = inputs.x, inputs.h0, inputs.w_hr
+    y = x.new_empty(h0.shape[0], fields["hidden"])
+    tensors = tensors | {"h0": h0.contiguous(), "y": y}
+    if w_hr is not None:
+        tensors["h_n"] = None
+    params = _CellStep(**fields, steps=1, batch=h0.shape[0], out=h0.shape[1], rows=h0.shape[0], heads=inputs.heads)
+    for rows, of_x, of_h in products_of_rows(inputs):
+        params.first, params.count = rows.start, rows.stop - rows.start
+        kernels.launch("step_cell", params, tensors | {"x_product": of_x, "h_product": of_h})
+    return y if w_hr is None else product(y, w_hr.t())
 
 
 def _started(t: Tensor, batch: int, batch_sizes: Tensor | None, reverse: bool) -> Tensor:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from fusedrnn.backends.common import MANY_ROWS
 from fusedrnn.cells import CELLS
 
 FORWARD_UNITS, BACKWARD_UNITS, BACKWARD_ROWS = 8, 16, 32
@@ -75,7 +76,8 @@ class Problem:
 class Plan:
     """grid is (blocks along units, groups of batch slices).
 
-    Group i takes slices i, i + groups, ... of slice_rows rows. units: of a block.
+    Group i takes slices i, i + groups, ... of slice_rows rows. units: of a block. products: the products of the one
+    step are torch's, before the launch.
     """
 
     algorithm: str
@@ -85,6 +87,7 @@ class Plan:
     shared_bytes: int
     units: int
     why: str
+    products: bool = False
 
 
 def _one_gap(h_acc: tuple[int, ...]) -> bool:
@@ -190,4 +193,7 @@ def plan(problem: Problem, chip: Chip, algorithm: str = "auto") -> Plan:
         if algorithm == "persistent":
             raise RuntimeError(f"algorithm 'persistent' was asked for but cannot run: {found}")
         why = f"one launch a step: {found}"
+    if not problem.backward and problem.steps == 1 and problem.batch >= MANY_ROWS:
+        why = f"one step of {problem.batch} rows: two products by torch and a launch for the cell"
+        return Plan("step", (-(-problem.hidden // 32), -(-problem.batch // WARPS)), WARPS, 1, 0, 32, why, True)
     return Plan("step", (blocks, -(-problem.batch // 32)), 32, 1, 0, units, why)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fusedrnn.backends.common import (
+    MANY_ROWS,
     Gradients,
     Inputs,
     Saved,
@@ -26,6 +27,7 @@ from fusedrnn.backends.common import (
     gate_columns,
     last_rows,
     product,
+    products_of_rows,
     recurrent_product,
     rows_of,
     simulator,
@@ -76,6 +78,7 @@ class Plan:
     precision: str  # of float32 products
     shared_bytes: int  # an estimate, from the tiles in flight
     why: str
+    products: bool = False  # those of the one step are torch's, before the launch
 
 
 def _power_of_2(n: int, low: int, high: int) -> int:
@@ -105,8 +108,10 @@ def plan(
     chip: Chip = SM80,
     heads: int = 1,
     num_warps: int | None = None,
+    steps: int | None = None,
 ) -> Plan:
-    """The plan for a problem; proj_size 0 is no projection; num_warps: of step, in place of the plan's own.
+    """The plan for a problem; proj_size 0 is no projection; num_warps: of step, in place of the plan's own; steps where
+    they are known.
 
     Raises:
         ValueError: the algorithm asked for cannot run this problem.
@@ -114,6 +119,11 @@ def plan(
     if algorithm not in ("auto", *ALGORITHMS):
         raise ValueError(f"backend 'triton' has the algorithms step and sequence, got {algorithm!r}")
     math = math_of(dtype, tf32)
+    if algorithm != "sequence" and not backward and steps == 1 and batch >= MANY_ROWS:
+        BU, BB = _power_of_2(hidden_size, 16, 32), 16
+        grid = (-(-hidden_size // BU), -(-batch // BB))
+        why = f"one step of {batch} rows: two products by torch and a launch for the cell"
+        return Plan("step", grid, BU, BB, 16, 4, 1, _precision(math), 0, why, products=True)
     found, reason = _plan_sequence(cell, batch, hidden_size // heads, proj_size, dtype, math, chip, backward, heads)
     if algorithm == "sequence" and found is None:
         raise ValueError(f"algorithm 'sequence' of backend 'triton' cannot run: {reason}")
@@ -207,7 +217,7 @@ def plan_for(
     steps: int | None = None,
     heads: int = 1,
 ) -> Plan:
-    """The plan on a device of this machine, with the tf32 setting in force; nothing in it depends on the steps."""
+    """The plan on a device of this machine, with the tf32 setting in force."""
     warps = os.environ.get(WARPS_VARIABLE, "")
     if warps not in ("", "1", "2", "4"):
         raise ValueError(f"{WARPS_VARIABLE} must be 1, 2 or 4, got {warps!r}")
@@ -224,13 +234,15 @@ def plan_for(
         chip=_chip(device),
         heads=heads,
         num_warps=int(warps) if warps else None,
+        steps=steps,
     )
 
 
 def _plan_of(cell: Cell, inputs: Inputs, algorithm: str, backward: bool) -> Plan:
     x, h0, heads = inputs.x, inputs.h0, inputs.heads
     hidden, proj = inputs.w_hh.shape[0] // len(cell.gates), 0 if inputs.w_hr is None else h0.shape[1]
-    return plan_for(cell, h0.shape[0], x.shape[-1], hidden, proj, x.dtype, x.device, algorithm, backward, heads=heads)
+    steps = x.shape[0] if inputs.batch_sizes is None else inputs.batch_sizes.shape[0]
+    return plan_for(cell, h0.shape[0], x.shape[-1], hidden, proj, x.dtype, x.device, algorithm, backward, steps, heads)
 
 
 def _extras(cell: Cell, inputs: Inputs, rows: int) -> tuple[dict, dict]:
@@ -424,13 +436,15 @@ def _step_forward(cell: Cell, how: Plan, inputs: Inputs, y, h_n, c_n, gates, cel
     rows = step_rows(x, batch_sizes)
     y_rows = y.view(-1, P)
     saved = cells.numel() > 0
-    if others and not saved:
+    if others and not saved and not how.products:
         cells = x.new_empty(others, 2 * batch, H, dtype=accumulation_dtype(x.dtype))
     extra_args, extra_constants = _extras(cell, inputs, y_rows.shape[0])
     projected = w_hr is not None
     h = x.new_empty(batch, H) if projected else y
     args = {
         "x": x,
+        "x_product": None,
+        "h_product": None,
         "h0": h0,
         "c0": c0,
         "w_ih": w_ih,
@@ -443,7 +457,7 @@ def _step_forward(cell: Cell, how: Plan, inputs: Inputs, y, h_n, c_n, gates, cel
         "h_n": None if projected else h_n,
         "c_n": c_n if cell.has_cell_state else None,
         "gates": gates if gates.numel() else None,
-        "cells": cells if cell.has_cell_state else None,
+        "cells": cells if cells.numel() else None,
         "resets": _flags(resets, x.dtype),
         "I": I,
         "P": P,
@@ -459,10 +473,27 @@ def _step_forward(cell: Cell, how: Plan, inputs: Inputs, y, h_n, c_n, gates, cel
         "BU": how.BU,
         "BB": how.BB,
         "BK": how.BK,
+        "G": len(cell.gates),
         "SAME_K": w_hh.shape[1] == I,
         "EVEN_K": I % how.BK == 0 and w_hh.shape[1] % how.BK == 0,
         "PRECISION": how.precision,
     }
+    if how.products:
+        one_head = {**constants, "HEADS": 1}
+        numbers = {"n_prev": 0, "n_next": 0, "i_prev": 0, "i_cell_prev": 0}
+        for part, of_x, of_h in products_of_rows(inputs):
+            n, first = part.stop - part.start, part.start
+            of_part = {
+                "x": None, "w_ih": None, "w_hh": None, "x_product": of_x, "h_product": of_h, "h0": h0[part], "D": H,
+                **{name: None if args[name] is None else args[name][..., part, :] for name in ("c0", "h_n", "c_n")},
+                **numbers, "n": n, **dict.fromkeys(("i_row", "i_h", "i_cell"), first),
+            }  # fmt: skip
+            grid = (how.grid[0], -(-n // how.BB))
+            launch(step_forward_kernel, grid, args | of_part, one_head, how.num_warps, how.num_stages)
+        if projected:
+            product(h, w_hr.t(), out=y_rows)
+            h_n.copy_(y_rows)
+        return
     step = Steps(step_forward_kernel, constants, how.num_warps, how.num_stages)
     for k, (row, n, i_prev, n_prev, _, n_next) in enumerate(_neighbours(rows, reverse)):
         i_cell, i_cell_prev = (row, i_prev) if saved else (k % 2 * batch, (k + 1) % 2 * batch)
