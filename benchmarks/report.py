@@ -67,6 +67,10 @@ figure{margin:1.5rem 0}figcaption{color:var(--soft);font-size:.9rem}
 .drawn .still{display:none}.drawn .live{display:block}
 @media print{.drawn .still{display:block}.drawn .live{display:none}.still svg{min-width:0}h2{break-before:page}
 figure{break-inside:avoid}body{max-width:none}}
+.letters{color:var(--soft);font-size:.9rem}
+@media(max-width:600px){table{font-size:.68rem}th,td{padding:.2rem .22rem}th,td{white-space:normal}
+caption{max-width:calc(100vw - 2rem)}
+.spread{display:none}.spread+br{display:none}.letters{font-size:.85rem}}
 """
 SCRIPT = """
 const text=()=>getComputedStyle(document.body).color;
@@ -82,6 +86,10 @@ if(spec.columns>1&&figure.clientWidth<600){figure.classList.remove('drawn');cont
 Object.assign(spec.layout,{paper_bgcolor:'rgba(0,0,0,0)',plot_bgcolor:'rgba(0,0,0,0)',
 font:{color:text(),family:'system-ui,sans-serif'},hoverlabel:{align:'left',font:{size:12}},modebar:{bgcolor:'rgba(0,0,0,0)',color:'#8a8a8a'}});
 const narrow=figure.clientWidth<600;if(narrow){thin(spec.layout,figure.clientWidth);
+for(const a of spec.layout.annotations)
+if(a.yanchor==='bottom')Object.assign(a,{x:1,xanchor:'right'});else a.font.size=9;
+for(const [name,axis] of Object.entries(spec.layout))if(name.startsWith('xaxis')&&axis.title.text)
+axis.title={...axis.title,font:{size:11},text:axis.title.text.replace(/^(.{26,}?) /,'$1<br>')};
 const more=20*spec.data.filter(t=>t.showlegend).length;spec.layout.margin.b+=more;spec.layout.height+=more}
 figure.classList.add('drawn');
 Plotly.react(figure.querySelector('.live'),spec.data,spec.layout,{responsive:true,displaylogo:false,displayModeBar:!narrow,
@@ -111,7 +119,7 @@ def write_report(rows: list[Row], left_out: dict[str, str], folder: Path) -> str
     lines = [_line(name, _words(why)) for name, why in left_out.items()]
     missing = _table("Left out of the last run", ("provider", "why"), lines) if lines else ""
     now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    about = f"""<h2>How to read this page</h2><p>{LETTERS}</p><p>{METHOD}</p>{glossary(rows)}{missing}
+    about = f"""<h2>How it was measured</h2><p>{METHOD}</p>{glossary(rows)}{missing}
 <p><small>Written {now} from results.csv beside this page. Machines, versions and commits never share a table or a
 chart.</small></p>"""
     page = folder / "report.html"
@@ -166,11 +174,12 @@ def section(environment: Environment, suite: str, dtype: str, rows: list[Row], d
         warning = (
             f'<div class="warning">{len(spoiled)} of {timed} times are not to be trusted '
             f"({html.escape('; '.join(reasons))}). They are drawn hollow, greyed in the tables, and left out of all "
-            "counts and means. Measured again on a quiet machine, in another folder, they would count.</div>"
+            "counts and means. A run on a quiet machine, into another folder (--out), has them anew.</div>"
         )
     parts = [
         f"<h2>{html.escape(suite)}, {dtype}, {html.escape(environment.device)}</h2>",
-        f'<div class="result">{result}</div><p>Measured on {html.escape(where)}.</p>{warning}',
+        f'<div class="result">{result}</div><p>Measured on {html.escape(where)}.</p>{warning}'
+        f'<p class="letters">{LETTERS}</p>',
         drawn,
         summary(rows),
     ]
@@ -183,7 +192,7 @@ def _kind(reason: str) -> str:
     kinds = {
         "other programs": "other programs took the CPU meanwhile",
         "the middle half": "the rounds scatter by more than 30 %",
-        "the ratio": "the rounds contradict the medians",
+        "the ratio": "the ratio of the two times is not that within the rounds",
     }
     return next((words for start, words in kinds.items() if reason.startswith(start)), reason)
 
@@ -223,8 +232,8 @@ def in_words(rows: list[Row]) -> list[str]:
         if both:
             them, us = (statistics.geometric_mean(values) for values in zip(*both))
             sentences.append(
-                f"{provider}: {them:.2f} times as fast as {BASELINE} in the geometric mean of {len(both)} problems, "
-                f"where {OURS} has {us:.2f}."
+                f"{provider}: {them:.2f} times as fast as {BASELINE} in the geometric mean of the {len(both)} problems "
+                f"where both have a time to trust; {OURS} has {us:.2f} there."
             )
     return sentences
 
@@ -309,7 +318,8 @@ def table(mode: str, rows: list[Row]) -> str:
     rows = [row for row in rows if row.mode == mode and row.status == "ok"]
     providers, lines, other_rounds = ordered(rows), [], False
     for problem, found in by_problem(rows).items():
-        times = [r.median for r in found.values() if r.median is not None and not r.spoiled]
+        # Nobody is the fastest where a time that is not to be trusted is less.
+        least = min((r.median for r in found.values() if r.median is not None), default=None)
         cells = []
         for row in (found.get(provider) for provider in providers):
             if row is None:
@@ -324,19 +334,21 @@ def table(mode: str, rows: list[Row]) -> str:
                     ratio += f"<sup title='torch.nn in the same rounds: {row.baseline * 1e3:.3g} ms'>†</sup>"
                     other_rounds = True
                 spread = f"{row.quartile1 * 1e3:.3g} to {row.quartile3 * 1e3:.3g}; {row.branch}"
-                kind = "spoiled" if row.spoiled else "best" if len(found) > 1 and row.median == min(times) else ""
+                kind = "spoiled" if row.spoiled else "best" if len(found) > 1 and row.median == least else ""
                 why = f' title="{html.escape(row.spoiled)}"' if row.spoiled else ""
-                mark = "<br><small>spoiled</small>" if row.spoiled else ""
+                kinds = dict.fromkeys(_kind(reason) for reason in row.spoiled.split("; ")) if row.spoiled else ()
+                mark = f"<br><small>spoiled: {html.escape('; '.join(kinds))}</small>" if row.spoiled else ""
                 cells.append(
                     f'<td class="{kind}"{why} data-value="{row.median}">{row.median * 1e3:.3g}{ratio}'
-                    f"<br><small>{html.escape(spread)}</small>{mark}</td>"
+                    f"<br><small class=spread>{html.escape(spread)}</small>{mark}</td>"
                 )
-        lines.append(_line(problem.name, *cells))
+        lines.append(_line(titled(problem), *cells))
     how = ", ".join(sorted({row.how for row in rows}))
     if mode == "memory":
         return _table(f"{MODE_NAMES[mode]} in MiB ({how})", ("problem", *providers), lines, sorts=True)
     text = (
-        f"{MODE_NAMES[mode]}: milliseconds · times as fast as {BASELINE} (below: middle half of the rounds; what ran)"
+        f"{MODE_NAMES[mode]}: milliseconds · times as fast as {BASELINE} (below: middle half of the rounds; what ran); "
+        "bold: the fastest"
     )
     text += f", {how}"
     if any("CUDA" in row.how for row in rows):
@@ -351,7 +363,9 @@ def refused(rows: list[Row]) -> str:
     reasons = defaultdict(list)
     for row in rows:
         if row.status != "ok":
-            reasons[row.provider, row.status, row.why].append(f"{row.problem.name} {row.mode}")
+            reasons[row.provider, row.status, row.why].append(
+                label(row) if row.mode != "memory" else titled(row.problem)
+            )
     lines = []
     for (provider, status, why), where in reasons.items():
         some = ", ".join(where[:3]) + (f" and {len(where) - 3} more" if len(where) > 3 else "")

@@ -22,6 +22,8 @@ autodoc_typehints = "signature"
 napoleon_custom_sections = [("Inputs", "params_style"), "Outputs"]
 napoleon_use_rtype = False
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["narrow.css"]
 with (Path(__file__).parents[1] / "pyproject.toml").open("rb") as file:
     urls = tomllib.load(file)["project"].get("urls", {})
 if "Source" in urls:
