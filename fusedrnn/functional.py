@@ -840,26 +840,19 @@ def _torch_layers(
 
     It wants the lengths on the host, and none to be 0.
     """
-    if lengths is not None:
-
-        def call(data, batch_sizes, states, _):
-            found = _torch_layers(
-                cell, data, *states, *(None,) * (c0 is None), weights, bias, num_layers, dropout, training,
-                bidirectional, batch_first, batch_sizes, None, 0.0,
-            )  # fmt: skip
-            return found[: 1 + len(states)]
-
-        states = [h0] if c0 is None else [h0, c0]
-        found = by_packing(call, input, states, lengths, batch_first, padding_value)
-        return (*found, None) if c0 is None else found
-    hx = h0 if c0 is None else (h0, c0)
     if not training and input.device.type == "cuda" and _may_need_gradient((input, h0, c0, *weights)):
         # cuDNN has gradients in training only; without dropout that is all the difference.
         training, dropout = True, 0.0
     tail = (list(weights), bias, num_layers, dropout, training, bidirectional)
     op = getattr(torch._VF, cell.mode.lower())
-    if batch_sizes is None:
-        result = op(input, hx, *tail, batch_first)
+
+    def call(data, batch_sizes, states, _):
+        hx = states[0] if c0 is None else tuple(states)
+        return op(data, hx, *tail, batch_first) if batch_sizes is None else op(data, batch_sizes, hx, *tail)
+
+    states = [h0] if c0 is None else [h0, c0]
+    if lengths is None:
+        result = call(input, batch_sizes, states, None)
     else:
-        result = op(input, batch_sizes, hx, *tail)
+        result = by_packing(call, input, states, lengths, batch_first, padding_value)
     return (*result, None) if c0 is None else result

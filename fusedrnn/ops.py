@@ -25,6 +25,7 @@ loaded later; they raise.
 import contextlib
 import functools
 import importlib
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -470,6 +471,22 @@ def _same_structure(arguments, in_dims):
     return placed
 
 
+# What a kernel in Python raised last in a thread.
+_raised = threading.local()
+
+
+def _noted(python):
+    @functools.wraps(python)
+    def kernel(*arguments):
+        try:
+            return python(*arguments)
+        except Exception as error:
+            _raised.error = error
+            raise
+
+    return kernel
+
+
 sequence_op = torch.ops.fusedrnn.sequence.default
 sequence_backward_op = torch.ops.fusedrnn.sequence_backward.default
 for _name, _op, _python, _kernel, _fake, _apply, _rule in (
@@ -481,7 +498,7 @@ for _name, _op, _python, _kernel, _fake, _apply, _rule in (
         _sequence_backward_fake, _apply_sequence_backward, _vmap_sequence_backward,
     ),
 ):  # fmt: skip
-    _lib.impl(_name + "_python", _python, "CompositeExplicitAutograd")
+    _lib.impl(_name + "_python", _noted(_python), "CompositeExplicitAutograd")
     _lib.impl(_name, _kernel, "CUDA")
     if not _build.loaded():
         _lib.impl(_name, _kernel, "CPU")
@@ -499,8 +516,17 @@ def _call(op, *arguments):
     special = torch.compiler.is_compiling() or forward_ad._current_level >= 0
     if special or torch._C._dispatch_tls_local_include_set().raw_repr() not in _PLAIN:
         return op(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*arguments)
+    try:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*arguments)
+    except RuntimeError as error:
+        # torch 2.11 drops the words of an error that passes through the library.
+        own = getattr(_raised, "error", None)
+        if own is None or not str(error).startswith("fusedrnn: torch refused"):
+            raise
+        raise own from None
+    finally:
+        _raised.error = None
 
 
 @dataclass(frozen=True)

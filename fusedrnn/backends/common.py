@@ -47,7 +47,8 @@ class Inputs(NamedTuple):
     @property
     def special(self) -> bool:
         """Whether it takes what only cells of one's own have."""
-        return bool(self.others or self.parameters or self.inputs) or self.heads != 1
+        # Not bool() of a tuple, which Dynamo of torch 2.11 cannot trace.
+        return len(self.others) + len(self.parameters) + len(self.inputs) > 0 or self.heads != 1
 
 
 class Gradients(NamedTuple):
