@@ -6,6 +6,8 @@ Arguments are specialised as a launch on a GPU does it: an int that is 1 becomes
 multiples of 16 are marked so, None is a constant.
 """
 
+import os
+
 import torch
 
 from . import Module, SimulationError
@@ -85,8 +87,10 @@ def compile(kernel, arguments, constexprs, arch=80, num_warps=4, num_stages=3, e
     key = (kernel.cache_key, str(signature), str(constants), str(attributes), str(options), arch)
     if key not in _compiled:
         source = ASTSource(kernel, signature, constants, attributes)
-        with triton.knobs.runtime.scope():
+        with triton.knobs.runtime.scope(), triton.knobs.cache.scope():
             triton.knobs.runtime.add_stages_inspection_hook = _until_ptx
+            # Triton 3.6 would give what was compiled here to whoever wants the whole kernel.
+            triton.knobs.cache.dir = os.path.join(triton.knobs.cache.dir, "ptxsim")
             compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
         _compiled[key] = compiled, Module(compiled.asm["ptx"]), remaining
     return _compiled[key]
