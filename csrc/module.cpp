@@ -374,20 +374,42 @@ struct Call {
     require(!has_c || fits(c0, lead, x));
   }
 
+  // What a frozen layer or cell holds for each sequence: panels of W_hh; of a quantized one a tuple, of these, of
+  // panels of W_ih, and of the scales of W_ih, W_hh and W_hr, each perhaps None.
+  void settle_packed(Inputs& in, PyObject* packed) {
+    if (!PyTuple_Check(packed)) {
+      in.panels = held.take(packed);
+      return;
+    }
+    Tensor* const to[] = {&in.panels, &in.panels_ih, &in.scale_ih, &in.scale_hh, &in.scale_hr};
+    require(PyTuple_Size(packed) == 5);
+    for (int k = 0; k < 5; ++k) *to[k] = held.take(PyTuple_GetItem(packed, k));
+    in.quantized = true;
+  }
+
   // Weights `w` as those of one sequence with so many input features.
   void settle_weights(Inputs& in, const Tensor* w, bool bias, const Tensor& w_hr, int64_t input) const {
     const int64_t rows = w[1].size(0), hidden = rows / gates, out = w[1].size(1);
-    require(hidden * gates == rows && hidden > 0 && fits(w[0], {rows, input}, x) && fits(w[1], {rows, out}, x));
+    const Tensor& like = in.quantized ? w[1] : x;
+    require(hidden * gates == rows && hidden > 0 && fits(w[0], {rows, input}, like) && fits(w[1], {rows, out}, like));
     in.w_ih = w[0].with_dims(2);
     in.w_hh = w[1].with_dims(2);
     for (int k = 0; bias && k < 2; ++k) {
       require(!w[2 + k] || fits(w[2 + k], {rows}, x));
       (k ? in.b_hh : in.b_ih) = w[2 + k].with_dims(w[2 + k].dim());
     }
-    require(w_hr ? fits(w_hr, {out, hidden}, x) : out == hidden);
+    require(w_hr ? fits(w_hr, {out, hidden}, like) : out == hidden);
     in.w_hr = w_hr.with_dims(w_hr.dim());
   }
 };
+
+// The list `_packed` of a frozen layer, an entry for each of `count` sequences; null: there is none.
+PyObject* packed_of(PyObject* module, Py_ssize_t count) {
+  static PyObject* const packed_name = name("_packed");
+  PyObject* const kept = attribute(module, packed_name);
+  require(!kept || (PyList_CheckExact(kept) && PyList_Size(kept) == count));
+  return kept;
+}
 
 // `t` as a tensor of these sizes, in one piece.
 Tensor reshaped(Tensor&& t, Sizes sizes) {
@@ -422,12 +444,15 @@ PyObject* call_cell(PyObject* const* a) {
   Tensor zeros[2];
   call.settle_states(lead, out, out, zeros);
   Inputs in;
+  PyObject* const kept = packed_of(a[1], 1);
+  if (kept) call.settle_packed(in, PyList_GetItem(kept, 0));
   call.settle_weights(in, call.weights.data(), true, {}, call.x.size(-1));
   in.x = call.x.with_dims(3);
   in.h0 = call.h0.with_dims(2);
   if (call.has_c) in.c0 = call.c0.with_dims(2);
   lead.push_back(out);
   if (call.held.need_gradient()) {
+    require(!kept);
     Outputs found;
     {
       const WithoutGil released;
@@ -496,13 +521,14 @@ PyObject* call_backward(PyObject* const* a) {
   return found.release();
 }
 
-// (cell, w_hh): W_hh packed for this processor, what the list `_packed` of a frozen layer holds.
+// (cell, w_hh, quantized): W_hh packed for this processor, what the list `_packed` of a frozen layer holds. Quantized:
+// W_hh or W_ih, bfloat16 or int8, of a layer in float32.
 PyObject* call_pack(PyObject* const* a) {
   require_plain();
   Arguments held(Recorded::kRefused);
   const Tensor w_hh = held.take(a[1]);
   require(w_hh && w_hh.dim() == 2 && w_hh.numel() > 0);
-  return wrap(pack(text(a[0]), w_hh)).release();
+  return wrap(pack(text(a[0]), w_hh, is_true(a[2]))).release();
 }
 
 // A layer's call, its answer as a Cell's with y in front; after what Call takes: bias, num_layers, directions,
@@ -542,19 +568,17 @@ PyObject* call_layers(PyObject* const* a) {
   Tensor zeros[2];
   call.settle_states({all, batch}, out, hidden, zeros);
   std::vector<Inputs> sequences(all);
-  // Of a frozen layer: a tensor for each.
-  static PyObject* const packed_name = name("_packed");
-  PyObject* const kept = attribute(a[1], packed_name);
-  require(!kept || (PyList_CheckExact(kept) && PyList_Size(kept) == all));
+  PyObject* const kept = packed_of(a[1], all);
   for (int64_t k = 0; k < all; ++k) {
-    if (kept) sequences[k].panels = call.held.take(PyList_GetItem(kept, k));
+    if (kept) call.settle_packed(sequences[k], PyList_GetItem(kept, k));
     const Tensor* w = &call.weights[k * per];
     for (int64_t j = 0; j < per; ++j) require(static_cast<bool>(w[j]));
     call.settle_weights(sequences[k], w, bias, projection ? w[per - 1].with_dims(2) : Tensor(),
                         k < directions ? call.x.size(-1) : width);
     require(w[1].size(0) == call.gates * hidden && w[1].size(1) == out);
-    const Tensor& panels = sequences[k].panels;
-    require(!panels || panels.numel() >= w[1].numel() * w[1].element_size());
+    const Inputs& in = sequences[k];
+    require(!in.panels || in.panels.numel() >= w[1].numel() * w[1].element_size());
+    require(!in.panels_ih || in.panels_ih.numel() >= w[0].numel() * w[0].element_size());
   }
   if (call.held.need_gradient()) {
     require(all == 1 && !packed && !resets && !kept);
@@ -611,8 +635,8 @@ PyObject* call_layers(PyObject* const* a) {
   return (call.has_c ? tuple_of({&y, &h_n, &c_n}) : tuple_of({&y, &h_n})).release();
 }
 
-// (cell, dtype, T, B, I, H, P or 0, heads, states beside h and c, parameters, inputs, packed, backward): how the CPU
-// goes about it. The tensors made here are not written, so no memory is taken.
+// (cell, dtype, T, B, I, H, P or 0, heads, states beside h and c, parameters, inputs, packed, backward, dtype of
+// quantized weights or None): how the CPU goes about it. The tensors made here are not written, so no memory is taken.
 PyObject* call_plan(PyObject* const* a) {
   const std::string_view cell = text(a[0]);
   const auto [gates, has_c] = gates_and_c(cell);
@@ -623,14 +647,22 @@ PyObject* call_plan(PyObject* const* a) {
   in.x = Tensor::empty({steps, batch, input}, dtype);
   in.h0 = Tensor::empty({batch, out}, dtype);
   if (has_c) in.c0 = Tensor::empty({batch, hidden}, dtype);
-  in.w_ih = Tensor::empty({gates * hidden, input}, dtype);
-  in.w_hh = Tensor::empty({gates * hidden, out / heads}, dtype);
-  if (projection) in.w_hr = Tensor::empty({out, hidden}, dtype);
+  in.quantized = a[13] != Py_None;
+  const int32_t of_weights = in.quantized ? static_cast<int32_t>(integer(a[13])) : dtype;
+  in.w_ih = Tensor::empty({gates * hidden, input}, of_weights);
+  in.w_hh = Tensor::empty({gates * hidden, out / heads}, of_weights);
+  if (projection) in.w_hr = Tensor::empty({out, hidden}, of_weights);
+  if (of_weights == kInt8) {
+    in.scale_ih = Tensor::empty({gates * hidden}, kFloat);
+    in.scale_hh = Tensor::empty({gates * hidden}, kFloat);
+    if (projection) in.scale_hr = Tensor::empty({out}, kFloat);
+  }
   in.heads = heads;
   for (long k = 0; k < integer(a[8]); ++k) in.more.states.push_back(Tensor::empty({batch, hidden}, dtype));
   for (long k = 0; k < integer(a[9]); ++k) in.more.parameters.push_back(Tensor::empty({hidden}, dtype));
   for (long k = 0; k < integer(a[10]); ++k) in.more.inputs.push_back(Tensor::empty({steps, batch, hidden}, dtype));
   if (is_true(a[11])) in.panels = Tensor::empty({1}, kUint8);
+  if (is_true(a[11]) && in.quantized) in.panels_ih = Tensor::empty({1}, kUint8);
   const Plan found = plan(cell, in, is_true(a[12]));
   return Py_BuildValue("{s:s, s:O, s:O, s:O, s:i, s:L, s:s, s:s}", "capability", found.capability, "direct",
                        found.way.direct ? Py_True : Py_False, "by_rows", found.way.by_rows ? Py_True : Py_False,
@@ -668,15 +700,17 @@ Stream& stream_in(PyObject* capsule) {
   return *static_cast<Stream*>(found);
 }
 
-// (cell, dtype, batch, input, hidden, projection, five addresses or None of each layer): a stream, and the addresses of
-// its h and c, and its bytes.
+// (cell, dtype, batch, input, hidden, projection, dtype of quantized weights or None, eight addresses or None of each
+// layer): a stream, and the addresses of its h and c, and its bytes.
 PyObject* call_stream(PyObject* const* a) {
-  const Stream::Sizes sizes{dtype_named(a[1]), integer(a[2]), integer(a[3]), integer(a[4]), integer(a[5])};
+  const Weights weights = a[6] == Py_None ? Weights::kSame : text(a[6]) == "int8" ? Weights::kInt8 : Weights::kBfloat16;
+  const Stream::Sizes sizes{dtype_named(a[1]), integer(a[2]), integer(a[3]), integer(a[4]), integer(a[5]), weights};
   std::vector<Stream::Weights> layers;
-  for (Py_ssize_t k = 0; k < PyTuple_Size(a[6]); ++k) {
-    PyObject* of = PyTuple_GetItem(a[6], k);
+  for (Py_ssize_t k = 0; k < PyTuple_Size(a[7]); ++k) {
+    PyObject* of = PyTuple_GetItem(a[7], k);
     const auto part = [&](Py_ssize_t i) { return address(PyTuple_GetItem(of, i)); };
-    layers.push_back({part(0), part(1), part(2), part(3), part(4)});
+    const auto scale = [&](Py_ssize_t i) { return static_cast<const float*>(part(i)); };
+    layers.push_back({part(0), part(1), part(2), part(3), part(4), scale(5), scale(6), scale(7)});
   }
   auto stream = std::make_unique<Stream>(text(a[0]), sizes, layers);
   Object capsule(PyCapsule_New(stream.get(), kStream, [](PyObject* object) {
@@ -738,13 +772,13 @@ PyMethodDef methods[] = {
     method<call_cell, 6>("cell"),
     method<call_backward, 5>("backward"),
     method<call_layers, 12>("layers"),
-    method<call_pack, 2>("pack"),
+    method<call_pack, 3>("pack"),
     method<facts, 0>("facts"),
     method<small_calls, 0>("small_calls"),
     method<cpu_products, 6>("cpu_products"),
-    method<call_plan, 13>("plan"),
+    method<call_plan, 14>("plan"),
     method<call_crowd, 0>("crowd"),
-    method<call_stream, 7>("stream"),
+    method<call_stream, 8>("stream"),
     method<call_stream_run, 5>("stream_run"),
     {nullptr, nullptr, 0, nullptr},
 };

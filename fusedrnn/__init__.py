@@ -18,6 +18,7 @@ from fusedrnn.layer import Layer
 from fusedrnn.lowering import decompositions
 from fusedrnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from fusedrnn.planning import backend, plan
+from fusedrnn.quantizing import quantize, unquantize
 from fusedrnn.trials import Timing, tune
 
 __version__ = "0.2.0"
@@ -42,9 +43,11 @@ __all__ = [
     "functional",
     "integrations",
     "plan",
+    "quantize",
     "record_gates",
     "revert",
     "tune",
     "unfreeze",
+    "unquantize",
     "zoo",
 ]

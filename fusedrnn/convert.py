@@ -1,5 +1,6 @@
 """Swap torch.nn's recurrent layers inside a model for ours, and back, by changing the class of each module in place."""
 
+import copy
 import functools
 import warnings
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizat
 
 from fusedrnn import modules, ops
 from fusedrnn.freezing import unfreeze
+from fusedrnn.quantizing import unquantize
 
 _NAMES = ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell")
 # Of torch.nn's classes ours.
@@ -67,14 +69,14 @@ def revert(model: nn.Module) -> nn.Module:
     """Swaps every fusedrnn layer and cell inside ``model``, in place, for torch.nn's: the inverse of :func:`convert`.
 
     Options that torch.nn does not have (``backend``, ``algorithm``, ``recompute``) are dropped, frozen layers are
-    unfrozen. A subclass that convert
-    took gets its class back; subclasses of ours that the user wrote are left, with a warning. Returns ``model``.
+    unfrozen, quantized ones get their rounded weights in float32. A subclass that convert took gets its class back;
+    subclasses of ours that the user wrote are left, with a warning. Returns ``model``.
 
     Raises:
         TypeError: ``model`` is not a torch.nn.Module.
     """
     if isinstance(model, nn.Module):
-        unfreeze(model)
+        unquantize(unfreeze(model))
     return _swap(model, _THEIRS, "revert")
 
 
@@ -187,6 +189,8 @@ def _restored(cls: type) -> nn.Module:
 
 def as_torch(module: nn.Module) -> nn.Module:
     """torch.nn's twin of one of our modules, with the same parameters, hooks and mode; ``module`` stays as it is."""
+    if module._quantized is not None:
+        module = unquantize(copy.deepcopy(module))
     theirs = next(theirs for ours, theirs in _THEIRS.items() if isinstance(module, ours))
     state = {k: v.copy() if isinstance(v, (dict, list)) else v for k, v in vars(module).items() if k not in _OPTIONS}
     state.pop("_flat_weight_refs", None)

@@ -12,6 +12,8 @@ class Freezable(nn.Module):
 
     # Of a frozen one: the parameters that were packed, by name, and whether each wanted a gradient.
     _frozen: dict[str, tuple[Tensor, bool]] | None = None
+    # Of a quantized one, which is frozen too: what its weights are, buffers then.
+    _quantized: torch.dtype | None = None
 
     @property
     def packed_bytes(self) -> int:
@@ -24,29 +26,40 @@ class Freezable(nn.Module):
             return  # with tensors in place of the parameters, and none of the packed weights
         recorded = torch.is_grad_enabled()
         for name, (weight, _) in self._frozen.items():
-            if self._parameters.get(name) is not weight or name in self.__dict__:
-                raise RuntimeError(
-                    f"{type(self).__name__} is frozen, and its {name} was replaced: call fusedrnn.freeze again, or "
-                    "fusedrnn.unfreeze"
-                )
+            if self._held(name) is not weight or name in self.__dict__:
+                raise self._replaced(name)
             if recorded and weight.requires_grad:
                 raise self._cannot_train(f"{name} requires grad")
+
+    def _held(self, name: str) -> Tensor | None:
+        return self._parameters[name] if name in self._parameters else self._buffers.get(name)
+
+    def _replaced(self, name: str) -> RuntimeError:
+        return RuntimeError(
+            f"{type(self).__name__} is frozen, and its {name} was replaced: call fusedrnn.freeze again, or "
+            "fusedrnn.unfreeze"
+        )
 
     def _cannot_train(self, why: str) -> RuntimeError:
         return RuntimeError(f"{type(self).__name__} is frozen and cannot be trained ({why}): call fusedrnn.unfreeze")
 
     def _freeze(self, wanted: dict[str, bool]) -> None:
-        self.__dict__.pop("_packed", None)
-        self._frozen = {name: (self._parameters[name], grad) for name, grad in wanted.items()}
+        self._frozen = {name: (self._held(name), grad) for name, grad in wanted.items()}
         for name in wanted:
-            self._parameters[name].requires_grad_(False)
-        if _build._small_calls is None or not isinstance(self, nn.RNNBase):
-            return  # a single step reads weights where they lie
+            self._held(name).requires_grad_(False)
+        self.__dict__.pop("_packed", None)
+        packed = self._pack() if _build._small_calls is not None else None
+        if packed is not None:
+            self.__dict__["_packed"] = packed
+
+    def _pack(self) -> list | None:
+        """What C++ takes beside the weights, for each sequence; None where that is nothing."""
+        if not isinstance(self, nn.RNNBase):
+            return None  # a single step reads weights where they lie
         cell = CELL_OF_MODE[self.mode].name
         weights = [self._parameters[name] for name in self._flat_weights_names if name.startswith("weight_hh")]
-        packed = [_build._small_calls.pack(cell, w) if w.device.type == "cpu" else None for w in weights]
-        if all(t is not None for t in packed):
-            self.__dict__["_packed"] = packed
+        packed = [_build._small_calls.pack(cell, w, False) if w.device.type == "cpu" else None for w in weights]
+        return None if any(t is None for t in packed) else packed
 
     def _wanted(self) -> dict[str, bool]:
         return {name: grad for name, (_, grad) in self._frozen.items()}
@@ -107,24 +120,10 @@ def freeze(model: nn.Module) -> nn.Module:
         RuntimeError: at a call, where a parameter was replaced by another object or requires grad again; at
             ``train()``.
     """
-    layers = _layers(model, "freeze")
-    if not layers:
-        raise ValueError(
-            "freeze: there is no layer or cell of fusedrnn in the model; call fusedrnn.convert on it first"
-        )
-    wanted = []
-    for layer in layers:
-        if layer.mode not in CELL_OF_MODE:
-            raise ValueError(f"freeze: a Layer of a cell of one's own cannot be frozen yet, got {layer.cell.name}")
-        names = layer._flat_weights_names if isinstance(layer, nn.RNNBase) else list(layer._parameters)
-        computed = [name for name in names if name not in layer._parameters]
-        if computed:
-            raise ValueError(f"freeze: {', '.join(computed)} of {type(layer).__name__} is computed, not a parameter")
-        given = {name: layer._parameters[name].requires_grad for name in names if layer._parameters[name] is not None}
-        wanted.append(given | (layer._wanted() if layer._frozen is not None else {}))
-    for layer, names in zip(layers, wanted, strict=True):
-        layer._freeze(names)
-        layer.eval()
+    for layer, wanted in checked(model, "freeze", "frozen"):
+        if layer._quantized is None:  # else it is frozen already
+            layer._freeze(wanted)
+            layer.eval()
     return model
 
 
@@ -134,13 +133,37 @@ def unfreeze(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: ``model`` is not a torch.nn.Module.
     """
-    for layer in _layers(model, "unfreeze"):
-        if layer._frozen is not None:
+    for layer in layers_of(model, "unfreeze"):
+        if layer._frozen is not None and layer._quantized is None:
             layer._unfreeze()
     return model
 
 
-def _layers(model: nn.Module, caller: str) -> list[Freezable]:
+def checked(model: nn.Module, caller: str, done: str) -> list[tuple[Freezable, dict[str, bool]]]:
+    """Every layer and cell, and of its parameters which want a gradient, or did; raises as :func:`freeze` does."""
+    layers = layers_of(model, caller)
+    if not layers:
+        raise ValueError(
+            f"{caller}: there is no layer or cell of fusedrnn in the model; call fusedrnn.convert on it first"
+        )
+    found = []
+    for layer in layers:
+        if layer.mode not in CELL_OF_MODE:
+            raise ValueError(f"{caller}: a Layer of a cell of one's own cannot be {done} yet, got {layer.cell.name}")
+        if layer._quantized is not None:
+            found.append((layer, layer._wanted()))
+            continue
+        names = layer._flat_weights_names if isinstance(layer, nn.RNNBase) else list(layer._parameters)
+        computed = [name for name in names if name not in layer._parameters]
+        if computed:
+            raise ValueError(f"{caller}: {', '.join(computed)} of {type(layer).__name__} is computed, not a parameter")
+        given = {name: layer._parameters[name].requires_grad for name in names if layer._parameters[name] is not None}
+        found.append((layer, given | (layer._wanted() if layer._frozen is not None else {})))
+    return found
+
+
+def layers_of(model: nn.Module, caller: str) -> list[Freezable]:
+    """Every layer and cell in a model; raises TypeError where that is none."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{caller} takes a torch.nn.Module, got {type(model).__name__}")
     return [module for module in model.modules() if isinstance(module, Freezable)]

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn import functional
 from fusedrnn.cells import CELL_OF_MODE
-from fusedrnn.freezing import Freezable
+from fusedrnn.quantizing import Quantizable
 from fusedrnn.streaming import Stream
 
 # What torch.nn's forward calls to check its input, and ours only where a subclass overrides it.
@@ -92,7 +92,7 @@ def _cannot_be_scripted(module: nn.Module) -> NoReturn:
     )
 
 
-class RecurrentLayer(Freezable, nn.RNNBase):
+class RecurrentLayer(Quantizable, nn.RNNBase):
     """What LSTM, GRU and RNN share: checks, unbatched and packed input, the call of the functional layer."""
 
     backend: str | None = None
@@ -148,6 +148,8 @@ class RecurrentLayer(Freezable, nn.RNNBase):
         return Stream(self, batch)
 
     def _weights(self) -> list[Tensor]:
+        if self._quantized is not None:
+            return self._widened(self._flat_weights_names)
         # By name, so that parametrizations, weight_norm, functional_call and replaced parameters all count. Where those
         # are what they were, and _flat_weights is not, a wrapper has put its own there for torch.nn's forward.
         named = [getattr(self, name, None) for name in self._flat_weights_names]
@@ -169,6 +171,8 @@ class RecurrentLayer(Freezable, nn.RNNBase):
                 f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
                 f"Convert input: input.to({weight.dtype}), or convert model: model.to({input.dtype})"
             )
+        if self._quantized is not None and input.dtype != torch.float32 and not torch._C._is_any_autocast_enabled():
+            raise ValueError(f"{type(self).__name__} is quantized and takes torch.float32, got {input.dtype}")
         dims = 2 if batch_sizes is not None else 3
         if input.dim() != dims:
             raise RuntimeError(f"input must have {dims} dimensions, got {input.dim()}")
@@ -333,7 +337,8 @@ class RecurrentLayer(Freezable, nn.RNNBase):
 
     def _direct(self, input, hx, resets=None):
         """What forward returns, in one call of C++; None where that does not apply."""
-        if not self._may_be_direct:
+        module = self._called_as()
+        if not self._may_be_direct or module is None:
             return None
         h0, c0 = hx, None
         if hx is not None and self.mode == "LSTM":
@@ -346,7 +351,7 @@ class RecurrentLayer(Freezable, nn.RNNBase):
             if hx is not None and packed.sorted_indices is not None:
                 return None
         found = functional.direct(
-            "layers", self.backend, self.algorithm, CELL_OF_MODE[self.mode].name, self.__dict__,
+            "layers", self.backend, self.algorithm, CELL_OF_MODE[self.mode].name, module,
             self._flat_weights_names, input, h0, c0, self.bias, self.num_layers, 2 if self.bidirectional else 1,
             self.batch_first, batch_sizes, resets,
         )  # fmt: skip
@@ -525,7 +530,7 @@ class RNN(RecurrentLayer, nn.RNN):
 _CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
-class RecurrentCell(Freezable, nn.RNNCellBase):
+class RecurrentCell(Quantizable, nn.RNNCellBase):
     """What the three cells share: checks, input without a batch, one step in one launch."""
 
     mode: str
@@ -548,6 +553,8 @@ class RecurrentCell(Freezable, nn.RNNCellBase):
         _cannot_be_scripted(self)
 
     def _weights(self) -> list[Tensor | None]:
+        if self._quantized is not None:
+            return self._widened(_CELL_WEIGHTS)
         return [self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh]
 
     def _check_dims(self, what: str, t: Tensor) -> None:
@@ -560,12 +567,11 @@ class RecurrentCell(Freezable, nn.RNNCellBase):
         """What forward returns, in one call of C++; None where that does not apply."""
         if self._frozen is not None:
             self._check_frozen()
-        if not self._may_be_direct:
+        module = self._called_as()
+        if not self._may_be_direct or module is None:
             return None
         cell = CELL_OF_MODE[self.mode].name
-        return functional.direct(
-            "cell", self.backend, self.algorithm, cell, self.__dict__, _CELL_WEIGHTS, input, h0, c0
-        )
+        return functional.direct("cell", self.backend, self.algorithm, cell, module, _CELL_WEIGHTS, input, h0, c0)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """See the class."""

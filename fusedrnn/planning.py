@@ -459,7 +459,8 @@ def _on_cpu(choice: Choice, layer, cell, batch: int, weight: torch.Tensor, steps
         weight.dtype,
         backward=backward,
         steps=1 if isinstance(layer, torch.nn.RNNCellBase) else steps,
-        kept="_packed" in layer.__dict__,
+        kept="_packed" in layer.__dict__ and isinstance(layer, torch.nn.RNNBase),
+        quantized=layer._quantized if "_packed" in layer.__dict__ else None,
         heads=getattr(layer, "heads", 1),
     )
     return replace(choice, algorithm=details.algorithm, why=f"{choice.why}; {details.why}", details=details)

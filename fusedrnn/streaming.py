@@ -34,6 +34,8 @@ class Stream:
             raise ValueError(f"{name}: a stream goes one way, and this layer is bidirectional")
         if layer.training and layer.dropout:
             raise ValueError(f"{name}: nothing drops out in a stream: call eval() first, got dropout={layer.dropout}")
+        if layer._frozen is not None:
+            layer._check_frozen()
         if type(batch) is not int or batch < 1:
             raise ValueError(f"batch must be a positive integer, got {batch!r}")
         self.batch = batch
@@ -43,7 +45,7 @@ class Stream:
         self._out = layer.proj_size or layer.hidden_size
         self._sizes = [(layer.num_layers, batch, size) for size in layer._state_sizes()]
         self._buffers: dict[int, Tensor] = {}
-        weights = [None if w is None else w.detach() for w in layer._weights()]
+        weights = [None if w is None else w.detach() for w in layer._weights()]  # in float32 where they are quantized
         self.dtype, self.device = weights[0].dtype, weights[0].device
         self._stream = None
         choice = functional.planning.choose(
@@ -64,15 +66,22 @@ class Stream:
             self._bytes = sum(w.nbytes for w in self._weights if w is not None)
 
     def _made(self, layer: nn.RNNBase, weights: list[Tensor]) -> tuple:
+        names, quantized = layer._flat_weights_names, layer._quantized
+        if quantized is not None:
+            weights = [layer._held(name).detach() for name in names]
         held = [None if w is None else w.contiguous() for w in weights]
+        scales = [None if s is None else s.contiguous() for s in map(layer._scale, names)]
         per, layers = len(held) // layer.num_layers, []
         for k in range(layer.num_layers):
             w_ih, w_hh, *others = held[k * per : (k + 1) * per]
             w_hr = others.pop() if layer.proj_size else None
-            given = (w_ih, w_hh, *(others or (None, None)), w_hr)
+            of_rows = scales[k * per], scales[k * per + 1], scales[(k + 1) * per - 1] if layer.proj_size else None
+            given = (w_ih, w_hh, *(others or (None, None)), w_hr, *of_rows)
             layers.append(tuple(None if w is None else w.data_ptr() for w in given))
         sizes = (self.batch, layer.input_size, layer.hidden_size, layer.proj_size)
-        stream, h, c, count = _build._extension.stream(self._cell.name, _DTYPES[self.dtype], *sizes, tuple(layers))
+        narrow = None if quantized is None else str(quantized).removeprefix("torch.")
+        make = _build._extension.stream
+        stream, h, c, count = make(self._cell.name, _DTYPES[self.dtype], *sizes, narrow, tuple(layers))
         return stream, (h, c)[: len(self._sizes)], count
 
     @property

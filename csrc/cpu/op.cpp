@@ -98,6 +98,11 @@ struct Given {
               reverse,
               heads,
               {},
+              {},
+              false,
+              {},
+              {},
+              {},
               {}};
     for (size_t k = 2; k < wanted; ++k) in.more.states.push_back(Tensor::borrow(states[k].get()));
     if (parameters) borrow_all(*parameters, in.more.parameters);

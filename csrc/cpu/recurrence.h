@@ -18,6 +18,8 @@ enum class CellKind { FUSEDRNN_CELLS(FUSEDRNN_KIND) };
 #undef FUSEDRNN_KIND
 // A cell of one's own has no kind: its kernels are its entry's, see OwnCell.
 enum class Dtype { kFloat32, kFloat64, kBfloat16, kFloat16 };
+// What W_ih, W_hh and W_hr are: as the other tensors, or, those being float32, of fewer bits.
+enum class Weights { kSame, kBfloat16, kInt8 };
 
 struct Shape {
   CellKind cell;
@@ -67,6 +69,13 @@ struct Forward {
   const void* panels;  // W_hh as `pack_into` once got it, aligned to 64 bytes; null: packed here, or read where it lies
   void* pack_into;     // where given, W_hh is written there as panels, and nothing is computed
   Way* way;            // where given, it is filled, and nothing is computed
+
+  Weights weights;        // of w_ih, w_hh, w_hr and their panels; not kSame with one head only
+  const float* scale_ih;  // [G*H], of kInt8: what a row of w_ih is multiplied by, else null
+  const float* scale_hh;  // [G*H]
+  const float* scale_hr;  // [P]
+  const void* panels_ih;  // of w_ih, as `panels`, or null
+  void* fill_gates_x;     // where given it is gates_x, not yet filled, and x and panels_ih are given
 };
 
 struct Backward {
@@ -108,6 +117,16 @@ struct Product {
   bool add;     // C += A B, in float32 only
 };
 
+// to = from times scale, row by row.
+struct Widening {
+  Weights weights;     // not kSame
+  const void* from;    // [rows, columns]
+  const float* scale;  // [rows], of kInt8
+  int64_t rows, columns;
+  float* to;  // [rows, columns]
+  int threads;
+};
+
 // Up to so many rows, steps times batch, reading the weights where they lie beats repacking them.
 constexpr int64_t kFewRows = 64, kFewRowsOfTiles = 8;
 
@@ -121,6 +140,7 @@ struct Kernels {
   void (*forward)(const Forward&);
   void (*backward)(const Backward&);
   void (*product)(const Product&);
+  void (*widen)(const Widening&);
 };
 
 // A cell that is compiled apart from this library, for one instruction set: what csrc/cells.h says of it, and its
@@ -134,7 +154,7 @@ struct OwnCell {
   void (*forward)(const Forward&);
   void (*backward)(const Backward&);
 };
-constexpr int64_t kOwnCell = 3;
+constexpr int64_t kOwnCell = 4;
 // At most so many states, parameters and inputs each.
 constexpr int64_t kMostArrays = 16;
 

@@ -283,8 +283,8 @@ FUSEDRNN_INLINE bool is_short(const Shape& s) { return s.steps * s.batch <= (kTi
 // So many rows of a weight are read for all columns before the next ones.
 constexpr int64_t kRowsAtOnce = 64;
 
-// What forward and backward share: sizes, the order of steps, and who does what.
-template <typename Cell, typename E>
+// What forward and backward share: sizes, the order of steps, and who does what. "W" is the type of the weights.
+template <typename Cell, typename E, typename W = E>
 struct Skeleton {
   using C = typename Compute<E>::Type;
   using O = Operand<E>;
@@ -323,12 +323,12 @@ struct Skeleton {
         direct(direct),
         laid_out_size(kTiles ? segments * chunks(depth) * Tile::kDepth * kGroup : 0),
         laid_out(s.threads * laid_out_size) {
-    const int64_t weight_bytes = kG * padded * head_out * static_cast<int64_t>(sizeof(Packed<E>));
+    const int64_t weight_bytes = kG * padded * head_out * static_cast<int64_t>(sizeof(Packed<W>));
     by_rows = !direct && s.threads > 1 && s.batch >= 16 * s.threads && weight_bytes <= s.cache_bytes / 4 * 3;
   }
 
   Way way(int64_t panel_elements) const {
-    return {direct, by_rows, kTiles, shape.threads, panel_elements * static_cast<int64_t>(sizeof(Packed<E>))};
+    return {direct, by_rows, kTiles, shape.threads, panel_elements * static_cast<int64_t>(sizeof(Packed<W>))};
   }
 
   static int64_t chunks(int64_t depth) { return divide_up(depth, Tile::kDepth); }
@@ -442,9 +442,9 @@ struct PerUnit {
 template <typename Cell>
 constexpr bool kProjects = requires(const float* x) { Cell::template output<float>(x, x); };
 
-template <typename Cell, typename E>
-struct ForwardRun : Skeleton<Cell, E> {
-  using Base = Skeleton<Cell, E>;
+template <typename Cell, typename E, typename W = E>
+struct ForwardRun : Skeleton<Cell, E, W> {
+  using Base = Skeleton<Cell, E, W>;
   using Base::batch, Base::head_out, Base::head_units, Base::heads, Base::hidden, Base::kA, Base::kG, Base::kN,
       Base::kPlain, Base::kS, Base::kWide, Base::kWidth, Base::out, Base::padded, Base::projected, Base::steps;
   using Place = typename Base::Place;
@@ -453,9 +453,9 @@ struct ForwardRun : Skeleton<Cell, E> {
   using V = typename Base::V;
   const Forward& p;
   const int64_t unit_blocks, out_blocks;
-  Buffer<Packed<E>> panels;      // [unit block][P][G][W], or tiles; where none are given
-  Packed<E>* const packed;       // those or the given ones
-  Buffer<Packed<E>> out_panels;  // [out block][H][kPlain][W]
+  Buffer<Packed<W>> panels;      // [unit block][P][G][lanes], or tiles; where none are given
+  Packed<W>* const packed;       // those or the given ones
+  Buffer<Packed<W>> out_panels;  // [out block][H][kPlain][lanes]
   Buffer<C> bias;                // [A][padded]
   Buffer<C> others;              // [states beside h][B][padded]
   Buffer<C> h;                   // [B][padded]: unprojected, with w_hr only
@@ -469,8 +469,8 @@ struct ForwardRun : Skeleton<Cell, E> {
         unit_blocks(heads * divide_up(head_units, kWidth)),
         out_blocks(projected ? divide_up(out, kPlain * kWidth) : 0),
         panels(this->direct || is_packed(problem) ? 0 : packed_size()),
-        packed(problem.pack_into ? static_cast<Packed<E>*>(problem.pack_into)
-               : problem.panels  ? static_cast<Packed<E>*>(const_cast<void*>(problem.panels))
+        packed(problem.pack_into ? static_cast<Packed<W>*>(problem.pack_into)
+               : problem.panels  ? static_cast<Packed<W>*>(const_cast<void*>(problem.panels))
                                  : panels),
         out_panels(out_blocks * hidden * kPlain * kWidth),
         bias(kA * padded),
@@ -497,12 +497,56 @@ struct ForwardRun : Skeleton<Cell, E> {
       for (int64_t block = 0; block < unit_blocks; ++block) pack(block);
       return;
     }
-    this->in_phases([this](int thread, int threads) { prepare(thread, threads); },
-                    [this](int thread, int threads) { step_by_step(thread, threads); },
-                    [this](int thread, int threads) { finish(thread, threads); });
+    const auto first = [this](int thread, int threads) { prepare(thread, threads); };
+    const auto then = [this](int thread, int threads) { step_by_step(thread, threads); };
+    const auto last = [this](int thread, int threads) { finish(thread, threads); };
+    if constexpr (kNarrow) {
+      if (p.fill_gates_x) {
+        this->in_phases([this](int thread, int threads) { multiply_input(thread, threads); }, first, then, last);
+        return;
+      }
+    }
+    this->in_phases(first, then, last);
   }
 
  private:
+  static constexpr bool kNarrow = !std::is_same_v<W, E>;
+
+  // x W_ih^T of all rows.
+  void multiply_input(int thread, int threads) {
+    const auto units = Base::share_of(unit_blocks, thread, threads);
+    const int64_t rows = this->offset(steps);
+    for (int64_t row = 0; row < rows; row += kGroup) {
+      const int64_t count = min(kGroup, rows - row);
+      const O* x[kGroup];
+      for (int64_t i = 0; i < count; ++i) x[i] = x_row(row + i);
+      this->sweep(units, row / kGroup, [&](int64_t block) {
+        const Place at = place_of(block);
+        V sums[kGroup * kG];
+        product<kG>(sums, x, count, input_panel_of(block), p.input, {0});
+        scale_gates(sums, count, p.scale_ih, at);
+        for (int64_t i = 0; i < count * kG; ++i) {
+          const int64_t column = ((row + i / kG) * kG + i % kG) * hidden + at.unit;
+          store(static_cast<E*>(p.fill_gates_x) + column, sums[i], at.count);
+        }
+      });
+    }
+  }
+  const Packed<W>* input_panel_of(int64_t block) const {
+    return static_cast<const Packed<W>*>(p.panels_ih) + block * Base::panel_size(kG, 1, p.input);
+  }
+  // Products with whole numbers become those with the weights that they stand for.
+  FUSEDRNN_INLINE void scale_gates([[maybe_unused]] V* sums, [[maybe_unused]] int64_t count,
+                                   [[maybe_unused]] const float* scale, [[maybe_unused]] const Place& at) const {
+    if constexpr (std::is_same_v<W, int8_t>) {
+      V of_gate[kG];
+      for (int g = 0; g < kG; ++g) of_gate[g] = load<C>(scale + g * hidden + at.unit, at.count);
+      for (int64_t i = 0; i < count; ++i) {
+        for (int g = 0; g < kG; ++g) sums[i * kG + g] = sums[i * kG + g] * of_gate[g];
+      }
+    }
+  }
+
   void step_by_step(int thread, int threads) {
     const auto units = this->blocks(unit_blocks, thread, threads);
     const auto outs = this->blocks(out_blocks, thread, threads);
@@ -554,10 +598,10 @@ struct ForwardRun : Skeleton<Cell, E> {
     }
     const auto outs = Base::share_of(out_blocks, thread, threads);
     for (int64_t block = outs.begin; block < outs.end; ++block) {
-      Packed<E>* panel = out_panels + block * hidden * kPlain * kWidth;
+      Packed<W>* panel = out_panels + block * hidden * kPlain * kWidth;
       for (int v = 0; v < kPlain; ++v) {
         const int64_t first = (block * kPlain + v) * kWidth;
-        pack_rows<C>(panel + v * kWidth, kPlain * kWidth, static_cast<const E*>(p.w_hr) + first * hidden, hidden,
+        pack_rows<C>(panel + v * kWidth, kPlain * kWidth, static_cast<const W*>(p.w_hr) + first * hidden, hidden,
                      out - first, hidden);
       }
     }
@@ -575,7 +619,7 @@ struct ForwardRun : Skeleton<Cell, E> {
   void pack(int64_t block) const {
     const Place at = place_of(block);
     for (int g = 0; g < kG; ++g) {
-      const E* of_gate = static_cast<const E*>(p.w_hh) + (g * hidden + at.unit) * head_out;
+      const W* of_gate = static_cast<const W*>(p.w_hh) + (g * hidden + at.unit) * head_out;
       if constexpr (kTiles) {
         tiles_of_rows(panel_of(block) + g * Tile::kSize, kG, of_gate, head_out, at.count, head_out);
       } else {
@@ -589,7 +633,7 @@ struct ForwardRun : Skeleton<Cell, E> {
   }
 
   int64_t packed_size() const { return unit_blocks * Base::panel_size(kG, 1, head_out); }
-  Packed<E>* panel_of(int64_t block) const { return packed + block * Base::panel_size(kG, 1, head_out); }
+  Packed<W>* panel_of(int64_t block) const { return packed + block * Base::panel_size(kG, 1, head_out); }
   FUSEDRNN_INLINE Place place_of(int64_t block) const { return this->place(block, 1, 0, head_units); }
   FUSEDRNN_INLINE C* other(int k, int64_t b) const { return others + ((k - 1) * batch + b) * padded; }
 
@@ -621,7 +665,7 @@ struct ForwardRun : Skeleton<Cell, E> {
     for (int64_t i = 0; i < count && skip; ++i) moved[i] = rows[i] + skip;
     for (int64_t i = 0; i < count * kG; ++i) sums[i] = V(C(0));
     for (int g = 0; g < kG; ++g) {
-      const E* of_gate = static_cast<const E*>(weight) + (g * hidden + at.unit) * depth;
+      const W* of_gate = static_cast<const W*>(weight) + (g * hidden + at.unit) * depth;
       dots(sums + g, kG, skip ? moved : rows, count, of_gate, at.count, depth);
     }
   }
@@ -646,7 +690,14 @@ struct ForwardRun : Skeleton<Cell, E> {
         }
       }
       V sums[kGroup * kG], sums_x[kGroup * kG];
-      if (!p.gates_x) all_gates(sums_x, x, 0, count, p.w_ih, at, p.input);
+      if (!p.gates_x) {
+        if (kNarrow && p.panels_ih) {
+          if constexpr (kNarrow) product<kG>(sums_x, x, count, input_panel_of(block), p.input, {0});
+        } else {
+          all_gates(sums_x, x, 0, count, p.w_ih, at, p.input);
+        }
+        scale_gates(sums_x, count, p.scale_ih, at);
+      }
       if (p.gates_h) {
         for (int64_t i = 0; i < count * kG; ++i) {
           const int64_t column = ((first + i / kG * stride) * kG + i % kG) * hidden + at.unit;
@@ -659,6 +710,7 @@ struct ForwardRun : Skeleton<Cell, E> {
       } else {
         product<kG>(sums, before, count, panel_of(block), head_out, {at.head * head_out});
       }
+      scale_gates(sums, count, p.scale_hh, at);
       for (int64_t i = 0; i < count; ++i) {
         apply_cell(t, s, first + i * stride, at, before[i], sums_x + i * kG, sums + i * kG);
       }
@@ -707,7 +759,10 @@ struct ForwardRun : Skeleton<Cell, E> {
       for (int64_t i = 0; i < count; ++i) {
         for (int v = 0; v < kPlain; ++v) {
           const int64_t u = (block * kPlain + v) * kWidth, b = first + i * stride;
-          if (u < out) emit(this->offset(t) + b, s, b, u, sums[i * kPlain + v], out - u);
+          V sum = sums[i * kPlain + v];
+          if (u >= out) continue;
+          if constexpr (std::is_same_v<W, int8_t>) sum = sum * load<C>(p.scale_hr + u, out - u);
+          emit(this->offset(t) + b, s, b, u, sum, out - u);
         }
       }
     });
@@ -1078,9 +1133,10 @@ struct BackwardRun : Skeleton<Cell, E> {
 inline void run_without_tiles(const Forward& problem) { avx512::kernels.forward(problem); }
 inline void run_without_tiles(const Backward& problem) { avx512::kernels.backward(problem); }
 inline void run_product(const Product& problem) { avx512::kernels.product(problem); }
+inline void run_widening(const Widening& problem) { avx512::kernels.widen(problem); }
 #endif
 
-template <template <typename, typename> class Run, typename Cell, typename Problem>
+template <template <typename...> class Run, typename Cell, typename Problem>
 void run_dtype(const Problem& problem) {
 #if FUSEDRNN_TILES
   // What tiles are not for is left to vectors.
@@ -1090,6 +1146,12 @@ void run_dtype(const Problem& problem) {
 #else
   switch (problem.shape.dtype) {
     case Dtype::kFloat32:
+#ifndef FUSEDRNN_CELL
+      if constexpr (std::is_same_v<Problem, Forward>) {
+        if (problem.weights == Weights::kBfloat16) return Run<Cell, float, Bfloat16>(problem).run();
+        if (problem.weights == Weights::kInt8) return Run<Cell, float, int8_t>(problem).run();
+      }
+#endif
       return Run<Cell, float>(problem).run();
     case Dtype::kFloat64:
       return Run<Cell, double>(problem).run();
@@ -1102,7 +1164,27 @@ void run_dtype(const Problem& problem) {
 }
 
 #ifndef FUSEDRNN_CELL
-template <template <typename, typename> class Run, typename Problem>
+#if !FUSEDRNN_TILES
+template <typename W>
+void widen(const Widening& p) {
+  constexpr int kWidth = Vec<float>::kWidth;
+  in_parallel(is_crowded() ? 1 : p.threads, [&p](int thread, int threads) {
+    for (int64_t row = p.rows * thread / threads; row < p.rows * (thread + 1) / threads; ++row) {
+      const W* from = static_cast<const W*>(p.from) + row * p.columns;
+      float* to = p.to + row * p.columns;
+      const Vec<float> scale(p.scale ? p.scale[row] : 1.0f);
+      for (int64_t k = 0; k < p.columns; k += kWidth) {
+        store(to + k, load<float>(from + k, p.columns - k) * scale, p.columns - k);
+      }
+    }
+  });
+}
+inline void run_widening(const Widening& problem) {
+  problem.weights == Weights::kInt8 ? widen<int8_t>(problem) : widen<Bfloat16>(problem);
+}
+#endif
+
+template <template <typename...> class Run, typename Problem>
 void run_cell(const Problem& problem) {
   switch (problem.shape.cell) {
 #define FUSEDRNN_CASE(Cell) \
@@ -1116,8 +1198,8 @@ void run_cell(const Problem& problem) {
 #define FUSEDRNN_STRING(name) #name
 #define FUSEDRNN_NAME(name) FUSEDRNN_STRING(name)
 
-extern const Kernels kernels = {FUSEDRNN_NAME(FUSEDRNN_CAPABILITY), kTiles, run_cell<ForwardRun, Forward>,
-                                run_cell<BackwardRun, Backward>, run_product};
+extern const Kernels kernels = {FUSEDRNN_NAME(FUSEDRNN_CAPABILITY), kTiles,      run_cell<ForwardRun, Forward>,
+                                run_cell<BackwardRun, Backward>,    run_product, run_widening};
 
 #else
 

@@ -100,6 +100,13 @@ Dtype dtype_of(int32_t dtype) {
   }
 }
 
+Weights weights_of(const Tensor& w, bool quantized) {
+  if (!quantized) return Weights::kSame;
+  FUSEDRNN_CHECK(w.dtype() == kInt8 || w.dtype() == kBFloat16,
+                 "fusedrnn: quantized weights must be int8 or bfloat16, got ", name_of(w.dtype()));
+  return w.dtype() == kInt8 ? Weights::kInt8 : Weights::kBfloat16;
+}
+
 int32_t compute_dtype(const Tensor& x) { return x.dtype() == kDouble ? kDouble : kFloat; }
 
 int64_t cache_bytes() {
@@ -158,11 +165,13 @@ struct Problem {
     check_tensor("x", x, x.sizes(), dtype);
     check_tensor("h0", h0, {batch, out}, dtype);
     check_tensor("c0", in.c0, {batch, hidden}, dtype);
-    check_tensor("w_ih", in.w_ih, {cell.gates * hidden, input}, dtype);
-    check_tensor("w_hh", w_hh, {cell.gates * hidden, w_hh.size(1)}, dtype);
+    const int32_t of_weights = in.quantized ? w_hh.dtype() : dtype;
+    check_tensor("w_ih", in.w_ih, {cell.gates * hidden, input}, of_weights);
+    check_tensor("w_hh", w_hh, {cell.gates * hidden, w_hh.size(1)}, of_weights);
     check_tensor("b_ih", in.b_ih, {cell.gates * hidden}, dtype);
     check_tensor("b_hh", in.b_hh, {cell.gates * hidden}, dtype);
-    check_tensor("w_hr", in.w_hr, {out, hidden}, dtype);
+    check_tensor("w_hr", in.w_hr, {out, hidden}, of_weights);
+    if (in.quantized) check_quantized(in);
     if (in.batch_sizes) {
       packed(x, in.batch_sizes);
     } else {
@@ -172,6 +181,19 @@ struct Problem {
     for (const Tensor& t : in.more.states) check_given("states", t, {batch, hidden}, dtype);
     for (const Tensor& t : in.more.parameters) check_given("parameters", t, {hidden}, dtype);
     for (const Tensor& t : in.more.inputs) check_given("inputs", t, shape(hidden), dtype);
+  }
+
+  void check_quantized(const Inputs& in) const {
+    const bool scaled = weights_of(in.w_hh, true) == Weights::kInt8;
+    FUSEDRNN_CHECK(in.x.dtype() == kFloat && heads == 1 && !cell.forward,
+                   "fusedrnn: quantized weights are those of a built-in cell in float32 of one head, got ", cell.name,
+                   " in ", name_of(in.x.dtype()), " of ", heads);
+    FUSEDRNN_CHECK(static_cast<bool>(in.scale_ih) == scaled && static_cast<bool>(in.scale_hh) == scaled &&
+                       static_cast<bool>(in.scale_hr) == (scaled && in.w_hr),
+                   "fusedrnn: int8 weights, and no others, must have scales");
+    check_tensor("scale_ih", in.scale_ih, {cell.gates * hidden}, kFloat);
+    check_tensor("scale_hh", in.scale_hh, {cell.gates * hidden}, kFloat);
+    check_tensor("scale_hr", in.scale_hr, {out}, kFloat);
   }
 
   void check_count(const char* name, size_t given, int64_t wanted) const {
@@ -234,15 +256,23 @@ struct Problem {
   }
 };
 
+// Up to so many rows the quantized panels of W_ih are multiplied; with more a GEMM pays for W_ih in float32.
+constexpr int64_t kRowsOfPanels = 256;
+
 // How forward goes about a problem: in a step of few rows the kernel multiplies x by W_ih as well, where a GEMM of its
 // own would take longer; with more rows both products are GEMMs, but in 16 bits, which would round the second.
 struct Products {
   bool one_kernel, two_products;
+  // Of quantized weights: x is multiplied by the panels of W_ih, or by W_ih in float32.
+  bool by_panels, widened;
 
   Products(const Problem& s, const Inputs& in) {
     const bool in_tiles = kernels().tiles && in.x.dtype() == kBFloat16 && !s.cell.forward;
     one_kernel = s.steps == 1 && s.batch <= (in_tiles ? kFewRowsOfTiles : kFewRows);
-    two_products = s.steps == 1 && !one_kernel && bytes_of(in.x.dtype()) > 2 && !in.resets && s.heads == 1;
+    two_products =
+        s.steps == 1 && !one_kernel && bytes_of(in.x.dtype()) > 2 && !in.resets && s.heads == 1 && !in.quantized;
+    by_panels = in.quantized && !one_kernel && in.panels_ih && s.rows <= kRowsOfPanels;
+    widened = in.quantized && !one_kernel && !by_panels;
   }
 };
 
@@ -407,6 +437,17 @@ struct Targets {
   }
 };
 
+// W_ih, quantized, in float32.
+Tensor widened_input_weight(const Inputs& in) {
+  const Tensor w = in.w_ih.contiguous(), scale = in.scale_ih.contiguous();
+  const int64_t rows = w.size(0), columns = w.size(1);
+  Tensor wide = Tensor::empty({rows, columns}, kFloat);
+  const int threads = in_parallel_region() || rows * columns < 65536 ? 1 : torch_threads();
+  kernels().widen({weights_of(w, true), w.data(), scale.data<float>(), rows, columns,
+                   static_cast<float*>(wide.writable()), threads});
+  return wide;
+}
+
 // So many rows at once have a product with W_ih that stays in the cache, and a GEMM of its best size.
 constexpr int64_t kPieceBytes = 4 << 20, kPieceRows = 512;
 
@@ -423,18 +464,23 @@ void forward(const Problem& s, const Inputs& in, void* y, void* h_n, const Targe
   }
   // Where as many gates are saved as come in, the cell replaces the one by the other in place.
   const bool in_place = gates.numel() > 0 && s.cell.saved == s.cell.gates;
-  const auto [one_kernel, two_products] = Products(s, in);
+  const auto [one_kernel, two_products, by_panels, widened] = Products(s, in);
   const Tensor x = in.x.contiguous(), w_ih = one_kernel ? in.w_ih.contiguous() : in.w_ih.with_dims(2);
   const Tensor h0 = in.h0.contiguous(), w_hh = in.w_hh.contiguous();
   const Tensor b_ih = in.b_ih.contiguous(), b_hh = in.b_hh.contiguous(), w_hr = in.w_hr.contiguous();
   const Tensor resets = in.resets.contiguous();
+  const Tensor scale_ih = in.scale_ih.contiguous(), scale_hh = in.scale_hh.contiguous(),
+               scale_hr = in.scale_hr.contiguous();
   const Addresses states0(in.c0, in.more.states), parameters(in.more.parameters), inputs(in.more.inputs);
   Tensor gates_x, gates_h;
-  const void* of_x = nullptr;
+  void* of_x = nullptr;
   if (!one_kernel) {
     if (!in_place) gates_x = Tensor::empty({s.rows, s.cell.gates * s.hidden}, dtype);
     const Matrix to = Matrix::rows_of(in_place ? gates : gates_x);
-    product_out(to, Matrix::rows_of(x), matrix(w_ih).t());
+    if (!by_panels) {
+      const Tensor wide = widened ? widened_input_weight(in) : w_ih.with_dims(2);
+      product_out(to, Matrix::rows_of(x), matrix(wide).t());
+    }
     of_x = to.data();
   }
   if (two_products) gates_h = product(matrix(h0), matrix(w_hh).t());
@@ -460,14 +506,20 @@ void forward(const Problem& s, const Inputs& in, void* y, void* h_n, const Targe
        every_state ? every_state->of : nullptr,
        s.cell.forward ? nullptr : in.panels.data(),
        nullptr,
-       nullptr});
+       nullptr,
+       weights_of(w_hh, in.quantized),
+       scale_ih.data<float>(),
+       scale_hh.data<float>(),
+       scale_hr.data<float>(),
+       in.panels_ih.data(),
+       by_panels ? of_x : nullptr});
 }
 
 // Where nothing is kept a long sequence goes some steps at a time, so that its memory is no more than x and y.
 void forward_in_pieces(const Problem& s, const Inputs& in, char* y, void* h_n, const Targets& states_n, int64_t rows) {
   const int32_t dtype = in.x.dtype();
   const Tensor x = in.x.contiguous(), resets = in.resets.contiguous(), sizes = in.batch_sizes.contiguous();
-  const Tensor packed = in.panels ? Tensor() : pack(s.cell.name, in.w_hh);
+  const Tensor packed = in.panels ? Tensor() : pack(s.cell.name, in.w_hh, in.quantized);
   const auto copy = [dtype](const Tensor& from) {
     Tensor to = Tensor::empty(from.sizes(), dtype);
     const Tensor dense = from.contiguous();
@@ -476,9 +528,11 @@ void forward_in_pieces(const Problem& s, const Inputs& in, char* y, void* h_n, c
   };
   const Tensor h = copy(in.h0), c = in.c0 ? copy(in.c0) : Tensor();
   Inputs part;
-  for (const auto member : {&Inputs::w_ih, &Inputs::w_hh, &Inputs::b_ih, &Inputs::b_hh, &Inputs::w_hr}) {
+  for (const auto member : {&Inputs::w_ih, &Inputs::w_hh, &Inputs::b_ih, &Inputs::b_hh, &Inputs::w_hr,
+                            &Inputs::scale_ih, &Inputs::scale_hh, &Inputs::scale_hr, &Inputs::panels_ih}) {
     part.*member = (in.*member).with_dims((in.*member).dim());
   }
+  part.quantized = in.quantized;
   part.reverse = in.reverse;
   const Tensor& panels = in.panels ? in.panels : packed;
   part.panels = panels.with_dims(1);
@@ -530,14 +584,15 @@ Counts counts_of(std::string_view cell) {
   return {found.states, found.parameters, found.inputs};
 }
 
-Tensor pack(std::string_view cell, const Tensor& w_hh) {
+Tensor pack(std::string_view cell, const Tensor& w_hh, bool quantized) {
   const CellEntry& found = find_cell(cell);
   FUSEDRNN_CHECK(!found.forward, "fusedrnn: the weights of ", cell, " cannot be packed once");
   const Tensor w = w_hh.contiguous();
   const int64_t offsets[] = {0, 0};
   Forward problem{};
   problem.shape.cell = found.kind;
-  problem.shape.dtype = dtype_of(w.dtype());
+  problem.shape.dtype = quantized ? Dtype::kFloat32 : dtype_of(w.dtype());
+  problem.weights = weights_of(w, quantized);
   problem.shape.hidden = w.size(0) / found.gates;
   problem.shape.out = w.size(1);
   problem.shape.heads = problem.shape.threads = 1;
@@ -575,12 +630,14 @@ Plan plan(std::string_view cell, const Inputs& in, bool backward) {
     problem.gates_x = products.one_kernel ? nullptr : &address;
     problem.gates_h = products.two_products ? &address : nullptr;
     problem.panels = s.cell.forward ? nullptr : in.panels.data();
+    problem.weights = weights_of(in.w_hh, in.quantized);
     problem.input = s.input;
     problem.way = &found.way;
     (s.cell.forward ? s.cell.forward : kernels().forward)(problem);
   }
   const bool host = in.x.dtype() == kDouble || host_multiplies(dtype_of(in.x.dtype()));
-  found.input_product = !backward && products.one_kernel ? "kernel" : host ? "host" : "panels";
+  const bool in_kernel = !backward && (products.one_kernel || products.by_panels);
+  found.input_product = in_kernel ? "kernel" : host ? "host" : "panels";
   found.state_product = !backward && products.two_products ? found.input_product : "kernel";
   return found;
 }

@@ -24,6 +24,10 @@ struct Inputs {
   int64_t heads = 1;
   More more;
   Tensor panels;  // of w_hh, as `pack` gave them: w_hh is not packed again
+  // w_ih, w_hh and w_hr are bfloat16, or int8 times these [G*H], [G*H] and [P]; x and all others are float32.
+  bool quantized = false;
+  Tensor scale_ih, scale_hh, scale_hr;
+  Tensor panels_ih;  // of w_ih, as `pack` gave them, or none
 };
 
 // Of what was not kept, and of a c that there is not, a tensor without elements.
@@ -50,8 +54,9 @@ struct Counts {
 };
 Counts counts_of(std::string_view cell);
 
-// W_hh [G*H, P] of a cell as the kernels of this processor want it: bytes that Inputs::panels takes. One head.
-FUSEDRNN_API Tensor pack(std::string_view cell, const Tensor& w_hh);
+// W_hh [G*H, P] of a cell as the kernels of this processor want it: bytes that Inputs::panels takes. One head. The same
+// of W_ih, where it is `quantized`.
+FUSEDRNN_API Tensor pack(std::string_view cell, const Tensor& w_hh, bool quantized = false);
 
 // What would be done: the kernels of `capability` go that way; the products of all rows with W_ih, and of a single step
 // with W_hh, are the "kernel"'s, the "host"'s GEMM or ours of "panels".

@@ -264,6 +264,35 @@ FUSEDRNN_INLINE void store(Half* p, Vec<float> x) {
 #endif
 }
 
+// Whole numbers of 8 bits.
+typedef int8_t RawByte __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES / 4)));
+typedef int8_t RawByteUnaligned
+    __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES / 4), aligned(alignof(int8_t)), may_alias));
+FUSEDRNN_INLINE Vec<float> load(const int8_t* p) {
+#if FUSEDRNN_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  const __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return (Vec<float>::Raw)_mm512_cvtepi32_ps(wide);
+#elif FUSEDRNN_VECTOR_BYTES == 32 && defined(__AVX2__)
+  const __m256i wide = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  return (Vec<float>::Raw)_mm256_cvtepi32_ps(wide);
+#elif defined(FUSEDRNN_NEON)
+  uint32_t four;
+  __builtin_memcpy(&four, p, 4);
+  return (Vec<float>::Raw)vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(four)))));
+#else
+  const RawByte bytes = *reinterpret_cast<const RawByteUnaligned*>(p);
+  return __builtin_convertvector(__builtin_convertvector(bytes, Vec<float>::RawInt), Vec<float>::Raw);
+#endif
+}
+FUSEDRNN_INLINE void store_exact(int8_t* p, Vec<float> x) {
+  const Vec<float>::RawInt wide = __builtin_convertvector(x.v, Vec<float>::RawInt);
+#if FUSEDRNN_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8((__m512i)wide));
+#else
+  *reinterpret_cast<RawByteUnaligned*>(p) = __builtin_convertvector(wide, RawByte);
+#endif
+}
+
 #if FUSEDRNN_VECTOR_BYTES == 64 && defined(__AVX512F__)
 FUSEDRNN_INLINE __mmask16 first_lanes(int64_t count) { return __mmask16(count > 0 ? (1u << count) - 1 : 0); }
 template <typename C>

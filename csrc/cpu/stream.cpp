@@ -46,7 +46,10 @@ struct Stream::State {
   int64_t bytes() const {
     int64_t sum = 0;
     for (const Inputs& in : layers) {
-      for (const Tensor* t : {&in.w_ih, &in.w_hh, &in.b_ih, &in.b_hh, &in.w_hr, &in.panels}) sum += bytes_of(*t);
+      for (const Tensor* t : {&in.w_ih, &in.w_hh, &in.b_ih, &in.b_hh, &in.w_hr, &in.panels, &in.panels_ih, &in.scale_ih,
+                              &in.scale_hh, &in.scale_hr}) {
+        sum += bytes_of(*t);
+      }
     }
     return sum;
   }
@@ -92,6 +95,10 @@ Stream::Stream(std::string_view cell, const Sizes& sizes, const std::vector<Weig
   s.cell = cell;
   s.sizes = sizes;
   s.dtype = scalar_type(sizes.dtype);
+  const bool scaled = sizes.weights == fusedrnn::Weights::kInt8;
+  FUSEDRNN_CHECK(sizes.weights == fusedrnn::Weights::kSame || s.dtype == kFloat,
+                 "fusedrnn: a stream with quantized weights must be float32, got ", name_of(s.dtype));
+  const int32_t of_weights = scaled ? kInt8 : sizes.weights == fusedrnn::Weights::kBfloat16 ? kBFloat16 : s.dtype;
   s.out = sizes.projection ? sizes.projection : sizes.hidden;
   const int64_t count = static_cast<int64_t>(layers.size()), rows = gates * sizes.hidden;
   const auto states = [&](int64_t last) {
@@ -105,13 +112,22 @@ Stream::Stream(std::string_view cell, const Sizes& sizes, const std::vector<Weig
     const Weights& w = layers[k];
     FUSEDRNN_CHECK(w.w_ih && w.w_hh && (w.w_hr != nullptr) == (sizes.projection > 0),
                    "fusedrnn: a layer of a stream needs w_ih and w_hh, and w_hr exactly where there is a projection");
+    FUSEDRNN_CHECK(!scaled || (w.scale_ih && w.scale_hh && (w.scale_hr != nullptr) == (w.w_hr != nullptr)),
+                   "fusedrnn: int8 weights of a stream need scale_ih and scale_hh, and with a projection scale_hr");
     Inputs in;
-    in.w_ih = copy_of(w.w_ih, {rows, k ? s.out : sizes.input}, s.dtype);
-    in.w_hh = copy_of(w.w_hh, {rows, s.out}, s.dtype);
+    in.w_ih = copy_of(w.w_ih, {rows, k ? s.out : sizes.input}, of_weights);
+    in.w_hh = copy_of(w.w_hh, {rows, s.out}, of_weights);
+    if (scaled) {
+      in.scale_ih = copy_of(w.scale_ih, {rows}, kFloat);
+      in.scale_hh = copy_of(w.scale_hh, {rows}, kFloat);
+      if (w.w_hr) in.scale_hr = copy_of(w.scale_hr, {s.out}, kFloat);
+    }
     if (w.b_ih) in.b_ih = copy_of(w.b_ih, {rows}, s.dtype);
     if (w.b_hh) in.b_hh = copy_of(w.b_hh, {rows}, s.dtype);
-    if (w.w_hr) in.w_hr = copy_of(w.w_hr, {s.out, sizes.hidden}, s.dtype);
-    in.panels = pack(cell, in.w_hh);
+    if (w.w_hr) in.w_hr = copy_of(w.w_hr, {s.out, sizes.hidden}, of_weights);
+    in.quantized = of_weights != s.dtype;
+    in.panels = pack(cell, in.w_hh, in.quantized);
+    if (in.quantized) in.panels_ih = pack(cell, in.w_ih, true);
     in.h0 = s.h.select(k);
     if (has_c) in.c0 = s.c.select(k);
     s.layers.push_back(std::move(in));

@@ -126,6 +126,7 @@ int64_t bytes_of(int32_t dtype) {
       return 4;
     case kBool:
     case kUint8:
+    case kInt8:
       return 1;
     default:
       return 2;

@@ -32,7 +32,16 @@ FUSEDRNN_API void check_torch(AOTITorchError error, const char* what);
 #define FUSEDRNN_TORCH(call) ::fusedrnn::check_torch(call, #call)
 
 // The dtypes of torch, by number: of torch/headeronly/core/ScalarType.h, which never change.
-enum ScalarType : int32_t { kUint8 = 0, kInt64 = 4, kHalf = 5, kFloat = 6, kDouble = 7, kBool = 11, kBFloat16 = 15 };
+enum ScalarType : int32_t {
+  kUint8 = 0,
+  kInt8 = 1,
+  kInt64 = 4,
+  kHalf = 5,
+  kFloat = 6,
+  kDouble = 7,
+  kBool = 11,
+  kBFloat16 = 15
+};
 const char* name_of(int32_t dtype);
 FUSEDRNN_API int64_t bytes_of(int32_t dtype);
 

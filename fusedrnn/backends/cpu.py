@@ -8,7 +8,7 @@ from fusedrnn import _build
 from fusedrnn.cells import Cell
 
 # Their numbers in torch, which never change.
-_NUMBERS = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
+_NUMBERS = {torch.int8: 1, torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
 # Where T is not known: as long as it takes for the beginning not to count.
 _LONG = 1000
 _GEMMS = {"kernel": "by the same kernel", "host": "by torch's GEMM before", "panels": "by a GEMM of ours before"}
@@ -18,9 +18,9 @@ _GEMMS = {"kernel": "by the same kernel", "host": "by torch's GEMM before", "pan
 class Plan:
     """``capability``: the instruction set. ``by_rows``: each thread takes rows of the batch through all steps; else it
     takes units, and all wait for each other after a step. ``direct``: W_hh is read where it lies; else it is repacked
-    to ``panel_bytes``, ``kept``: by freeze, once. ``tiles``: multiplied in the tile registers of AMX. ``input_product``
-    and ``state_product`` tell who multiplies the rows of all steps by W_ih, and the states by W_hh: "kernel", "host"
-    (torch's GEMM) or "panels" (ours).
+    to ``panel_bytes``, ``kept``: once, by freeze or quantize. ``quantized``: the dtype of weights of fewer bits.
+    ``tiles``: multiplied in the tile registers of AMX. ``input_product`` and ``state_product`` tell who multiplies the
+    rows of all steps by W_ih, and the states by W_hh: "kernel", "host" (torch's GEMM) or "panels" (ours).
     """
 
     algorithm: str
@@ -31,6 +31,7 @@ class Plan:
     tiles: bool
     panel_bytes: int
     kept: bool
+    quantized: torch.dtype | None
     input_product: str
     state_product: str
     why: str = field(repr=False)
@@ -48,18 +49,22 @@ def plan_for(
     steps: int | None = None,
     kept: bool = False,
     heads: int = 1,
+    quantized: torch.dtype | None = None,
 ) -> Plan:
     """The plan of one direction of one layer; ``steps`` None: of a long sequence. ``kept``: its weights are packed."""
     sizes = (_NUMBERS[dtype], steps or _LONG, batch, input_size, hidden_size, proj_size, heads)
     more = (max(len(cell.states) - 2, 0), len(cell.parameters), len(cell.inputs))
     kept = kept and not backward
-    found = _build._extension.plan(cell.name, *sizes, *more, kept, backward)
+    if backward:  # then the weights are in float32
+        quantized = None
+    found = _build._extension.plan(cell.name, *sizes, *more, kept, backward, quantized and _NUMBERS[quantized])
     if found["direct"]:
         found["panel_bytes"] = 0
-    return Plan("persistent", kept=kept, why=_why(found, steps, kept, backward), **found)
+    why = _why(found, steps, kept, backward, quantized)
+    return Plan("persistent", kept=kept, quantized=quantized, why=why, **found)
 
 
-def _why(found: dict, steps: int | None, kept: bool, backward: bool) -> str:
+def _why(found: dict, steps: int | None, kept: bool, backward: bool, quantized: torch.dtype | None) -> str:
     threads, available = found["threads"], torch.get_num_threads()
     if threads > 1:
         shared = "take rows of the batch each, W_hh fits their caches" if found["by_rows"] else "take units each"
@@ -67,13 +72,17 @@ def _why(found: dict, steps: int | None, kept: bool, backward: bool) -> str:
     else:
         who = "one thread" + (f" of {available}, a step is too small to share" if available > 1 else "")
     size = f"{found['panel_bytes'] / 2**20:.2f} MiB"
+    narrow = f" in {str(quantized).removeprefix('torch.')}" if quantized else ""
     if found["state_product"] != "kernel":
         weights = f"W_hh {_GEMMS[found['state_product']]}"
     elif found["direct"]:
-        weights = "W_hh read where it lies: so few steps do not pay for packing it"
+        weights = f"W_hh read where it lies{narrow}: so few steps do not pay for packing it"
     else:
-        weights = f"W_hh packed {'once, by freeze' if kept else 'at each call'} ({size}{', tiles' * found['tiles']})"
+        when = f"once, by {'quantize' if quantized else 'freeze'}" if kept else "at each call"
+        weights = f"W_hh packed{narrow} {when} ({size}{', tiles' * found['tiles']})"
     product = _GEMMS[found["input_product"]]
+    if quantized and found["input_product"] != "kernel":
+        product = f"in float32 {product}"
     inputs = f"dx and dW_ih {product.replace('before', 'behind')}" if backward else f"x W_ih^T {product}"
     length = "" if steps else "; planned for a long sequence, steps= was not given"
     return f"{found['capability']}, {who}; {weights}; {inputs}{length}"
