@@ -664,11 +664,11 @@ PyObject* call_plan(PyObject* const* a) {
   if (is_true(a[11])) in.panels = Tensor::empty({1}, kUint8);
   if (is_true(a[11]) && in.quantized) in.panels_ih = Tensor::empty({1}, kUint8);
   const Plan found = plan(cell, in, is_true(a[12]));
-  return Py_BuildValue("{s:s, s:O, s:O, s:O, s:i, s:L, s:s, s:s}", "capability", found.capability, "direct",
+  return Py_BuildValue("{s:s, s:O, s:O, s:O, s:O, s:i, s:L, s:s, s:s}", "capability", found.capability, "direct",
                        found.way.direct ? Py_True : Py_False, "by_rows", found.way.by_rows ? Py_True : Py_False,
-                       "tiles", found.way.tiles ? Py_True : Py_False, "threads", found.way.threads, "panel_bytes",
-                       static_cast<long long>(found.way.panel_bytes), "input_product", found.input_product,
-                       "state_product", found.state_product);
+                       "tiles", found.way.tiles ? Py_True : Py_False, "digits", found.way.digits ? Py_True : Py_False,
+                       "threads", found.way.threads, "panel_bytes", static_cast<long long>(found.way.panel_bytes),
+                       "input_product", found.input_product, "state_product", found.state_product);
 }
 
 // As if others had come late, for the tests: one thread does the work of all for a while.

@@ -337,7 +337,7 @@ class RecurrentLayer(Quantizable, nn.RNNBase):
 
     def _direct(self, input, hx, resets=None):
         """What forward returns, in one call of C++; None where that does not apply."""
-        module = self._called_as()
+        module = self._called_as(input)
         if not self._may_be_direct or module is None:
             return None
         h0, c0 = hx, None
@@ -567,7 +567,7 @@ class RecurrentCell(Quantizable, nn.RNNCellBase):
         """What forward returns, in one call of C++; None where that does not apply."""
         if self._frozen is not None:
             self._check_frozen()
-        module = self._called_as()
+        module = self._called_as(input)
         if not self._may_be_direct or module is None:
             return None
         cell = CELL_OF_MODE[self.mode].name

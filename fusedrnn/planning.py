@@ -450,6 +450,9 @@ def plan(layer: torch.nn.Module, batch: int, *, steps: int | None = None, backwa
 
 
 def _on_cpu(choice: Choice, layer, cell, batch: int, weight: torch.Tensor, steps: int | None, backward: bool) -> Choice:
+    packed, many = "_packed" in layer.__dict__, isinstance(layer, torch.nn.RNNBase)
+    quantized = layer._quantized if packed else None
+    widened = many and quantized is not None and not backward and layer._widens(batch)
     details = importlib.import_module("fusedrnn.backends.cpu").plan_for(
         cell,
         batch,
@@ -459,8 +462,11 @@ def _on_cpu(choice: Choice, layer, cell, batch: int, weight: torch.Tensor, steps
         weight.dtype,
         backward=backward,
         steps=1 if isinstance(layer, torch.nn.RNNCellBase) else steps,
-        kept="_packed" in layer.__dict__ and isinstance(layer, torch.nn.RNNBase),
-        quantized=layer._quantized if "_packed" in layer.__dict__ else None,
+        kept=packed and many,
+        quantized=None if widened else quantized,
         heads=getattr(layer, "heads", 1),
     )
-    return replace(choice, algorithm=details.algorithm, why=f"{choice.why}; {details.why}", details=details)
+    why = f"{choice.why}; {details.why}"
+    if widened:
+        why = f"{why}; weights of {str(quantized).removeprefix('torch.')} in float32, which is faster at this size"
+    return replace(choice, algorithm=details.algorithm, why=why, details=details)

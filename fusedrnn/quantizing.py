@@ -1,7 +1,10 @@
 """Layers that are only run, with weights of fewer bits: int8 times a scale for each row, or bfloat16."""
 
+import functools
+
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn import _build
 from fusedrnn.cells import CELL_OF_MODE
@@ -9,6 +12,8 @@ from fusedrnn.freezing import Freezable, checked, layers_of
 
 DTYPES = (torch.int8, torch.bfloat16)
 _MOST = 127
+# What C++ is given in place of a module: with its weights, and where that is faster with those in float32.
+_CALLS = ("_packed_call", "_wide_call")
 
 
 def rounded(w: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -28,6 +33,19 @@ def widened(w: Tensor, scale: Tensor | None) -> Tensor:
     return wide if scale is None else wide * scale.unsqueeze(1)
 
 
+@functools.cache
+def _whole_numbers() -> bool:
+    """Whether int8 is multiplied in whole numbers here, not widened (csrc/cpu/digits.h)."""
+    return _build._extension.plan("lstm", 6, 100, 1, 8, 8, 0, 1, 0, 0, 0, True, False, 1)["digits"]
+
+
+def float32_is_faster(dtype: torch.dtype, weights: int, batch: int) -> bool:
+    """Whether steps of ``batch`` rows and so many weights in W_hh take less time in float32, as measured on a CPU."""
+    if dtype == torch.int8 and _whole_numbers():
+        return weights < 8192
+    return weights < 32768 or batch >= (8 if weights >= 1 << 19 else 4)
+
+
 class Quantizable(Freezable):
     """What layers and cells have for :func:`quantize`."""
 
@@ -36,8 +54,12 @@ class Quantizable(Freezable):
         """How many bytes packed weights take, beside the parameters and buffers; 0 where none are kept."""
         if self._quantized is None:
             return super().packed_bytes
-        kept = self.__dict__.get("_packed", ())
-        return sum(t.nbytes for panels_and_scales in kept for t in panels_and_scales[:2] if t is not None)
+        kept, wide = self.__dict__.get("_packed", ()), self.__dict__.get("_wide_call")
+        found = sum(t.nbytes for panels_and_scales in kept for t in panels_and_scales[:2] if t is not None)
+        if wide is not None:
+            found += sum(wide["_parameters"][name].nbytes for name in self._weight_names())
+            found += sum(t.nbytes for t in wide["_packed"])
+        return found
 
     def _weight_names(self) -> list[str]:
         names = self._flat_weights_names if isinstance(self, nn.RNNBase) else ("weight_ih", "weight_hh")
@@ -75,7 +97,7 @@ class Quantizable(Freezable):
             self._parameters[name] = parameter
             if parameter is not None:
                 parameter.requires_grad_(wanted.get(name, parameter.requires_grad))
-        for name in ("_packed", "_packed_call"):
+        for name in ("_packed", *_CALLS):
             self.__dict__.pop(name, None)
         del self._frozen, self._quantized
         self._renewed()
@@ -85,7 +107,8 @@ class Quantizable(Freezable):
             self._init_flat_weights()
 
     def _pack(self) -> list | None:
-        self.__dict__.pop("_packed_call", None)
+        for name in _CALLS:
+            self.__dict__.pop(name, None)
         if self._quantized is None:
             return super()._pack()
         cell, names = CELL_OF_MODE[self.mode].name, self._weight_names()
@@ -108,13 +131,36 @@ class Quantizable(Freezable):
         self.__dict__["_packed_call"] = sizes | {"_parameters": {n: self._held(n) for n in order}, "_packed": found}
         return found
 
-    def _called_as(self) -> dict | None:
+    def _called_as(self, input) -> dict | None:
         """What C++ is given as the module's __dict__; None: nothing."""
         if self._quantized is None:
             return self.__dict__
         if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
             return None
-        return self.__dict__.get("_packed_call")
+        narrow = self.__dict__.get("_packed_call")
+        if narrow is None or not isinstance(self, nn.RNNBase):
+            return narrow
+        batch = 1
+        if type(input) is PackedSequence:
+            batch = int(input.batch_sizes[0]) if input.batch_sizes.numel() else 0
+        elif isinstance(input, Tensor) and input.dim() == 3:
+            batch = input.shape[0 if self.batch_first else 1]
+        return self._wide_call_once(narrow) if self._widens(batch) else narrow
+
+    def _widens(self, batch: int) -> bool:
+        """Whether a call for so many sequences takes the weights in float32."""
+        return float32_is_faster(self._quantized, self._buffers["weight_hh_l0"].numel(), batch)
+
+    def _wide_call_once(self, narrow: dict) -> dict:
+        found = self.__dict__.get("_wide_call")
+        if found is None:
+            names, cell = self._flat_weights_names, CELL_OF_MODE[self.mode].name
+            wide = dict(zip(names, self._widened(names), strict=True))
+            packed = [_build._small_calls.pack(cell, w, False) for n, w in wide.items() if n.startswith("weight_hh")]
+            if None in packed:
+                return narrow
+            found = self.__dict__["_wide_call"] = narrow | {"_parameters": wide, "_packed": packed}
+        return found
 
     def _replaced(self, name: str) -> RuntimeError:
         if self._quantized is None:
@@ -170,7 +216,7 @@ class Quantizable(Freezable):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in super().__getstate__().items() if name != "_packed_call"}
+        return {name: value for name, value in super().__getstate__().items() if name not in _CALLS}
 
 
 def quantize(model: nn.Module, dtype: torch.dtype = torch.int8) -> nn.Module:

@@ -67,10 +67,12 @@ class Stream:
 
     def _made(self, layer: nn.RNNBase, weights: list[Tensor]) -> tuple:
         names, quantized = layer._flat_weights_names, layer._quantized
+        if quantized is not None and layer._widens(self.batch):
+            quantized = None
         if quantized is not None:
             weights = [layer._held(name).detach() for name in names]
         held = [None if w is None else w.contiguous() for w in weights]
-        scales = [None if s is None else s.contiguous() for s in map(layer._scale, names)]
+        scales = [None if quantized is None or s is None else s.contiguous() for s in map(layer._scale, names)]
         per, layers = len(held) // layer.num_layers, []
         for k in range(layer.num_layers):
             w_ih, w_hh, *others = held[k * per : (k + 1) * per]

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import fusedrnn
-from fusedrnn import _build
+from fusedrnn import _build, quantizing
 
 DTYPES = [torch.int8, torch.bfloat16]
 LAYERS = (
@@ -29,6 +29,13 @@ CELLS = (("LSTMCell", {}), ("GRUCell", {"bias": False}), ("RNNCell", {}), ("RNNC
 packs = pytest.mark.skipif(_build._small_calls is None, reason="this torch hands no tensors to C: nothing is packed")
 kinds = pytest.mark.parametrize("dtype", DTYPES, ids=["int8", "bfloat16"])
 every = pytest.mark.parametrize("name, options", LAYERS, ids=lambda v: v if isinstance(v, str) else "-".join(v))
+
+
+@pytest.fixture(autouse=True)
+def never_widened(request, monkeypatch):
+    """Weights of fewer bits are computed with as they are, at sizes where float32 would be faster too."""
+    if "as_it_is" not in request.keywords:
+        monkeypatch.setattr(quantizing, "float32_is_faster", lambda *_: False)
 
 
 def rounded(w, dtype):
@@ -179,6 +186,20 @@ def test_nan_and_infinity_stay_in_their_row(name, dtype, bad, steps):
     assert torch.equal(got.isnan(), want.isnan())
     assert torch.allclose(got, want, atol=2e-6, equal_nan=True)
     assert got[:, [0, 1, 3, 4]].isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-44, 1e-30, 1e5, 1e33])
+@pytest.mark.parametrize("inputs, batch", [(40, 1), (40, 20), (65600, 3)])
+def test_small_and_large_inputs(scale, inputs, batch):
+    # The longest row is one that whole numbers of 32 bits might not hold the products of.
+    layer = fusedrnn.quantize(made("RNN", 4, inputs, nonlinearity="relu", bias=False))
+    wide = fusedrnn.unquantize(copy.deepcopy(layer)).double()
+    x = torch.randn(2, batch, inputs) * scale
+    x[0, 0, 0] *= 1000
+    got, want = result(layer, x)[0].double(), result(wide, x.double())[0]
+    # Of every row of the input, to float32's rounding of its largest, times the weights.
+    limit = x.abs().amax(-1).cummax(0).values.double() * layer.weight_ih_l0_scale.max() * 127 * inputs**0.5 * 2**-19
+    assert ((got - want).abs().amax(-1) <= limit + 1e-37).all()
 
 
 def test_rows_of_zeros_and_weights_that_are_not_finite():
@@ -348,7 +369,7 @@ def test_exported_compiled_and_traced(dtype):
 def test_copies_pack_their_own(dtype):
     layer = fusedrnn.quantize(made(hidden=64, num_layers=2), dtype)
     size = 1 if dtype == torch.int8 else 2
-    assert layer.packed_bytes == size * 4 * 64 * (5 + 3 * 64)
+    assert 1 <= layer.packed_bytes / (size * 4 * 64 * (5 + 3 * 64)) < 1.15
     x = torch.randn(70, 2, 5)
     file = io.BytesIO()
     torch.save(layer, file)
@@ -373,7 +394,7 @@ def test_copies_pack_their_own(dtype):
 )
 @pytest.mark.parametrize("backend", [None, "reference"])
 def test_streams(name, options, dtype, backend):
-    layer = fusedrnn.quantize(made(name, **options, backend=backend), dtype)
+    layer = fusedrnn.quantize(made(name, 70, **options, backend=backend), dtype)
     first = options.get("batch_first", False)
     x = torch.randn(300, 3, 5).transpose(0, 1) if first else torch.randn(300, 3, 5)
     y, *states = result(layer, x)
@@ -443,6 +464,28 @@ def test_threads(dtype):
 
 @packs
 @kinds
+@pytest.mark.as_it_is
+def test_where_float32_is_faster(dtype):
+    small, large = (fusedrnn.quantize(made(hidden=hidden), dtype) for hidden in (16, 200))
+    assert quantizing.float32_is_faster(dtype, 1024, 1)
+    assert not quantizing.float32_is_faster(dtype, 160_000, 1)
+    for layer, batch, wide in ((large, 1, False), (small, 1, True), (large, 64, dtype == torch.bfloat16)):
+        if wide or not quantizing.float32_is_faster(dtype, 160_000, batch):
+            x, before = torch.randn(9, batch, 5), layer.packed_bytes
+            exact = fusedrnn.freeze(fusedrnn.unquantize(copy.deepcopy(layer)))
+            got, want = result(layer, x), result(exact, x)
+            assert same(got, want) if wide else all((a - b).abs().max() < 2e-6 for a, b in zip(got, want, strict=True))
+            state = sum(w.numel() * 4 for name, w in exact.named_parameters() if "weight" in name)
+            assert layer.packed_bytes - before == (state + exact.packed_bytes if wide else 0)
+            assert ("in float32, which is faster at this size" in fusedrnn.plan(layer, batch).why) == wide
+            assert copy.deepcopy(layer).packed_bytes == before
+            packed = nn.utils.rnn.pack_padded_sequence(x, [9] * batch)
+            assert same(result(layer, packed)[1:], got[1:])
+            assert torch.equal(layer.stream(batch)(x[0]), exact.stream(batch)(x[0])) == wide
+
+
+@packs
+@kinds
 @pytest.mark.parametrize("crowded", [False, True])
 def test_one_thread_does_the_work_of_all(dtype, crowded):
     layer = fusedrnn.quantize(made(hidden=300), dtype)
@@ -458,6 +501,7 @@ _AGAINST = """
 import copy, sys, torch, fusedrnn
 sys.path.insert(0, {tests!r})
 import test_quantizing as t
+t.quantizing.float32_is_faster = lambda *_: False
 assert fusedrnn.build_info()["cpu_capability"] == {capability!r}
 for dtype in t.DTYPES:
     for name, options in t.LAYERS:

@@ -44,6 +44,7 @@ struct Way {
   bool tiles;           // in tile registers
   int threads;          // that share the work
   int64_t panel_bytes;  // of W_hh, repacked
+  bool digits;          // in whole numbers
 };
 
 struct Forward {
@@ -74,8 +75,7 @@ struct Forward {
   const float* scale_ih;  // [G*H], of kInt8: what a row of w_ih is multiplied by, else null
   const float* scale_hh;  // [G*H]
   const float* scale_hr;  // [P]
-  const void* panels_ih;  // of w_ih, as `panels`, or null
-  void* fill_gates_x;     // where given it is gates_x, not yet filled, and x and panels_ih are given
+  const void* panels_ih;  // of w_ih, as `panels`, or null: where gates_x is null, x is multiplied by them
 };
 
 struct Backward {
@@ -141,6 +141,7 @@ struct Kernels {
   void (*backward)(const Backward&);
   void (*product)(const Product&);
   void (*widen)(const Widening&);
+  bool (*digits)();  // whether products with panels of int8 are in whole numbers, see digits.h
 };
 
 // A cell that is compiled apart from this library, for one instruction set: what csrc/cells.h says of it, and its

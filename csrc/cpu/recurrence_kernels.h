@@ -16,6 +16,7 @@
 #include <type_traits>
 
 #include "../cells.h"
+#include "digits.h"
 #include "panels.h"
 #include "recurrence.h"
 #include "simd.h"
@@ -328,7 +329,7 @@ struct Skeleton {
   }
 
   Way way(int64_t panel_elements) const {
-    return {direct, by_rows, kTiles, shape.threads, panel_elements * static_cast<int64_t>(sizeof(Packed<W>))};
+    return {direct, by_rows, kTiles, shape.threads, panel_elements * static_cast<int64_t>(sizeof(Packed<W>)), false};
   }
 
   static int64_t chunks(int64_t depth) { return divide_up(depth, Tile::kDepth); }
@@ -462,6 +463,10 @@ struct ForwardRun : Skeleton<Cell, E, W> {
   Buffer<O> exchange;            // [3][B][P]: h of the last two steps and h0, where E is narrower than O
   Buffer<O> x_wide;              // [N][I]: x, where it is multiplied here and E is narrower than O
   Buffer<O> zeros;               // [P]: what a row that is reset starts from, at least [padded]
+  Buffer<E> input_gates;         // [N][G*H]: x W_ih^T, where it is computed here for all steps
+  const E* const gates_x;        // those or the given ones, or null
+  Buffer<uint8_t> digits;        // [threads][kGroup][Digits::kCount][P or I, rounded up], with digits only
+  Buffer<float> digit_units;     // [threads][kGroup]
 
   explicit ForwardRun(const Forward& problem)
       : Base(problem.shape, problem.w_hr != nullptr, reads_weights(problem), 1, problem.shape.out),
@@ -478,7 +483,11 @@ struct ForwardRun : Skeleton<Cell, E, W> {
         h(projected ? batch * padded : 0),
         exchange(kWide ? 0 : 3 * batch * out),
         x_wide(kWide || problem.gates_x ? 0 : problem.shape.offsets[steps] * problem.input),
-        zeros(problem.shape.resets ? max(padded, out) : 0) {
+        zeros(problem.shape.resets ? max(padded, out) : 0),
+        input_gates(multiplies_input(problem) ? problem.shape.offsets[steps] * kG * hidden : 0),
+        gates_x(multiplies_input(problem) ? input_gates : static_cast<const E*>(problem.gates_x)),
+        digits(multiplies_digits() ? problem.shape.threads * digits_of_a_thread() : 0),
+        digit_units(multiplies_digits() ? problem.shape.threads * kGroup : 0) {
     if (problem.shape.resets) memset(zeros, 0, max(padded, out) * sizeof(O));
   }
 
@@ -487,53 +496,91 @@ struct ForwardRun : Skeleton<Cell, E, W> {
     return problem.gates_h || (is_short(problem.shape) && !is_packed(problem));
   }
   static bool is_packed(const Forward& problem) { return problem.panels || problem.pack_into; }
+  static bool multiplies_input(const Forward& problem) {
+    return !std::is_same_v<W, E> && !problem.gates_x && problem.panels_ih && !problem.way;
+  }
 
   void run() {
     if (p.way) {
       *p.way = this->way(packed_size());
+      p.way->digits = !this->direct && in_digits(out);
       return;
     }
     if (p.pack_into) {
       for (int64_t block = 0; block < unit_blocks; ++block) pack(block);
       return;
     }
-    const auto first = [this](int thread, int threads) { prepare(thread, threads); };
-    const auto then = [this](int thread, int threads) { step_by_step(thread, threads); };
-    const auto last = [this](int thread, int threads) { finish(thread, threads); };
-    if constexpr (kNarrow) {
-      if (p.fill_gates_x) {
-        this->in_phases([this](int thread, int threads) { multiply_input(thread, threads); }, first, then, last);
-        return;
-      }
-    }
-    this->in_phases(first, then, last);
+    this->in_phases([this](int thread, int threads) { prepare(thread, threads); },
+                    [this](int thread, int threads) { step_by_step(thread, threads); },
+                    [this](int thread, int threads) { finish(thread, threads); });
   }
 
  private:
   static constexpr bool kNarrow = !std::is_same_v<W, E>;
+  static constexpr bool kWhole = std::is_same_v<W, int8_t>;
 
-  // x W_ih^T of all rows.
-  void multiply_input(int thread, int threads) {
-    const auto units = Base::share_of(unit_blocks, thread, threads);
-    const int64_t rows = this->offset(steps);
-    for (int64_t row = 0; row < rows; row += kGroup) {
-      const int64_t count = min(kGroup, rows - row);
+  // Whether panels of that depth are for products of digits.
+  static bool in_digits(int64_t depth) { return kWhole && has_digits() && depth <= Digits::kMostDepth; }
+  static int64_t panel_elements(int64_t depth) {
+    return in_digits(depth) ? Digits::panel(kG, depth) : Base::panel_size(kG, 1, depth);
+  }
+  bool multiplies_digits() const {
+    return !p.way && ((!this->direct && in_digits(out)) || (p.panels_ih && in_digits(p.input)));
+  }
+  int64_t digits_of_a_thread() const {
+    return min(kGroup, this->offset(steps)) * Digits::kCount * Digits::row(max(out, p.input));
+  }
+
+  // What multiply_panel needs of rows.
+  void prepare_rows(const O* const* rows, int64_t count, int64_t depth, int thread) {
+    if constexpr (kTiles) lay_out(this->laid_out_by(thread), rows, count, depth, {0});
+    if constexpr (kWhole && kDigits) {
+      if (!in_digits(depth)) return;
+      uint8_t* const to = digits + thread * digits_of_a_thread();
+      for (int64_t i = 0; i < count; ++i) {
+        to_digits(to + i * Digits::kCount * Digits::row(depth), digit_units + thread * kGroup + i, rows[i], depth);
+      }
+    }
+  }
+  // sums[count][kG] = rows from `skip` on times a panel.
+  void multiply_panel(V* sums, const O* const* rows, int64_t count, int64_t skip, const Packed<W>* panel, int64_t depth,
+                      int thread) const {
+    if constexpr (kTiles) {
+      product<kG>(sums, this->laid_out_by(thread), count, panel, Base::chunks(depth));
+    } else {
+      if constexpr (kWhole && kDigits) {
+        if (in_digits(depth)) {
+          product_of_digits<kG>(sums, rows, digits + thread * digits_of_a_thread(), digit_units + thread * kGroup,
+                                count, panel, depth);
+          return;
+        }
+      }
+      product<kG>(sums, rows, count, panel, depth, {skip});
+    }
+  }
+
+  // x W_ih^T of all rows, for some units.
+  void multiply_input(typename Base::Range units, int thread) {
+    const int64_t rows = this->offset(steps), groups = divide_up(rows, kGroup);
+    for (int64_t group = 0; group < groups; ++group) {
+      const int64_t row = rows * group / groups, count = rows * (group + 1) / groups - row;
       const O* x[kGroup];
       for (int64_t i = 0; i < count; ++i) x[i] = x_row(row + i);
-      this->sweep(units, row / kGroup, [&](int64_t block) {
+      prepare_rows(x, count, p.input, thread);
+      this->sweep(units, group, [&](int64_t block) {
         const Place at = place_of(block);
         V sums[kGroup * kG];
-        product<kG>(sums, x, count, input_panel_of(block), p.input, {0});
+        multiply_panel(sums, x, count, 0, input_panel_of(block), p.input, thread);
         scale_gates(sums, count, p.scale_ih, at);
         for (int64_t i = 0; i < count * kG; ++i) {
           const int64_t column = ((row + i / kG) * kG + i % kG) * hidden + at.unit;
-          store(static_cast<E*>(p.fill_gates_x) + column, sums[i], at.count);
+          store(input_gates + column, sums[i], at.count);
         }
       });
     }
   }
   const Packed<W>* input_panel_of(int64_t block) const {
-    return static_cast<const Packed<W>*>(p.panels_ih) + block * Base::panel_size(kG, 1, p.input);
+    return static_cast<const Packed<W>*>(p.panels_ih) + block * panel_elements(p.input);
   }
   // Products with whole numbers become those with the weights that they stand for.
   FUSEDRNN_INLINE void scale_gates([[maybe_unused]] V* sums, [[maybe_unused]] int64_t count,
@@ -596,6 +643,9 @@ struct ForwardRun : Skeleton<Cell, E, W> {
         }
       }
     }
+    if constexpr (kNarrow) {
+      if (multiplies_input(p)) multiply_input(units, thread);
+    }
     const auto outs = Base::share_of(out_blocks, thread, threads);
     for (int64_t block = outs.begin; block < outs.end; ++block) {
       Packed<W>* panel = out_panels + block * hidden * kPlain * kWidth;
@@ -623,6 +673,12 @@ struct ForwardRun : Skeleton<Cell, E, W> {
       if constexpr (kTiles) {
         tiles_of_rows(panel_of(block) + g * Tile::kSize, kG, of_gate, head_out, at.count, head_out);
       } else {
+        if constexpr (kWhole && kDigits) {
+          if (in_digits(head_out)) {
+            pack_fours(panel_of(block), kG, g, of_gate, head_out, at.count, head_out);
+            continue;
+          }
+        }
         pack_rows<C>(panel_of(block) + g * kWidth, kG * kWidth, of_gate, head_out, at.count, head_out);
       }
     }
@@ -632,8 +688,8 @@ struct ForwardRun : Skeleton<Cell, E, W> {
     if (b) store(bias + at, load(bias + at) + load<C>(static_cast<const E*>(b) + from, count));
   }
 
-  int64_t packed_size() const { return unit_blocks * Base::panel_size(kG, 1, head_out); }
-  Packed<W>* panel_of(int64_t block) const { return packed + block * Base::panel_size(kG, 1, head_out); }
+  int64_t packed_size() const { return unit_blocks * panel_elements(head_out); }
+  Packed<W>* panel_of(int64_t block) const { return packed + block * panel_elements(head_out); }
   FUSEDRNN_INLINE Place place_of(int64_t block) const { return this->place(block, 1, 0, head_units); }
   FUSEDRNN_INLINE C* other(int k, int64_t b) const { return others + ((k - 1) * batch + b) * padded; }
 
@@ -677,25 +733,19 @@ struct ForwardRun : Skeleton<Cell, E, W> {
     const O* x[kGroup];
     for (int64_t i = 0; i < count; ++i) {
       before[i] = h_before(t, s, first + i * stride);
-      if (!p.gates_x) x[i] = x_row(this->offset(t) + first + i * stride);
+      if (!gates_x) x[i] = x_row(this->offset(t) + first + i * stride);
     }
-    if constexpr (kTiles) lay_out(this->laid_out_by(thread), before, count, out, {0});
+    if (!this->direct) prepare_rows(before, count, out, thread);
     this->sweep(units, s, [&](int64_t block) {
       const Place at = place_of(block);
       // The cell reads a line here and a line there, which no prefetcher foresees.
-      for (int64_t i = 0; i < count && p.gates_x; ++i) {
+      for (int64_t i = 0; i < count && gates_x; ++i) {
         const int64_t row = this->offset(t) + first + i * stride;
-        for (int g = 0; g < kG; ++g) {
-          __builtin_prefetch(static_cast<const E*>(p.gates_x) + (row * kG + g) * hidden + at.unit);
-        }
+        for (int g = 0; g < kG; ++g) __builtin_prefetch(gates_x + (row * kG + g) * hidden + at.unit);
       }
       V sums[kGroup * kG], sums_x[kGroup * kG];
-      if (!p.gates_x) {
-        if (kNarrow && p.panels_ih) {
-          if constexpr (kNarrow) product<kG>(sums_x, x, count, input_panel_of(block), p.input, {0});
-        } else {
-          all_gates(sums_x, x, 0, count, p.w_ih, at, p.input);
-        }
+      if (!gates_x) {
+        all_gates(sums_x, x, 0, count, p.w_ih, at, p.input);
         scale_gates(sums_x, count, p.scale_ih, at);
       }
       if (p.gates_h) {
@@ -705,10 +755,8 @@ struct ForwardRun : Skeleton<Cell, E, W> {
         }
       } else if (this->direct) {
         all_gates(sums, before, at.head * head_out, count, p.w_hh, at, head_out);
-      } else if constexpr (kTiles) {
-        product<kG>(sums, this->laid_out_by(thread), count, panel_of(block), Base::chunks(out));
       } else {
-        product<kG>(sums, before, count, panel_of(block), head_out, {at.head * head_out});
+        multiply_panel(sums, before, count, at.head * head_out, panel_of(block), head_out, thread);
       }
       scale_gates(sums, count, p.scale_hh, at);
       for (int64_t i = 0; i < count; ++i) {
@@ -724,8 +772,8 @@ struct ForwardRun : Skeleton<Cell, E, W> {
     for (int a = 0; a < kA; ++a) acc[a] = load(bias + a * padded + at.at);
     FUSEDRNN_UNROLL
     for (int g = 0; g < kG; ++g) {
-      const E* gate_x = static_cast<const E*>(p.gates_x) + (row * kG + g) * hidden + u;
-      acc[Cell::x_acc(g)] = acc[Cell::x_acc(g)] + (p.gates_x ? load<C>(gate_x, count) : sums_x[g]);
+      const E* gate_x = gates_x + (row * kG + g) * hidden + u;
+      acc[Cell::x_acc(g)] = acc[Cell::x_acc(g)] + (gates_x ? load<C>(gate_x, count) : sums_x[g]);
     }
     FUSEDRNN_UNROLL
     for (int g = 0; g < kG; ++g) acc[Cell::h_acc(g)] = acc[Cell::h_acc(g)] + sums[g];
@@ -1134,6 +1182,7 @@ inline void run_without_tiles(const Forward& problem) { avx512::kernels.forward(
 inline void run_without_tiles(const Backward& problem) { avx512::kernels.backward(problem); }
 inline void run_product(const Product& problem) { avx512::kernels.product(problem); }
 inline void run_widening(const Widening& problem) { avx512::kernels.widen(problem); }
+inline bool digits_here() { return avx512::kernels.digits(); }
 #endif
 
 template <template <typename...> class Run, typename Cell, typename Problem>
@@ -1182,6 +1231,7 @@ void widen(const Widening& p) {
 inline void run_widening(const Widening& problem) {
   problem.weights == Weights::kInt8 ? widen<int8_t>(problem) : widen<Bfloat16>(problem);
 }
+inline bool digits_here() { return has_digits(); }
 #endif
 
 template <template <typename...> class Run, typename Problem>
@@ -1198,8 +1248,13 @@ void run_cell(const Problem& problem) {
 #define FUSEDRNN_STRING(name) #name
 #define FUSEDRNN_NAME(name) FUSEDRNN_STRING(name)
 
-extern const Kernels kernels = {FUSEDRNN_NAME(FUSEDRNN_CAPABILITY), kTiles,      run_cell<ForwardRun, Forward>,
-                                run_cell<BackwardRun, Backward>,    run_product, run_widening};
+extern const Kernels kernels = {FUSEDRNN_NAME(FUSEDRNN_CAPABILITY),
+                                kTiles,
+                                run_cell<ForwardRun, Forward>,
+                                run_cell<BackwardRun, Backward>,
+                                run_product,
+                                run_widening,
+                                digits_here};
 
 #else
 

@@ -268,10 +268,11 @@ struct Products {
 
   Products(const Problem& s, const Inputs& in) {
     const bool in_tiles = kernels().tiles && in.x.dtype() == kBFloat16 && !s.cell.forward;
-    one_kernel = s.steps == 1 && s.batch <= (in_tiles ? kFewRowsOfTiles : kFewRows);
+    by_panels =
+        in.quantized && in.panels_ih && (s.rows <= kRowsOfPanels || (in.w_ih.dtype() == kInt8 && kernels().digits()));
+    one_kernel = !by_panels && s.steps == 1 && s.batch <= (in_tiles ? kFewRowsOfTiles : kFewRows);
     two_products =
         s.steps == 1 && !one_kernel && bytes_of(in.x.dtype()) > 2 && !in.resets && s.heads == 1 && !in.quantized;
-    by_panels = in.quantized && !one_kernel && in.panels_ih && s.rows <= kRowsOfPanels;
     widened = in.quantized && !one_kernel && !by_panels;
   }
 };
@@ -473,14 +474,12 @@ void forward(const Problem& s, const Inputs& in, void* y, void* h_n, const Targe
                scale_hr = in.scale_hr.contiguous();
   const Addresses states0(in.c0, in.more.states), parameters(in.more.parameters), inputs(in.more.inputs);
   Tensor gates_x, gates_h;
-  void* of_x = nullptr;
-  if (!one_kernel) {
+  const void* of_x = nullptr;
+  if (!one_kernel && !by_panels) {
     if (!in_place) gates_x = Tensor::empty({s.rows, s.cell.gates * s.hidden}, dtype);
     const Matrix to = Matrix::rows_of(in_place ? gates : gates_x);
-    if (!by_panels) {
-      const Tensor wide = widened ? widened_input_weight(in) : w_ih.with_dims(2);
-      product_out(to, Matrix::rows_of(x), matrix(wide).t());
-    }
+    const Tensor wide = widened ? widened_input_weight(in) : w_ih.with_dims(2);
+    product_out(to, Matrix::rows_of(x), matrix(wide).t());
     of_x = to.data();
   }
   if (two_products) gates_h = product(matrix(h0), matrix(w_hh).t());
@@ -511,8 +510,7 @@ void forward(const Problem& s, const Inputs& in, void* y, void* h_n, const Targe
        scale_ih.data<float>(),
        scale_hh.data<float>(),
        scale_hr.data<float>(),
-       in.panels_ih.data(),
-       by_panels ? of_x : nullptr});
+       in.panels_ih.data()});
 }
 
 // Where nothing is kept a long sequence goes some steps at a time, so that its memory is no more than x and y.
@@ -627,10 +625,11 @@ Plan plan(std::string_view cell, const Inputs& in, bool backward) {
     Forward problem{};
     problem.shape = shape;
     problem.w_hr = in.w_hr ? &address : nullptr;
-    problem.gates_x = products.one_kernel ? nullptr : &address;
+    problem.gates_x = products.one_kernel || products.by_panels ? nullptr : &address;
     problem.gates_h = products.two_products ? &address : nullptr;
     problem.panels = s.cell.forward ? nullptr : in.panels.data();
     problem.weights = weights_of(in.w_hh, in.quantized);
+    problem.panels_ih = in.panels_ih.data();
     problem.input = s.input;
     problem.way = &found.way;
     (s.cell.forward ? s.cell.forward : kernels().forward)(problem);

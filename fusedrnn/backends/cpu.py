@@ -19,8 +19,9 @@ class Plan:
     """``capability``: the instruction set. ``by_rows``: each thread takes rows of the batch through all steps; else it
     takes units, and all wait for each other after a step. ``direct``: W_hh is read where it lies; else it is repacked
     to ``panel_bytes``, ``kept``: once, by freeze or quantize. ``quantized``: the dtype of weights of fewer bits.
-    ``tiles``: multiplied in the tile registers of AMX. ``input_product`` and ``state_product`` tell who multiplies the
-    rows of all steps by W_ih, and the states by W_hh: "kernel", "host" (torch's GEMM) or "panels" (ours).
+    ``tiles``: multiplied in the tile registers of AMX; ``digits``: in whole numbers, by AVX512-VNNI. ``input_product``
+    and ``state_product`` tell who multiplies the rows of all steps by W_ih, and the states by W_hh: "kernel", "host"
+    (torch's GEMM) or "panels" (ours).
     """
 
     algorithm: str
@@ -29,6 +30,7 @@ class Plan:
     by_rows: bool
     direct: bool
     tiles: bool
+    digits: bool
     panel_bytes: int
     kept: bool
     quantized: torch.dtype | None
@@ -79,7 +81,8 @@ def _why(found: dict, steps: int | None, kept: bool, backward: bool, quantized: 
         weights = f"W_hh read where it lies{narrow}: so few steps do not pay for packing it"
     else:
         when = f"once, by {'quantize' if quantized else 'freeze'}" if kept else "at each call"
-        weights = f"W_hh packed{narrow} {when} ({size}{', tiles' * found['tiles']})"
+        how = ", tiles" * found["tiles"] + ", in whole numbers" * found["digits"]
+        weights = f"W_hh packed{narrow} {when} ({size}{how})"
     product = _GEMMS[found["input_product"]]
     if quantized and found["input_product"] != "kernel":
         product = f"in float32 {product}"

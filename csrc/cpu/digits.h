@@ -1,0 +1,183 @@
+// Products of float32 rows with int8 weights in whole numbers, where the processor has AVX512-VNNI: nothing is widened.
+//
+// A row becomes whole numbers of 24 bits, x = q * unit, the unit being 2^-22 or 2^-23 of its largest |x|: an error of
+// at most 2^-23 of the largest, which is what the rounding of a float32 sum comes to. q + 2^23 has three digits of 8
+// bits without a sign; the products of a digit with weights are summed in 32 bits, exactly. The panel has the weights
+// of four of the depth side by side, [depth / 4][kVectors][16 lanes][4], and behind them the sums of its columns, int32
+// [kVectors][16], for what was added to q.
+// Intel 64 and IA-32 Architectures Software Developer's Manual, VPDPBUSD.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#include "panels.h"
+
+namespace fusedrnn::FUSEDRNN_CAPABILITY {
+
+#if FUSEDRNN_VECTOR_BYTES == 64 && defined(__AVX512F__) && !FUSEDRNN_TILES && !defined(FUSEDRNN_CELL)
+constexpr bool kDigits = true;
+#else
+constexpr bool kDigits = false;
+#endif
+
+struct Digits {
+  static constexpr int kCount = 3;
+  // Sums of a longer depth might not fit.
+  static constexpr int64_t kMostDepth = 1 << 16;
+  static constexpr int64_t fours(int64_t depth) { return divide_up(depth, 4); }
+  // Of a digit of a row, so that whole vectors can be written.
+  static constexpr int64_t row(int64_t depth) { return divide_up(depth, 16) * 16; }
+  static constexpr int64_t panel(int vectors, int64_t depth) { return (fours(depth) + 1) * vectors * 64; }
+};
+
+inline bool has_digits() {
+#if defined(__x86_64__)
+  return kDigits && __builtin_cpu_supports("avx512vnni");
+#else
+  return false;
+#endif
+}
+
+#if FUSEDRNN_VECTOR_BYTES == 64 && defined(__AVX512F__) && !FUSEDRNN_TILES && !defined(FUSEDRNN_CELL)
+
+// Whole arrays of accumulators, so that they live in registers.
+#if defined(__clang__)
+#define FUSEDRNN_UNROLL_ALL _Pragma("unroll 64")
+#else
+#define FUSEDRNN_UNROLL_ALL _Pragma("GCC unroll 64")
+#endif
+
+// Vector v of a panel of weight^T: lane j at depth k is weight[j][k]; lanes beyond `count` are zero.
+FUSEDRNN_COLD inline void pack_fours(int8_t* panel, int vectors, int v, const int8_t* weight, int64_t stride,
+                                     int64_t count, int64_t depth) {
+  int32_t sums[16] = {};
+  const int64_t fours = Digits::fours(depth);
+  for (int64_t k = 0; k < fours; ++k) {
+    int8_t lanes[16][4] = {};
+    for (int64_t j = 0; j < min(count, 16); ++j) {
+      memcpy(lanes[j], weight + j * stride + 4 * k, static_cast<size_t>(min(4, depth - 4 * k)));
+      sums[j] += lanes[j][0] + lanes[j][1] + lanes[j][2] + lanes[j][3];
+    }
+    memcpy(panel + (k * vectors + v) * 64, lanes, 64);
+  }
+  memcpy(panel + (fours * vectors + v) * 64, sums, 64);
+}
+
+// The digits of a row, [kCount][row(depth)], and its unit; where the row is not finite they are nothing, the unit 0.
+inline void to_digits(uint8_t* to, float* unit, const float* x, int64_t depth) {
+  constexpr int32_t kSign = 1 << 23, kInfinite = 0x7f800000;
+  __m512i most = _mm512_setzero_si512();
+  for (int64_t k = 0; k < depth; k += 16) {
+    most = _mm512_max_epi32(most,
+                            _mm512_and_si512((__m512i)load<float>(x + k, depth - k).v, _mm512_set1_epi32(0x7fffffff)));
+  }
+  const int32_t largest = _mm512_reduce_max_epi32(most);
+  if (largest >= kInfinite) {
+    *unit = 0;
+    return;
+  }
+  // Exponents of powers of two: the scale takes the largest to 2^22 or more, and below 2^23.
+  const int32_t up = 276 - (largest >> 23), exponent = up < 253 ? up : 253;
+  const int32_t scale_bits = exponent << 23, unit_bits = (254 - exponent) << 23;
+  float scale;
+  memcpy(&scale, &scale_bits, 4);
+  memcpy(unit, &unit_bits, 4);
+  const int64_t row = Digits::row(depth);
+  for (int64_t k = 0; k < depth; k += 16) {
+    const Vec<float>::Raw scaled = load<float>(x + k, depth - k).v * scale;
+    const __m512i rounded = _mm512_min_epi32(_mm512_cvtps_epi32((__m512)scaled), _mm512_set1_epi32(kSign - 1));
+    const __m512i q = _mm512_add_epi32(rounded, _mm512_set1_epi32(kSign));
+    FUSEDRNN_UNROLL
+    for (int j = 0; j < Digits::kCount; ++j) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + j * row + k), _mm512_cvtepi32_epi8(_mm512_srli_epi32(q, 8 * j)));
+    }
+  }
+}
+
+// acc += four digits times four weights, in each lane. GCC 12 copies the accumulators of its intrinsic around.
+FUSEDRNN_INLINE void multiply_four(__m512i& acc, __m512i digits, __m512i weights) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(digits), "v"(weights));
+}
+
+// sums[r][v] = rows, as digits `row_bytes` apart, times one panel.
+template <int kRows, int kVectors>
+FUSEDRNN_COLD void multiply_digits(Vec<float>* sums, const uint8_t* rows, int64_t row_bytes, const float* units,
+                                   const int8_t* panel, int64_t depth) {
+  constexpr int kCount = Digits::kCount, kLast = kCount - 1;
+  const int64_t fours = Digits::fours(depth), digit = Digits::row(depth);
+  const int8_t* const columns = panel + fours * kVectors * 64;
+  __m512i acc[kRows * kCount * kVectors];
+  FUSEDRNN_UNROLL_ALL
+  for (int i = 0; i < kRows * kCount * kVectors; ++i) acc[i] = _mm512_setzero_si512();
+  for (int64_t k = 0; k < fours; ++k, panel += kVectors * 64) {
+    __m512i weight[kVectors];
+    FUSEDRNN_UNROLL_ALL
+    for (int v = 0; v < kVectors; ++v) weight[v] = _mm512_loadu_si512(panel + v * 64);
+    FUSEDRNN_UNROLL_ALL
+    for (int i = 0; i < kRows * kCount; ++i) {
+      int32_t four;
+      memcpy(&four, rows + i / kCount * row_bytes + i % kCount * digit + 4 * k, 4);
+      const __m512i x = _mm512_set1_epi32(four);
+      FUSEDRNN_UNROLL_ALL
+      for (int v = 0; v < kVectors; ++v) multiply_four(acc[i * kVectors + v], x, weight[v]);
+    }
+  }
+  FUSEDRNN_UNROLL_ALL
+  for (int i = 0; i < kRows * kVectors; ++i) {
+    const int r = i / kVectors, v = i % kVectors, at = r * kCount * kVectors + v;
+    // What was added to q is 128 in its highest digit.
+    const __m512i added = _mm512_slli_epi32(_mm512_loadu_si512(columns + v * 64), 7);
+    Vec<float>::Raw sum = (Vec<float>::Raw)_mm512_cvtepi32_ps(_mm512_sub_epi32(acc[at + kLast * kVectors], added));
+    FUSEDRNN_UNROLL_ALL
+    for (int j = kLast - 1; j >= 0; --j) {
+      sum = sum * 256.0f + (Vec<float>::Raw)_mm512_cvtepi32_ps(acc[at + j * kVectors]);
+    }
+    sums[i] = sum * units[r];
+  }
+}
+
+template <int kRows, int kVectors>
+FUSEDRNN_INLINE void multiply_digit_rows(int64_t count, Vec<float>* sums, const uint8_t* rows, int64_t row_bytes,
+                                         const float* units, const int8_t* panel, int64_t depth) {
+  if constexpr (kRows > 1) {
+    if (count < kRows) {
+      return multiply_digit_rows<kRows - 1, kVectors>(count, sums, rows, row_bytes, units, panel, depth);
+    }
+  }
+  multiply_digits<kRows, kVectors>(sums, rows, row_bytes, units, panel, depth);
+}
+
+// The same for a row of floats that are not all finite.
+template <int kVectors>
+FUSEDRNN_COLD void multiply_fours(Vec<float>* sums, const float* x, const int8_t* panel, int64_t depth) {
+  for (int v = 0; v < kVectors; ++v) {
+    Vec<float> sum(0.0f);
+    for (int64_t k = 0; k < depth; ++k) {
+      const __m512i four = _mm512_loadu_si512(panel + (k / 4 * kVectors + v) * 64);
+      const __m512i up = _mm512_sll_epi32(four, _mm_cvtsi32_si128(24 - 8 * static_cast<int>(k % 4)));
+      sum.v += (Vec<float>::Raw)_mm512_cvtepi32_ps(_mm512_srai_epi32(up, 24)) * x[k];
+    }
+    sums[v] = sum;
+  }
+}
+
+// sums[count][kVectors] = rows times one panel; `digits` and `units` are those of the rows.
+template <int kVectors>
+void product_of_digits(Vec<float>* sums, const float* const* rows, const uint8_t* digits, const float* units,
+                       int64_t count, const int8_t* panel, int64_t depth) {
+  // What the registers hold: the sums, a weight for each of them, and a digit.
+  constexpr int64_t kMost = kVectors == 1 ? 8 : kVectors == 3 ? 3 : 2;
+  const int64_t row_bytes = Digits::kCount * Digits::row(depth), tile = divide_up(count, divide_up(count, kMost));
+  for (int64_t i = 0; i < count; i += tile) {
+    multiply_digit_rows<kMost, kVectors>(min(tile, count - i), sums + i * kVectors, digits + i * row_bytes, row_bytes,
+                                         units + i, panel, depth);
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    if (units[i] == 0) multiply_fours<kVectors>(sums + i * kVectors, rows[i], panel, depth);
+  }
+}
+
+#endif
+
+}  // namespace fusedrnn::FUSEDRNN_CAPABILITY
