@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import fusedrnn
-from fusedrnn import build_info, planning, record_gates
+from fusedrnn import _build, build_info, planning, record_gates
 from fusedrnn.backends import cuda
 from fusedrnn.cells import BUILT_IN
 from fusedrnn.ops import DTYPES
@@ -235,6 +235,10 @@ def _add_bench(commands) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    why = "" if _build.loaded() else _build.hidden()
+    if why:
+        print(f"error: {why}", file=sys.stderr)
+        return 2
     parser = argparse.ArgumentParser(prog="python -m fusedrnn", description="Recurrent layers with fused kernels.")
     parser.add_argument("--version", action="version", version=f"fusedrnn {fusedrnn.__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")

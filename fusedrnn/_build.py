@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import importlib
+import importlib.metadata
 import json
 import platform
 import sys
@@ -53,6 +54,21 @@ def why_nothing_compiled(system: str, free_threaded: bool) -> str:
     return f"nothing was compiled (FUSEDRNN_BUILD=0, or the wheel without kernels): {HOW_TO_BUILD}"
 
 
+def hidden() -> str:
+    """Of a checkout that is not built, while fusedrnn is installed elsewhere: what to do, in words; else empty."""
+    here = Path(__file__).resolve()
+    try:
+        there = Path(importlib.metadata.distribution("fusedrnn").locate_file("fusedrnn/_build.py")).resolve()
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    if there == here or not there.exists():
+        return ""
+    return (
+        f"this is the checkout {here.parents[1]}, which is not built, and hides the installed fusedrnn in "
+        f"{there.parents[1]}: start Python in another folder, or install with `pip install --no-build-isolation -e .`"
+    )
+
+
 def _load() -> tuple[Any, str]:
     """(fusedrnn._C, "") or (None, why not). libfusedrnn.so, which it needs, registers the ops."""
     if FACTS.get("extension") is False:
@@ -63,7 +79,7 @@ def _load() -> tuple[Any, str]:
         if error.name != "fusedrnn._C":
             raise
         version = f"Python {sys.version_info[0]}.{sys.version_info[1]} on {platform.machine()}"
-        return None, f"not built for {version}: {HOW_TO_BUILD}"
+        return None, hidden() or f"not built for {version}: {HOW_TO_BUILD}"
     except ImportError as error:
         return None, f"{error}: {HOW_TO_BUILD}"
 

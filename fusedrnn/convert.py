@@ -22,7 +22,15 @@ _OPTIONS = ("backend", "algorithm", "recompute")
 # What our classes work out for each subclass.
 _OF_A_CLASS = ("_may_be_direct", "_checks_itself")
 # What a subclass may override: nothing of it computes.
-_HARMLESS = {"__init__", "__setstate__", "__getstate__", "reset_parameters", "extra_repr", "flatten_parameters"}
+_HARMLESS = {
+    "__init__",
+    "__repr__",
+    "__setstate__",
+    "__getstate__",
+    "reset_parameters",
+    "extra_repr",
+    "flatten_parameters",
+}
 
 
 @dataclass(frozen=True)

@@ -257,7 +257,8 @@ class RecurrentLayer(Quantizable, nn.RNNBase):
                     raise RuntimeError(f"{type(self).__name__}: {beside} cannot be given with nested input")
                 return self._nested(input, hx, padding_value)
             if input.dim() not in (2, 3):
-                raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, got {input.dim()}D instead")
+                got = f"{input.dim()}D tensor" if self.mode.startswith("RNN") else f"{input.dim()}D"
+                raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, got {got} instead")
             batched = input.dim() == 3
             if not batched:
                 input = input.unsqueeze(0 if self.batch_first else 1)
@@ -488,7 +489,10 @@ class LSTM(RecurrentLayer, nn.LSTM):
             # torch.nn.LSTM indexes whatever comes; a stacked pair works there, so it does here.
             hx = tuple(hx)
         if not isinstance(hx, (tuple, list)) or not all(isinstance(s, Tensor) for s in hx):
-            raise TypeError(f"LSTM: hx must be a tuple of two Tensors (h_0, c_0), got {type(hx).__name__}")
+            got = ", ".join(type(s).__name__ for s in hx) if isinstance(hx, (tuple, list)) else ""
+            raise TypeError(
+                f"LSTM: hx must be a tuple of two Tensors (h_0, c_0), got {type(hx).__name__}{got and f' of {got}'}"
+            )
         if len(hx) != 2:
             raise RuntimeError(f"LSTM: hx must be a tuple of two Tensors (h_0, c_0), got {len(hx)}")
         return tuple(hx)

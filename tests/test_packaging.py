@@ -190,6 +190,24 @@ def test_an_editable_install_is_found_from_the_folder_above(checkout, tmp_path):
 
 
 @pytest.mark.skipif(not _build.loaded(), reason=f"the C++ extension: {_build.why_not_loaded()}")
+def test_a_checkout_that_hides_what_is_installed_says_so(tmp_path):
+    clone, site = tmp_path / "clone", tmp_path / "site"
+    sources = shutil.ignore_patterns("*.so", "_facts.json", "device", "__pycache__")
+    for folder in ("fusedrnn", "csrc", "kernels"):
+        shutil.copytree(ROOT / folder, clone / folder, ignore=sources)
+    (site / "fusedrnn").mkdir(parents=True)
+    (site / "fusedrnn" / "_build.py").touch()
+    (site / "fusedrnn-9.dist-info").mkdir()
+    (site / "fusedrnn-9.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: fusedrnn\nVersion: 9\n")
+    said = f"this is the checkout {clone}, which is not built, and hides the installed fusedrnn in {site}: start Python"
+    program = "import torch, fusedrnn; fusedrnn.LSTM(3, 4)(torch.randn(2, 3))"
+    for command in (["-c", program], ["-m", "fusedrnn", "info"]):
+        env = os.environ | {"PYTHONPATH": str(site)}
+        ran = subprocess.run([sys.executable, *command], cwd=clone, env=env, capture_output=True, text=True)
+        assert said in ran.stderr, ran.stderr
+        assert ran.returncode == (2 if "info" in command else 0)
+
+
 def test_an_extension_of_other_sources_says_what_to_do(checkout):
     for name in ("_C.abi3.so", "libfusedrnn.so"):
         shutil.copy(Path(_build._extension.__file__).with_name(name), checkout / "fusedrnn")

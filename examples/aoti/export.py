@@ -78,7 +78,8 @@ def main(arguments: list[str] | None = None) -> None:
     torch._inductor.aoti_compile_and_package(program, package_path=chosen.package)
     print(f"wrote {chosen.package}")
     if chosen.onnx:
-        torch.onnx.export(model, example, chosen.onnx, dynamo=True, dynamic_shapes=shapes, verbose=False)
+        options = {"dynamo": True, "dynamic_shapes": shapes, "external_data": False, "verbose": False}
+        torch.onnx.export(model, example, chosen.onnx, **options)
         print(f"wrote {chosen.onnx}")
     tokens, lengths = padded(chosen.sequences)
     for row, length in zip(model(tokens, lengths).argmax(-1), lengths):
