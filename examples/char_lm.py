@@ -13,12 +13,15 @@ draw of chance: now and then even one more torch.nn.LSTM would exceed the larges
     python examples/char_lm.py --text poems.txt --steps 300
     python examples/char_lm.py --ulp
     python examples/char_lm.py --cell GRU --checkpoint gru.pt
+    python examples/char_lm.py --steps 1000 --quantize
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+import math
 import statistics
 import sys
 import sysconfig
@@ -287,6 +290,28 @@ def judged_by_ulps(plain: Run, fused: Run, moved: list[Run], between: float) -> 
     return {"largest_difference_after_one_ulp": itself, "agrees": agrees}
 
 
+@torch.no_grad()
+def loss_of(model: CharLM, batches: list[tuple[Tensor, Tensor]]) -> float:
+    losses = [nn.functional.cross_entropy(model(x)[0].flatten(0, 1), y.flatten()) for x, y in batches]
+    return torch.stack(losses).double().mean().item()
+
+
+def quantized(args: argparse.Namespace, corpus: Corpus, model: CharLM, windows: int = 64) -> dict[str, float]:
+    """The loss of the trained model, on the same windows of text, with weights of the layer in fewer bits."""
+    generator = torch.Generator().manual_seed(args.seed + 2)
+    device = next(model.parameters()).device
+    batches = [corpus.batch(args.batch, args.length, generator) for _ in range(max(1, windows // args.batch))]
+    batches = [(x.to(device), y.to(device)) for x, y in batches]
+    losses = {"float32": loss_of(model, batches)}
+    for dtype in (torch.bfloat16, torch.int8):
+        name = str(dtype).removeprefix("torch.")
+        losses[name] = loss_of(fusedrnn.quantize(copy.deepcopy(model), dtype), batches)
+    print(f"\n{'weights':<16}{'loss':>12}{'bits/character':>17}")
+    for name, loss in losses.items():
+        print(f"{name:<16}{loss:>12.5f}{loss / math.log(2):>17.5f}")
+    return losses
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     def positive(text: str) -> int:
         value = int(text)
@@ -311,6 +336,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of weights, batches, moved weights and generated text (default: 0)")
     add("--ulp", action="store_true", help="train from starts that differ by one ulp as well (nine times as long)")
     add("--ulp-weights", type=positive, default=4, help="of --ulp: weights moved or not (default: %(default)s)")
+    add("--quantize", action="store_true", help="print the loss with weights in bfloat16 and int8 as well")
     add("--vocabulary", type=positive, default=2048, help="most characters told apart (default: %(default)s)")
     add("--generate", type=positive, default=300, help="characters to generate (default: %(default)s)")
     add("--out", type=Path, default=Path("demo-out"), metavar="DIR", help="for the results (default: %(default)s)")
@@ -361,6 +387,8 @@ def main(argv: list[str] | None = None) -> int:
 
     plain, fused, moved = train(args, corpus, device)
     results = report(args, plain, fused, moved)
+    if args.quantize:
+        results["losses_of_weights"] = quantized(args, corpus, fused.model)
     text = generate(fused.model, corpus, args.generate, args.seed)
     print(f"\nWhat the model trained with fusedrnn writes:\n{text}\n")
 

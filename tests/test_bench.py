@@ -20,7 +20,7 @@ import torch
 from fusedrnn import _build
 from fusedrnn.__main__ import main
 from fusedrnn.benchmarks import calls as small_calls
-from fusedrnn.benchmarks import measure, problems, providers, results, runner
+from fusedrnn.benchmarks import measure, problems, providers, quantized, results, runner
 from fusedrnn.benchmarks import report as report_module
 from fusedrnn.benchmarks.problems import Problem
 from fusedrnn.benchmarks.results import COLUMNS, Environment, Results, Row
@@ -813,6 +813,29 @@ def test_report_opens_in_a_browser(report, tmp_path):
     assert 'data-wide="false"' in done.stdout
     assert "data-failed" not in done.stdout
     assert "CONSOLE" not in done.stderr, done.stderr
+
+
+def test_quantized_layers_are_checked_and_timed(capsys, monkeypatch):
+    sizes = ["--hidden", "24", "16", "--batch", "2", "--steps", "5", "--rounds", "3"]
+    assert quantized.main([*sizes, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(r["cell"], r["H"], r["B"], r["T"]) for r in rows] == [
+        (c, h, 2, 5) for c in quantized.CELLS for h in (24, 16)
+    ]
+    for row in rows:
+        assert row["error"].keys() == row["seconds"].keys() >= {"torch.nn", *(f"fusedrnn {d}" for d in quantized.OURS)}
+        assert (
+            row["error"]["fusedrnn float32"] < 1e-6 < row["error"]["fusedrnn bfloat16"] < row["error"]["fusedrnn int8"]
+        )
+        assert all(t > 0 for t in row["seconds"].values())
+    assert quantized.main([*sizes, "--cell", "GRU"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("| GRU 24 / 2 / 5 |") == printed.count("| GRU 16 / 2 / 5 |") == 2
+    assert quantized.main(["--rounds", "0"]) == 2
+    # Who is wrong is not timed.
+    monkeypatch.setattr(quantized, "torchs", lambda layer: lambda x: (torch.zeros_like(x),))
+    with pytest.raises(RuntimeError, match=r"torch int8 is off by 1\.0e\+00 of the output, GRU H=8: it is not timed"):
+        quantized.problem("GRU", 8, 1, 2, 1, 1.0)
 
 
 @pytest.mark.skipif(_build._small_calls is None, reason="small calls: not built, or not for this torch")

@@ -121,13 +121,18 @@ def test_checkpoint(demo, trained, verse):
 @pytest.mark.parametrize("cell", ["GRU", "RNN"])
 def test_other_cells(demo, verse, tmp_path, capsys, cell):
     tiny = "--steps 3 --hidden 8 --batch 2 --length 8 --vocabulary 20 --generate 5 --device cpu".split()
-    assert demo.main(["--cell", cell, "--text", str(verse), "--out", str(tmp_path), *tiny]) == 0
+    assert demo.main(["--cell", cell, "--text", str(verse), "--out", str(tmp_path), "--quantize", *tiny]) == 0
     printed = capsys.readouterr().out
     assert f"1 x {cell} 8" in printed
+    assert "bits/character" in printed
     assert "one ulp moved" not in printed
     assert "--ulp measures how far torch.nn gets from itself" in printed
     assert f"fusedrnn.{cell} from torch.nn.{cell}" in printed
-    losses = json.loads((tmp_path / "char_lm.json").read_text(encoding="utf-8"))["losses"]
+    results = json.loads((tmp_path / "char_lm.json").read_text(encoding="utf-8"))
+    exact, *fewer_bits = results["losses_of_weights"].values()
+    assert fewer_bits == pytest.approx([exact, exact], rel=1e-2)
+    assert exact not in fewer_bits
+    losses = results["losses"]
     assert list(losses) == [f"torch.nn.{cell}", f"fusedrnn.{cell}"]
     assert losses[f"fusedrnn.{cell}"] == pytest.approx(losses[f"torch.nn.{cell}"], rel=1e-4)
 

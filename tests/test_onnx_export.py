@@ -219,8 +219,10 @@ def test_what_onnx_cannot_say_raises(layer, options, why, dynamo):
 
 
 @pytest.mark.parametrize("dynamo", EXPORTERS)
-def test_a_layer_of_a_built_in_cell_and_a_frozen_one(dynamo):
-    for layer in (fusedrnn.Layer(fusedrnn.zoo.lstm, I, H, 2, bidirectional=True), fusedrnn.freeze(fusedrnn.GRU(I, H))):
+def test_a_layer_of_a_built_in_cell_a_frozen_and_a_quantized_one(dynamo):
+    layers = [fusedrnn.Layer(fusedrnn.zoo.lstm, I, H, 2, bidirectional=True), fusedrnn.freeze(fusedrnn.GRU(I, H))]
+    layers += [fusedrnn.quantize(fusedrnn.GRU(I, H), dtype) for dtype in (torch.int8, torch.bfloat16)]
+    for layer in layers:
         model = First(layer).eval()
         found = export(model, (torch.randn(4, 2, I),), ((0, 1),), dynamo)
         assert len(nodes(found)) == layer.num_layers
