@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from fusedrnn import planning
 
@@ -68,6 +69,14 @@ def test_weights_are_read_once_a_launch(backward):
         reads += kernel.hidden // 16 * kernel.batch * 4 * kernel.hidden * 2
     # Beside W_hh: the biases, or dh_n, dc_n and the last c.
     assert slices * weights <= reads <= 1.2 * slices * weights
+
+
+@pytest.mark.parametrize("backward, tile, packets", [(False, 24, 2 * 3), (True, 12, 0)])
+def test_exact_products_shuffle_no_weights(backward, tile, packets):
+    """Of float32 without tf32 a tile's sums, once, and forward the packets that are gathered; H does not matter."""
+    for hidden in (128, 256):
+        cost = gpu_cost.per_step(gpu_cost.Kernel("persistent", backward, 8, hidden, 0, 0, dtype=torch.float32))
+        assert cost["shfl"] == cost["blocks"] * (8 * tile + packets)
 
 
 @pytest.mark.parametrize("backward", [False, True])

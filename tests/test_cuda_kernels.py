@@ -133,7 +133,7 @@ def test_nan_of_any_bits_passes_through(dtype, tf32, monkeypatch):
 
 @pytest.mark.parametrize("cell, hidden, limit", [("lstm", 512, 384), ("lstm", 500, 384), ("gru", 512, 512)])
 def test_backward_keeps_wide_weights_in_registers(cell, hidden, limit, monkeypatch, poisoned):
-    """tf32 goes as far as H = 512; float32 needs registers for its shuffles, a GRU has a gate less."""
+    """tf32 goes as far as H = 512; float32 needs registers for its sums, a GRU has a gate less."""
     cell = CELLS[cell]
     given, upstream = draw(2, 3, 4, hidden, torch.float32, cell=cell)
     if hidden > limit:

@@ -7,6 +7,54 @@
 
 namespace fusedrnn {
 
+// Exact products of 2 kMT rows of weights a lane by a tile of 8 rows. A lane multiplies the pieces of its own rows of
+// weights, which never leave it, by the same pieces of all 8 rows, which the warp hands around in shared memory; the
+// four lanes of a row of weights add up once, at the end of a tile.
+template <int kMT>
+struct ExactTile {
+  float sums[kMT][2][8] = {};
+
+  // b: this lane's piece of row lane / 4. rows: where the warp stages those of a tile, `pitch` bytes from one to the
+  // next.
+  template <int pitch>
+  __device__ __forceinline__ static void stage(const Piece& b, unsigned char* rows) {
+    const int lane = threadIdx.x & 31;
+    __syncwarp();
+    *reinterpret_cast<Piece*>(rows + (lane >> 2) * pitch + 16 * (lane & 3)) = b;
+    __syncwarp();
+  }
+
+  template <int pitch>
+  __device__ __forceinline__ void multiply(const Piece (&weights)[2 * kMT], const unsigned char* rows) {
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      const Piece b = *reinterpret_cast<const Piece*>(rows + n * pitch + 16 * (threadIdx.x & 3));
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+#pragma unroll
+        for (int a = 0; a < 2 * kMT; ++a)
+          sums[a / 2][a % 2][n] = fma(__uint_as_float(weights[a].w[i]), __uint_as_float(b.w[i]), sums[a / 2][a % 2][n]);
+    }
+  }
+
+  // As a product of tensor cores leaves them. Nobody of the warp reads staged rows any more.
+  __device__ __forceinline__ void add_up(float (&acc)[kMT][4]) const {
+    const bool last_four = threadIdx.x & 2, last_two = threadIdx.x & 1;
+#pragma unroll
+    for (int a = 0; a < 2 * kMT; ++a) {
+      const float (&of)[8] = sums[a / 2][a % 2];
+      float four[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        four[i] = (last_four ? of[i + 4] : of[i]) + __shfl_xor_sync(~0u, last_four ? of[i] : of[i + 4], 2);
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        acc[a / 2][2 * (a % 2) + i] =
+            (last_two ? four[i + 2] : four[i]) + __shfl_xor_sync(~0u, last_two ? four[i] : four[i + 2], 1);
+    }
+  }
+};
+
 // What a step needs of HBM is copied into shared memory while the step before waits for its packets: a load would share
 // a scoreboard with those, and whoever waits for one waits for both. Each step makes one group of copies; after its
 // block barrier all but the last group have landed.

@@ -15,8 +15,8 @@ __device__ __forceinline__ void persistent_backward(const Params& given) {
   using SavedPack = Pack<Scalar, kSaved>;
   constexpr int kPackets = kBackwardUnits / kPer;  // of 16 units
   // Packets in flight, and chains of mma side by side: what the registers allow.
-  constexpr bool kFull = kChunks > 12 || (kChunks == 12 && Math::kExact);
-  constexpr int kPart = kFull ? kChunks / 2 : kChunks;
+  constexpr bool kFull = kChunks > 12 || (kChunks == 12 && (Math::kExact || (Gap<Cell>::kAny && !kWhole)));
+  constexpr int kPart = !kFull ? kChunks : Math::kExact ? 2 : sizeof(Scalar) == 4 ? kChunks / 4 : kChunks / 2;
   constexpr int kChains = Math::kExact ? 1 : kFull && (sizeof(Scalar) == 4 || !kWhole) ? 2 : 4;
   constexpr int kStage = 4 * kAccs * kBackwardUnits;  // what a warp stages: 4 rows x accumulators x 16 units
   extern __shared__ __align__(16) unsigned char shared[];
@@ -68,7 +68,8 @@ __device__ __forceinline__ void persistent_backward(const Params& given) {
   Scalar* const stage = reinterpret_cast<Scalar*>(all_sums + 2 * Sums::kSize) + warp * kStage;
   const int with_options = keep(int(p.resets != nullptr || p.dcells != nullptr));
   const int sums_out = keep(Sums::lane_place()), sums_in = keep(Sums::place(row, 0, 2 * (threadIdx.x & 7)));
-  int buffer = 0;
+  const int from_run = sums_out - Sums::place(0, warp, 0);  // beyond the beginning of what a warp has of a tile
+  int parity = 0;                                           // of the step
   constexpr int kOthers = backward_states(Cell::kStates);
   int64_t of_state = 0, of_rows = 0;
   if constexpr (kOwn) of_state = p.batch * hidden, of_rows = given.rows * hidden;
@@ -179,10 +180,9 @@ __device__ __forceinline__ void persistent_backward(const Params& given) {
     StepRows before, now = timeline.at(t), next, then;
     if (p.steps > 1) next = timeline.at(t + direction);
     if (p.steps > 2) then = timeline.at(t + 2 * direction);
-    int parity = 0;  // of the step
     __syncwarp();
-    copy_ahead(now, next, 0);
-    if (p.steps > 3) timeline.copy_ahead(t + 3 * direction, offsets_to);
+    copy_ahead(now, next, parity);
+    if (p.steps > 3) timeline.copy_ahead(t + 3 * direction, offsets_to + parity * kAhead);
     end_group();
     for (int left = int(p.steps) - 1; left >= 0; --left) {
       t += direction;
@@ -192,6 +192,7 @@ __device__ __forceinline__ void persistent_backward(const Params& given) {
 
       const int recurrent_rows = keep(min(before.rows, now.rows)), tiled_rows = (recurrent_rows + 7) & ~7;
       const char* const dgates_at = keep(inbound + before.offset * row_bytes);
+      const int buffer = parity * Sums::kSize;
       Accumulator* sums = all_sums + (sums_out + buffer);
       const auto row_at = [&](int row) { return dgates_at + int64_t(min(row, recurrent_rows - 1)) * row_bytes; };
       Flight<kPart> flight;
@@ -203,6 +204,7 @@ __device__ __forceinline__ void persistent_backward(const Params& given) {
 #pragma unroll 1
       for (int tile = 0; tile < tiled_rows; tile += 8) {
         Accumulator acc[kChains][4] = {};
+        [[maybe_unused]] ExactTile<1> exact;
         const char* const next_at = row_at(tile + 8 + (lane >> 2));
         const bool more = tile + 8 < tiled_rows;
         unrolled<kChunks / kPart>([&](auto part) {
@@ -212,14 +214,22 @@ __device__ __forceinline__ void persistent_backward(const Params& given) {
           // Where a packet leaves its register, the one that is multiplied there next is asked for.
           unrolled<kPart>([&](auto index) {
             constexpr int c = decltype(index)::value;
-            Math::prepare(flight.p[c]);
+            if constexpr (Math::kExact) {
+              unsigned char* const rows = reinterpret_cast<unsigned char*>(sums - from_run);
+              exact.template stage<Sums::kPitch* int(sizeof(Accumulator))>(flight.p[c], rows);
+              if (next > 0 || more) inbox.template fetch<next + c>(flight.at, flight.p[c]);
+              exact.template multiply<Sums::kPitch* int(sizeof(Accumulator))>(weights[begin + c], rows);
+            } else {
+              Math::prepare(flight.p[c]);
 #pragma unroll
-            for (int part = 0; part < Math::kParts; ++part)
-              Math::multiply_part(part, acc[(c * Math::kParts + part) % kChains], weights[begin + c][0],
-                                  weights[begin + c][1], flight.p[c]);
-            if (next > 0 || more) inbox.template fetch<next + c>(flight.at, flight.p[c]);
+              for (int part = 0; part < Math::kParts; ++part)
+                Math::multiply_part(part, acc[(c * Math::kParts + part) % kChains], weights[begin + c][0],
+                                    weights[begin + c][1], flight.p[c]);
+              if (next > 0 || more) inbox.template fetch<next + c>(flight.at, flight.p[c]);
+            }
           });
         });
+        if constexpr (Math::kExact) exact.add_up(reinterpret_cast<Accumulator(&)[1][4]>(acc[0]));
 #pragma unroll
         for (int k = kChains / 2; k > 0; k /= 2)
 #pragma unroll
@@ -361,7 +371,6 @@ __device__ __forceinline__ void persistent_backward(const Params& given) {
           }
         }
       }
-      buffer = Sums::kSize - buffer;
       before = now;
       now = next;
       next = then;

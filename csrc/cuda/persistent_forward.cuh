@@ -35,9 +35,13 @@ __device__ __forceinline__ void persistent_forward(const Params& given) {
   // What the registers hold beside the weights: tiles of 8 rows that are multiplied side by side, packets in flight.
   constexpr int kTiles = kChunks <= (kEights == 1 ? 4 : 3) && !Math::kExact ? 2 : 1;
   constexpr bool kOverlap = !Math::kExact && kChunks <= 6;  // packets are asked for while others are multiplied
-  constexpr int kPart = kChunks <= 6 ? kChunks : kChunks / 2;
+  constexpr bool kFull = kChunks * kEights == 8;            // of weights
+  constexpr int kPart = Math::kExact ? 2 : kChunks <= 6 ? kChunks : kChunks / 2;
   constexpr bool kLate = kOverlap || Math::kExact;  // gates are stored after all packets: what the registers allow
   constexpr int kElements = forward_rows(kUnits) * kUnits / kThreads, kStride = kThreads / kUnits;
+  // Where weights leave few registers, the compiler may compute addresses again.
+  constexpr bool kTight = kFull && Math::kExact, kKeepsBias = !kTight;
+  const auto keep = [](auto value) { return kTight ? value : fusedrnn::keep(value); };
   extern __shared__ __align__(16) unsigned char shared[];
 
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -72,13 +76,16 @@ __device__ __forceinline__ void persistent_forward(const Params& given) {
   // Of all units, and of all with each head padded to whole packets.
   const int unit = in_head + share.head_unit, place = in_head + share.head_place;
   const bool real_unit = in_head < share.depth, sends = (lane & (kPer - 1)) == 0 && in_head < length;
-  Accumulator bias[kAccs];
-#pragma unroll
-  for (int a = 0; a < kAccs; ++a) {
+  const auto bias_of = [&](int a) {
     const int gate = h_gate<Cell>(a);
-    bias[a] = 0;
-    if (p.b_hh && gate >= 0 && real_unit)
-      bias[a] = widen(static_cast<const Scalar*>(p.b_hh)[int64_t(gate) * hidden + unit]);
+    return p.b_hh && gate >= 0 && real_unit
+               ? Accumulator(widen(static_cast<const Scalar*>(p.b_hh)[int64_t(gate) * hidden + unit]))
+               : Accumulator(0);
+  };
+  Accumulator bias[kAccs];
+  if constexpr (kKeepsBias) {
+#pragma unroll
+    for (int a = 0; a < kAccs; ++a) bias[a] = bias_of(a);
   }
   int64_t of_state = 0, of_rows = 0;
   Accumulator parameters[kParameterSlots<Cell>];
@@ -94,8 +101,9 @@ __device__ __forceinline__ void persistent_forward(const Params& given) {
   Sum* const all_sums = reinterpret_cast<Sum*>(shared);
   const int with_resets = keep(int(p.resets != nullptr));
   const int sums_out = keep(Sums::lane_place()), sums_in = keep(Sums::place(my_row, 0, own));
+  const int from_run = sums_out - warp * kUnits;  // beyond the beginning of what a warp has of a row
   const int buffer_sums = forward_buffer_bytes(p.slice_rows, Sums::kBytesPerRow) / int(sizeof(Sum));
-  int buffer = 0;
+  int parity = 0;  // of the step
 
   // Copied ahead: [2][gate][row][unit], [2][row] resets, [2][warp] offsets. A row's lanes copy a packet each.
   constexpr int kPackets = kUnits / kPer;  // of a gate
@@ -157,10 +165,9 @@ __device__ __forceinline__ void persistent_forward(const Params& given) {
     int t = p.reverse ? int(p.steps) - 1 : 0;
     StepRows before, now = timeline.at(t), next;
     if (p.steps > 1) next = timeline.at(t + direction);
-    int parity = 0;  // of the step
     __syncwarp();
-    copy_ahead(now, 0);
-    if (p.steps > 2) timeline.copy_ahead(t + 2 * direction, offsets_to);
+    copy_ahead(now, parity);
+    if (p.steps > 2) timeline.copy_ahead(t + 2 * direction, offsets_to + parity * kOffsetsOfStep);
     end_group();
     for (int left = int(p.steps) - 1; left >= 0; --left) {
       t += direction;
@@ -175,6 +182,7 @@ __device__ __forceinline__ void persistent_forward(const Params& given) {
         f.recurrent = row < before.rows;
         f.at = (f.recurrent ? h_at : h0_at) + int64_t(row) * row_bytes;
       };
+      const int buffer = parity * buffer_sums;
       Sum* sums = all_sums + (sums_out + buffer);
       Flight<kPart> flights[kTiles];
       // The product of one or two tiles of rows; where packets leave a register, those of the next tiles are asked for.
@@ -182,6 +190,7 @@ __device__ __forceinline__ void persistent_forward(const Params& given) {
         constexpr int n = decltype(tiles)::value,
                       kSplit = kOverlap && n * kEights == 1 ? 2 : 1;  // chains of mma side by side
         Accumulator acc[n][kSplit][kMT][4] = {};
+        [[maybe_unused]] ExactTile<kMT> exact;
         bool more[n];
 #pragma unroll
         for (int i = 0; i < n; ++i) more[i] = next_tile + 8 * i < now.rows;
@@ -204,20 +213,28 @@ __device__ __forceinline__ void persistent_forward(const Params& given) {
           };
           unrolled<kPart>([&](auto index) {
             constexpr int c = decltype(index)::value;
+            if constexpr (Math::kExact) {
+              unsigned char* const rows = reinterpret_cast<unsigned char*>(sums - from_run);
+              exact.template stage<Sums::kBytesPerRow>(flights[0].p[c], rows);
+              fetch(index);
+              exact.template multiply<Sums::kBytesPerRow>(weights[begin + c], rows);
+            } else {
 #pragma unroll
-            for (int i = 0; i < n; ++i) Math::prepare(flights[i].p[c]);
+              for (int i = 0; i < n; ++i) Math::prepare(flights[i].p[c]);
 #pragma unroll
-            for (int part = 0; part < Math::kParts; ++part)
+              for (int part = 0; part < Math::kParts; ++part)
 #pragma unroll
-              for (int i = 0; i < n; ++i)
+                for (int i = 0; i < n; ++i)
 #pragma unroll
-                for (int m = 0; m < kMT; ++m)
-                  Math::multiply_part(part, acc[i][(c * Math::kParts + part) % kSplit][m], weights[begin + c][2 * m],
-                                      weights[begin + c][2 * m + 1], flights[i].p[c]);
+                  for (int m = 0; m < kMT; ++m)
+                    Math::multiply_part(part, acc[i][(c * Math::kParts + part) % kSplit][m], weights[begin + c][2 * m],
+                                        weights[begin + c][2 * m + 1], flights[i].p[c]);
+            }
             if constexpr (kOverlap) fetch(index);
           });
-          if constexpr (!kOverlap) unrolled<kPart>(fetch);
+          if constexpr (!kOverlap && !Math::kExact) unrolled<kPart>(fetch);
         });
+        if constexpr (Math::kExact) exact.add_up(acc[0][0]);
 #pragma unroll
         for (int i = 0; i < n; ++i) {
 #pragma unroll
@@ -297,7 +314,8 @@ __device__ __forceinline__ void persistent_forward(const Params& given) {
 #pragma unroll
           for (int a = 0; a < kAccs; ++a) {
             constexpr auto gate = [](int acc) { return x_gate<Cell>(acc); };
-            acc[a] = gate(a) >= 0 ? bias[a] + widen(x[gate(a) >= 0 ? gate(a) : 0]) : bias[a];
+            acc[a] = kKeepsBias ? bias[a] : bias_of(a);
+            if (gate(a) >= 0) acc[a] += widen(x[gate(a) >= 0 ? gate(a) : 0]);
           }
           if constexpr (Cell::kInputs > 0) {
             if (row < now.rows && real_unit)
@@ -325,7 +343,6 @@ __device__ __forceinline__ void persistent_forward(const Params& given) {
         }
       }
       if constexpr (kLate) unrolled<kElements>([&](auto index) { store(index.value); });
-      buffer = buffer_sums - buffer;
       before = now;
       now = next;
       next = left > 1 ? timeline.copied(t + direction, offset_stage + parity * kOffsetsOfStep) : StepRows();
