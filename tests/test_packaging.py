@@ -202,8 +202,9 @@ def test_a_checkout_that_hides_what_is_installed_says_so(tmp_path):
     said = f"this is the checkout {clone}, which is not built, and hides the installed fusedrnn in {site}: start Python"
     program = "import torch, fusedrnn; fusedrnn.LSTM(3, 4)(torch.randn(2, 3))"
     for command in (["-c", program], ["-m", "fusedrnn", "info"]):
-        env = os.environ | {"PYTHONPATH": str(site)}
-        ran = subprocess.run([sys.executable, *command], cwd=clone, env=env, capture_output=True, text=True)
+        # Without site, an editable installation of these tests is not found.
+        env = os.environ | {"PYTHONPATH": os.pathsep.join([str(site), *(p for p in sys.path if "site-packages" in p)])}
+        ran = subprocess.run([sys.executable, "-S", *command], cwd=clone, env=env, capture_output=True, text=True)
         assert said in ran.stderr, ran.stderr
         assert ran.returncode == (2 if "info" in command else 0)
 
