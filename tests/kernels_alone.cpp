@@ -63,23 +63,58 @@ void compute(Array (&a)[kNames]) {
                        static_cast<int>(n[9])});
     return;
   }
-  const Shape shape{static_cast<CellKind>(n[0]),
-                    dtype,
-                    n[2],
-                    n[3],
-                    n[5],
-                    n[6],
-                    reinterpret_cast<const int64_t*>(a[kOffsets].data),
-                    reinterpret_cast<const bool*>(a[kResets].data),
-                    n[7] != 0,
-                    static_cast<int>(n[8]),
-                    1 << 20};
-  kernels().forward({shape, a[kGatesX].data, nullptr, a[kX].data, a[kWIh].data, n[4], a[kH0].data, a[kC0].data,
-                     a[kWHh].data, a[kBIh].data, a[kBHh].data, a[kWHr].data, a[kY].data, a[kHN].data, a[kCN].data,
-                     a[kGates].data, a[kCells].data});
-  kernels().backward({shape, a[kDy].data, a[kDhN].data, a[kDcN].data, a[kDcells].data, a[kH0].data, a[kC0].data,
-                      a[kWHh].data, a[kWHr].data, a[kY].data, a[kGates].data, a[kCells].data, a[kDgates].data,
-                      a[kDh0].data, a[kDc0].data, a[kDyTotal].data, a[kH].data});
+  // The one state beside h; cells without it look at none.
+  const void *c0[] = {a[kC0].data}, *dc_n[] = {a[kDcN].data}, *dcells[] = {a[kDcells].data};
+  const void* cells[] = {a[kCells].data};
+  void *c_n[] = {a[kCN].data}, *every[] = {a[kCells].data}, *dc0[] = {a[kDc0].data};
+  Forward forward{};
+  forward.shape = {static_cast<CellKind>(n[0]),
+                   dtype,
+                   n[2],
+                   n[3],
+                   n[5],
+                   n[6],
+                   reinterpret_cast<const int64_t*>(a[kOffsets].data),
+                   reinterpret_cast<const bool*>(a[kResets].data),
+                   n[7] != 0,
+                   1,
+                   static_cast<int>(n[8]),
+                   1 << 20};
+  forward.gates_x = a[kGatesX].data;
+  forward.x = a[kX].data;
+  forward.w_ih = a[kWIh].data;
+  forward.input = n[4];
+  forward.h0 = a[kH0].data;
+  forward.states0 = c0;
+  forward.w_hh = a[kWHh].data;
+  forward.b_ih = a[kBIh].data;
+  forward.b_hh = a[kBHh].data;
+  forward.w_hr = a[kWHr].data;
+  forward.y = a[kY].data;
+  forward.h_n = a[kHN].data;
+  forward.states_n = c_n;
+  forward.gates = a[kGates].data;
+  forward.every_state = a[kCells].data ? every : nullptr;
+  kernels().forward(forward);
+  Backward backward{};
+  backward.shape = forward.shape;
+  backward.dy = a[kDy].data;
+  backward.dh_n = a[kDhN].data;
+  backward.dstates_n = dc_n;
+  backward.devery_state = dcells;
+  backward.h0 = a[kH0].data;
+  backward.states0 = c0;
+  backward.w_hh = a[kWHh].data;
+  backward.w_hr = a[kWHr].data;
+  backward.y = a[kY].data;
+  backward.gates = a[kGates].data;
+  backward.every_state = cells;
+  backward.dgates = a[kDgates].data;
+  backward.dh0 = a[kDh0].data;
+  backward.dstates0 = dc0;
+  backward.dy_total = a[kDyTotal].data;
+  backward.h = a[kH].data;
+  kernels().backward(backward);
 }
 
 }  // namespace
