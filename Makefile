@@ -29,7 +29,7 @@ SPELLED = README.md CHANGELOG.md CONTRIBUTING.md docs/*.md docs/*.py fusedrnn/*.
 # Threads of one that wait for a core that another has must not spin: passive takes 0.3 s where spinning takes 2.
 WORKERS = $(if $(shell $(PY) -c 'import xdist; print(1)' 2>/dev/null),-n $(MAX_JOBS) --dist worksteal --benchmark-disable)
 
-.PHONY: help install demo test test-all lint bench gpu-cost gpu-check docs pictures dist clean
+.PHONY: help install demo test test-all lint cells bench gpu-cost gpu-check docs pictures dist clean
 .DELETE_ON_ERROR:
 
 help:
@@ -38,6 +38,7 @@ help:
 	@echo "make bench     fusedrnn against torch.nn on the CPU  make gpu-cost  what the GPU kernels cost: counts, a model of time"
 	@echo "make gpu-check first contact with a GPU: are the kernels right, how long is a step; one file to send back"
 	@echo "make lint      ruff, clang-format, spelling, links   make install   set up and build only"
+	@echo "make cells     prints the built-in cells from fusedrnn/zoo.py (csrc, kernels and fusedrnn/printed.*)"
 	@echo "make docs      the documentation (docs/_build/html)  make dist      an sdist, the wheel for every torch, a pure one (dist/)"
 	@echo "make pictures  draws those of the documentation that need no model (docs/images/*.svg)"
 	@echo "make clean     remove what was built (not the environment)"
@@ -52,6 +53,10 @@ test: $(INSTALLED)
 test-all: $(INSTALLED) $(VENV)/.fusedrnn-extra-examples $(VENV)/.fusedrnn-extra-docs $(VENV)/.fusedrnn-extra-tools \
   $(VENV)/.fusedrnn-extra-models
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -q -rs $(WORKERS) $(ARGS)
+
+# Check in what it changes: nothing is traced when the package is built.
+cells: $(TORCH_STAMP)
+	$(PY) -c 'from fusedrnn import printing; printing.write_printed()'
 
 bench: $(INSTALLED)
 	$(PY) -m fusedrnn bench --suite deepbench --quick $(ARGS)

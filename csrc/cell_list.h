@@ -9,6 +9,6 @@
 #define FUSEDRNN_EACH_OWN_CELL(X, ...) \
   X(Own1, 1, __VA_ARGS__) X(Own2, 2, __VA_ARGS__) X(Own3, 3, __VA_ARGS__) X(Own4, 4, __VA_ARGS__)
 
-// X(Cell) for each.
-#define FUSEDRNN_CELLS(X) FUSEDRNN_EACH_CELL(FUSEDRNN_WITHOUT_GATES, X)
+// X(Cell) for each, and for those that are compiled ahead for the CPU alone.
+#define FUSEDRNN_CELLS(X) FUSEDRNN_EACH_CELL(FUSEDRNN_WITHOUT_GATES, X) X(Slstm)
 #define FUSEDRNN_WITHOUT_GATES(Cell, gates, X) X(Cell)

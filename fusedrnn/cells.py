@@ -1,16 +1,17 @@
 """The cell table: one entry per cell, read by every layer above the kernels.
 
 A cell adds its input and recurrent matmuls into ``accumulators`` (pre-activation sums) and then applies a
-pointwise function. Gate order is torch's, so a state_dict needs no conversion. The same table exists in
-C++ (csrc/cells.h) and in Triton (kernels/cells.py).
-
-Equations: torch.nn.LSTM's documentation; Hochreiter & Schmidhuber, "Long short-term memory", 1997.
+pointwise function. Gate order is torch's, so a state_dict needs no conversion. The cells that the package brings along
+are printed from their definitions (fusedrnn/zoo.py): in torch (fusedrnn/printed.py), C++ (csrc/printed.h) and Triton
+(kernels/printed.py).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
+from fusedrnn import printed
 
 
 @dataclass(frozen=True)
@@ -50,103 +51,17 @@ class Cell:
         return len(self.states) > 1
 
 
-def _lstm_forward(acc, prev, parameters, inputs):
-    i, f, g, o = acc[0].sigmoid(), acc[1].sigmoid(), acc[2].tanh(), acc[3].sigmoid()
-    c = f * prev[1] + i * g
-    return (o * c.tanh(), c), (i, f, g, o)
-
-
-def _lstm_backward(d, saved, next, prev, parameters, inputs):
-    i, f, g, o = saved
-    tanh_c = next[1].tanh()
-    dc = d[1] + d[0] * o * (1 - tanh_c * tanh_c)
-    dacc = (
-        dc * g * i * (1 - i),
-        dc * prev[1] * f * (1 - f),
-        dc * i * (1 - g * g),
-        d[0] * tanh_c * o * (1 - o),
-    )
-    return dacc, (torch.zeros_like(dc), dc * f), (), ()
-
-
-def _gru_forward(acc, prev, parameters, inputs):
-    r, z = acc[0].sigmoid(), acc[1].sigmoid()
-    n = (acc[2] + r * acc[3]).tanh()
-    return (n + z * (prev[0] - n),), (r, z, n, acc[3])
-
-
-def _gru_backward(d, saved, next, prev, parameters, inputs):
-    r, z, n, nh = saved
-    dn = d[0] * (1 - z) * (1 - n * n)
-    dz = d[0] * (prev[0] - n) * z * (1 - z)
-    dr = dn * nh * r * (1 - r)
-    return (dr, dz, dn, dn * r), (d[0] * z,), (), ()
-
-
-def _rnn_forward(activation):
-    return lambda acc, prev, parameters, inputs: ((activation(acc[0]),), ())
-
-
-def _rnn_tanh_backward(d, saved, next, prev, parameters, inputs):
-    return (d[0] * (1 - next[0] * next[0]),), (torch.zeros_like(d[0]),), (), ()
-
-
-def _rnn_relu_backward(d, saved, next, prev, parameters, inputs):
-    return (torch.where(next[0] <= 0, 0, d[0]),), (torch.zeros_like(d[0]),), (), ()
-
-
 CELLS: dict[str, Cell] = {
-    cell.name: cell
-    for cell in (
-        Cell(
-            name="lstm",
-            mode="LSTM",
-            gates=("i", "f", "g", "o"),
-            accumulators=("i", "f", "g", "o"),
-            x_acc=(0, 1, 2, 3),
-            h_acc=(0, 1, 2, 3),
-            saved=("i", "f", "g", "o"),
-            forward=_lstm_forward,
-            backward=_lstm_backward,
-            states=("h", "c"),
-        ),
-        Cell(
-            name="gru",
-            mode="GRU",
-            gates=("r", "z", "n"),
-            accumulators=("r", "z", "nx", "nh"),
-            x_acc=(0, 1, 2),
-            h_acc=(0, 1, 3),
-            saved=("r", "z", "n", "nh"),
-            forward=_gru_forward,
-            backward=_gru_backward,
-            has_direct=True,
-        ),
-        *(
-            Cell(
-                name=name,
-                mode=name.upper(),
-                gates=("h",),
-                accumulators=("h",),
-                x_acc=(0,),
-                h_acc=(0,),
-                saved=(),
-                forward=_rnn_forward(activation),
-                backward=backward,
-            )
-            for name, activation, backward in (
-                ("rnn_tanh", torch.tanh, _rnn_tanh_backward),
-                ("rnn_relu", torch.relu, _rnn_relu_backward),
-            )
-        ),
-    )
+    name: Cell(name=name, mode=name.upper(), **found)  # type: ignore[arg-type]
+    for name, found in printed.CELLS.items()
 }
 
-CELL_OF_MODE: dict[str, Cell] = {cell.mode: cell for cell in CELLS.values()}
+# Those that torch has too, and that every backend has compiled ahead. What the package brings along beside them is
+# compiled ahead for the CPU, and for CUDA at its first use, as cells are that are added while the process runs.
+BUILT_IN = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+_kernels: dict[str, frozenset[str]] = dict.fromkeys(CELLS, frozenset(("reference", "cpu", "triton", "cuda")))
 
-# Those that every backend has. Others are added while the process runs.
-BUILT_IN = tuple(CELLS)
-_kernels: dict[str, frozenset[str]] = {name: frozenset(("reference", "cpu", "triton", "cuda")) for name in BUILT_IN}
+CELL_OF_MODE: dict[str, Cell] = {CELLS[name].mode: CELLS[name] for name in BUILT_IN}
 
 
 def register(cell: Cell, *backends: str) -> None:
@@ -157,7 +72,7 @@ def register(cell: Cell, *backends: str) -> None:
     Raises:
         ValueError: a built-in cell has that name.
     """
-    if cell.name in BUILT_IN:
+    if cell.name in printed.CELLS:
         raise ValueError(f"a cell's name must not be a built-in one's, got {cell.name!r}")
     before = _kernels[cell.name] if CELLS.get(cell.name) == cell else frozenset(("reference",))
     CELLS[cell.name], _kernels[cell.name] = cell, before | {*backends}

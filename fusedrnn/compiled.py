@@ -241,11 +241,11 @@ def _device_compiler():
 def _device_source(name: str, kernel: str) -> str:
     """What is compiled of a cell: one instance of a kernel of csrc/cuda, "step_forward_Own4_float32_2_whole"."""
     definition = DEFINITIONS.get(name)
-    struct = {"lstm": "Lstm", "gru": "Gru", "rnn_tanh": "RnnTanh", "rnn_relu": "RnnRelu"}.get(name, name)
+    struct = printing.struct_of(name) if definition is None else name
     file, own, dtype, size, rows = kernel.rsplit("_", 4)
     lines = (
         f"#define FUSEDRNN_OWN(X) X({own}, {dtype}, {size}, {rows})",
-        '#include "pointwise.h"',
+        '#include "cells.h"',
         "namespace fusedrnn {",
         *([printing.cpp(definition.traced, struct)] if definition is not None else []),
         f"using {own} = {struct};",

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedrnn import printing, remembered
-from fusedrnn.cells import BUILT_IN, CELLS, Cell, register
+from fusedrnn import printed, printing, remembered
+from fusedrnn.cells import CELLS, Cell, register
 from fusedrnn.graph import CellError, Traced, trace
 
 _lock = threading.RLock()
@@ -161,14 +161,14 @@ class Definition:
     def cell(self) -> Cell:
         """Its entry in the table of cells, under a name that is of this content alone."""
         with _lock:
-            if self.name in BUILT_IN and self.__module__ == "fusedrnn.zoo":
-                return CELLS[self.name]  # compiled ahead
+            if self.name in printed.CELLS and self.__module__ == "fusedrnn.zoo":
+                return CELLS[self.name]
             t = self.traced
             source = printing.plain_torch(t, self.name)
             key = hashlib.sha256(repr((source, t.gates, t.states, t.parameters, t.inputs)).encode()).hexdigest()[:12]
             name = f"{self.name}_{key}"
             if name not in CELLS:
-                names = {"torch": torch, "number": lambda value, like: torch.full_like(like, value)}
+                names = {"torch": torch, "number": printed.number}
                 exec(compile(source, f"<cell {name}>", "exec"), names)
                 register(
                     Cell(

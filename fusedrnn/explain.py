@@ -18,7 +18,7 @@ import torch
 
 from fusedrnn import _build, planning
 from fusedrnn.backends import cuda, cuda_plan, triton
-from fusedrnn.cells import CELL_OF_MODE, CELLS, Cell, accumulation_dtype
+from fusedrnn.cells import BUILT_IN, CELL_OF_MODE, CELLS, Cell, accumulation_dtype
 from fusedrnn.ops import BACKEND_ALGORITHMS, DTYPES
 
 BOUND = (
@@ -473,8 +473,8 @@ def _cpu(z: _Sizes, backward: bool) -> Pass:
 
 
 def _check(cell, steps, batch, input_size, hidden_size, proj_size, num_layers, dtype, tf32, device, chip) -> None:
-    if cell not in CELLS:
-        raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {cell!r}")
+    if cell not in BUILT_IN:
+        raise ValueError(f"cell must be one of {', '.join(BUILT_IN)}, got {cell!r}")
     sizes = {"steps": steps, "batch": batch, "hidden_size": hidden_size, "input_size": input_size}
     for name, value in (sizes | {"num_layers": num_layers}).items():
         if isinstance(value, bool) or not isinstance(value, int):

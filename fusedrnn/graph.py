@@ -14,7 +14,7 @@ import torch
 
 # name -> (arguments, whether the result is a truth value)
 OPERATIONS = {
-    **dict.fromkeys(("neg", "abs", "exp", "expm1", "log", "log1p", "sqrt", "sigmoid", "tanh"), (1, False)),
+    **dict.fromkeys(("neg", "abs", "exp", "expm1", "log", "log1p", "sqrt", "sigmoid", "tanh", "relu"), (1, False)),
     **dict.fromkeys(("sin", "cos", "erf", "floor", "ceil"), (1, False)),
     **dict.fromkeys(("add", "sub", "mul", "div", "maximum", "minimum"), (2, False)),
     **dict.fromkeys(("lt", "le", "gt", "ge", "eq", "ne", "and", "or"), (2, True)),
@@ -140,8 +140,9 @@ def _op(a) -> str:
 
 _NUMBERS = {
     "neg": operator.neg, "abs": abs, "exp": math.exp, "expm1": math.expm1, "log": math.log, "log1p": math.log1p,
-    "sqrt": math.sqrt, "tanh": math.tanh, "sigmoid": lambda a: 1 / (1 + math.exp(-a)), "sin": math.sin,
-    "cos": math.cos, "erf": math.erf, "floor": math.floor, "ceil": math.ceil, "add": operator.add,
+    "sqrt": math.sqrt, "tanh": math.tanh, "sigmoid": lambda a: 1 / (1 + math.exp(-a)),
+    "relu": lambda a: max(a, 0.0), "sin": math.sin, "cos": math.cos, "erf": math.erf, "floor": math.floor,
+    "ceil": math.ceil, "add": operator.add,
     "sub": operator.sub, "mul": operator.mul, "div": operator.truediv, "maximum": max, "minimum": min,
     "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge, "eq": operator.eq, "ne": operator.ne,
     "and": lambda a, b: a and b, "or": lambda a, b: a or b, "not": operator.not_,
@@ -249,7 +250,6 @@ ATEN: dict[str, Callable] = {
     "log2": lambda g, a: g("div", g("log", a), math.log(2)),
     "exp2": lambda g, a: g("exp", g("mul", a, math.log(2))),
     "sign": _sign,
-    "relu": lambda g, a: g("maximum", a, 0.0),
     "clamp": _clamp,
     "clamp_min": lambda g, a, low: _clamp(g, a, low),
     "clamp_max": lambda g, a, high: _clamp(g, a, None, high),
@@ -447,6 +447,7 @@ def _grouped(tensors: Sequence, counts: Sequence[int]) -> list[Sequence]:
 
 def _divided(graph: Graph, gates, states, parameters, inputs, news: list[Operand], grads: list[Operand]) -> Traced:
     n = len(gates)
+    grads = _factored(graph, grads)
     dx, du, rest = grads[:n], grads[n : 2 * n], grads[2 * n :]
     everything = [*news, *grads]
     summed = _summed(graph, everything)
@@ -498,6 +499,24 @@ def _divided(graph: Graph, gates, states, parameters, inputs, news: list[Operand
 
 def _reads(roots: Sequence[Operand], leaf: tuple) -> bool:
     return any((v.op, v.args[0]) == leaf for v in ordered(roots) if v.leaf)
+
+
+def _factored(graph: Graph, grads: Sequence[Operand]) -> list[Operand]:
+    """Gradients with d (1 - z) for d - d z, so that an infinite d makes no NaN where z is not 1."""
+    done: dict[int, Operand] = {}
+    for value in ordered(grads):
+        args = value.args if value.leaf else tuple(done[id(a)] if isinstance(a, Value) else a for a in value.args)
+        d, product = args if value.op == "sub" else (None, None)
+        if isinstance(d, Value) and _op(product) == "mul" and any(a is d for a in product.args) and _of_d(d):
+            x, y = product.args
+            done[id(value)] = graph("mul", d, graph("sub", 1.0, y if x is d else x))
+        else:
+            done[id(value)] = value if value.leaf else _instead(value, graph(value.op, *args))
+    return [done[id(r)] if isinstance(r, Value) else r for r in grads]
+
+
+def _of_d(value: Value) -> bool:
+    return any(v.op == "d" for v in ordered([value]))
 
 
 def _summed(graph: Graph, roots: Sequence[Operand], only: Sequence[bool] | None = None) -> list[Operand]:

@@ -26,17 +26,16 @@ class Layer(RecurrentLayer):
     [G*H], the rows of a gate after another in the order of the cell's gates; the cell's own parameters are vectors [H],
     p_i_l0, p_i_l0_reverse and so on. All begin uniform in ±1/sqrt(H), as torch.nn's.
 
-    On the CPU the cell is compiled by the C++ compiler (CXX, or g++) at its first call, and kept in a cache on disk
-    (FUSEDRNN_CACHE, else ~/.cache/fusedrnn). Where there is no compiler the reference runs, a loop of torch's
-    operations, with one warning.
+    On the CPU the LSTM, GRU, RNN and sLSTM of :mod:`fusedrnn.zoo` are there; another cell is compiled by the C++
+    compiler (CXX, or g++) at its first call, and kept in a cache on disk (FUSEDRNN_CACHE, else ~/.cache/fusedrnn).
+    Where there is no compiler the reference runs, a loop of torch's operations, with one warning.
 
     Args:
         cell: a definition (:func:`fusedrnn.cell`), such as those of :mod:`fusedrnn.zoo`.
         input_size: I.
         hidden_size: H.
         num_layers, bias, batch_first, dropout, bidirectional: as in :class:`LSTM`.
-        proj_size: P, projects h to P features (0: no projection); for a cell that does not read h beside W_hh h, and
-            whose output can be made of what it keeps and its other states, as an LSTM's and an sLSTM's.
+        proj_size: P, projects h to P features (0: no projection); for the LSTM of :mod:`fusedrnn.zoo` alone.
         heads: W_hh is block-diagonal, a block for each group of H / heads units: weight_hh_l0 is [G*H, H / heads].
         device, dtype, backend, algorithm, recompute: as in :class:`LSTM`.
 

@@ -1,12 +1,15 @@
-"""Source of a traced cell (fusedrnn.graph): a C++ struct as in csrc/cells.h, functions of Triton and of torch.
+"""Source of a traced cell (fusedrnn.graph): a C++ struct as csrc/cells.h wants it, functions of Triton and of torch.
 
-All three compute the same operations in the same grouping.
+All three compute the same operations in the same grouping. `make cells` prints the cells that the package brings along
+(``write_printed``).
 """
 
 import keyword
 import math
+import re
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 
 from fusedrnn.graph import Operand, Traced, Value, ordered
 
@@ -48,8 +51,8 @@ class Cpp(Language):
             "class const continue default delete do double else enum explicit export extern false float for friend "
             "goto if inline int long mutable namespace new not and or xor operator private protected public register "
             "return short signed sizeof static struct switch template this throw true try typedef typeid typename "
-            "union unsigned using virtual void volatile while neg abs exp expm1 log log1p sqrt sigmoid tanh sin cos "
-            "erf floor ceil maximum minimum at_least at_most where forward backward output x_acc h_acc "
+            "union unsigned using virtual void volatile while neg abs exp expm1 log log1p sqrt sigmoid tanh relu sin "
+            "cos erf floor ceil maximum minimum at_least at_most where forward backward output x_acc h_acc "
         ).split()
     )
 
@@ -80,6 +83,7 @@ class Cpp(Language):
 class Triton(Language):
     indent = "    "
     prefix = "b_"
+    reserved = frozenset("b_acc b_prev b_parameters b_inputs b_next b_saved b_d".split())
 
     def number(self, value, like):
         return _python_number(value)
@@ -217,7 +221,7 @@ class Writer:
             return f"({text})" if " " in text and above > _SUM else text
         text, strength = self._operation(operand)
         if self._has_name(operand):
-            name = self._name(operand.name)
+            name = self.name(operand.name)
             self.lines.append(language.indent + language.assign(name, text, operand))
             self.known[id(operand)] = name
             return name
@@ -238,7 +242,8 @@ class Writer:
             return self.language.truth(op, [self._text(a, _ATOM) for a in args]), _COMPARISON
         return self.language.call(op, [self._text(a, 0) for a in args], value), _ATOM
 
-    def _name(self, wanted: str) -> str:
+    def name(self, wanted: str) -> str:
+        """One that is not taken, the wanted one if it can be."""
         prefix = self.language.prefix
         name, k = prefix + wanted if wanted else f"{prefix}t0", 0
         while name in self.taken:
@@ -248,12 +253,15 @@ class Writer:
         return name
 
 
-def _wide(text: str, most: int = 120) -> list[str]:
+_WIDTH = 120
+
+
+def _wide(text: str) -> list[str]:
     """The lines of one statement, broken at spaces outside of quotes where it is too long."""
     indent = len(text) - len(text.lstrip())
     lines = []
-    while len(text) > most:
-        at = text.rfind(" ", indent + 1, most)
+    while len(text) > _WIDTH:
+        at = text.rfind(" ", indent + 1, _WIDTH)
         if at <= indent:
             break
         lines.append(text[:at])
@@ -263,56 +271,55 @@ def _wide(text: str, most: int = 120) -> list[str]:
 
 def _wide_python(text: str) -> list[str]:
     """Python goes on in the next line only within brackets."""
-    if len(text) > 120:
+    if len(text) > _WIDTH and not text.endswith(","):
         before, sign, after = text.partition(" = ")
-        head, tail = (before + sign, after) if sign else ("    return ", text.strip().removeprefix("return "))
-        text = f"{head}({tail})"
+        text = f"{before}{sign}({after})"
     return _wide(text)
 
 
-def _known_in_backward(t: Traced, leaf: Callable[[str, int], str]) -> dict[int, str]:
-    news = [(k, v) for k, v in enumerate(t.next) if isinstance(v, Value) and not v.leaf and (k or t.uses_h)]
-    known = {id(v): leaf("next", k) for k, v in reversed(news)}
-    return known | {id(v): leaf("saved", k) for k, v in enumerate(t.saved)}
+def _of_backward(t: Traced, language: Language, roots: Sequence[Operand], with_h: bool) -> tuple[Writer, list[str]]:
+    """A writer of what is made of the new states and what was saved, and the names that the latter has there."""
+    news = [(k, v) for k, v in enumerate(t.next) if isinstance(v, Value) and not v.leaf and (k or with_h)]
+    known = {id(v): language.leaf("next", k) for k, v in reversed(news)}
+    writer = Writer(language, roots, known | {id(v): "" for v in t.saved})
+    names = [writer.name(name) for name in t.saved_names]
+    writer.known |= {id(v): name for v, name in zip(t.saved, names)}
+    return writer, names
 
 
-def _list(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers))
-
-
-def cpp(t: Traced, name: str) -> str:
-    """The cell as a C++ struct of that name; see csrc/cells.h."""
+def cpp(t: Traced, name: str, struct_name: str = "") -> str:
+    """The cell of that name as a C++ struct; see csrc/cells.h."""
     language = Cpp()
 
     def slots(function: str, acc: Sequence[int]) -> str:
-        runs = "gate" if list(acc) == list(range(len(acc))) else None
-        if runs is None:
-            runs = str(acc[-1])
-            for gate in range(len(acc) - 2, -1, -1):
-                runs = f"gate == {gate} ? {acc[gate]} : {runs}"
-        return f"  FUSEDRNN_HD static constexpr int {function}(int gate) {{ return {runs}; }}"
+        others = "".join(f"gate == {gate} ? {slot} : " for gate, slot in enumerate(acc) if slot != gate)
+        return f"  FUSEDRNN_HD static constexpr int {function}(int gate) {{ return {others}gate; }}"
 
-    def body(roots: list[tuple[str, Operand]], known: dict[int, str]) -> list[str]:
-        writer = Writer(language, [r for _, r in roots], known)
+    def body(writer: Writer, roots: list[tuple[str, Operand]], saved: Sequence[str] = ()) -> list[str]:
         for target, value in roots:
             text = writer.text(value)
-            writer.lines.append(f"    {target} = {text};")
+            writer.lines.append(f"    {target} {text};")
             if isinstance(value, Value) and id(value) not in writer.known and not value.leaf:
-                writer.known[id(value)] = target
-        return [line for text in writer.lines for line in _wide(text)]
+                writer.known[id(value)] = target.removesuffix(" =")
+        read = [k for k, n in enumerate(saved) if any(re.search(rf"\b{n}\b", line) for line in writer.lines)]
+        first = [f"    const T {', '.join(f'{saved[k]} = saved[{k}]' for k in read)};"] if read else []
+        return [line for text in [*first, *writer.lines] for line in _wide(text)]
 
-    forward = body(
-        [*((f"saved[{k}]", v) for k, v in enumerate(t.saved)), *((f"next[{k}]", v) for k, v in enumerate(t.next))], {}
-    )
     results = [
-        *((f"dacc[{k}]", v) for k, v in enumerate(t.dacc)),
-        *((f"dprev[{k}]", v) for k, v in enumerate(t.dprev) if k or t.direct),
-        *((f"dparameters[{k}]", v) for k, v in enumerate(t.dparameters)),
-        *((f"dinputs[{k}]", v) for k, v in enumerate(t.dinputs)),
+        *((f"saved[{k}] =", v) for k, v in enumerate(t.saved)),
+        *((f"next[{k}] =", v) for k, v in enumerate(t.next)),
     ]
-    backward = body(results, _known_in_backward(t, language.leaf))
+    forward = body(Writer(language, [v for _, v in results], {}), results)
+    results = [
+        *((f"dacc[{k}] =", v) for k, v in enumerate(t.dacc)),
+        *((f"dprev[{k}] =", v) for k, v in enumerate(t.dprev) if k or t.direct),
+        *((f"dparameters[{k}] =", v) for k, v in enumerate(t.dparameters)),
+        *((f"dinputs[{k}] =", v) for k, v in enumerate(t.dinputs)),
+    ]
+    writer, saved = _of_backward(t, language, [v for _, v in results], t.uses_h)
+    backward = body(writer, results, saved)
     lines = [
-        f"struct {name} {{",
+        f"struct {struct_name or name} {{",
         f'  static constexpr const char* kName = "{name}";',
         f"  static constexpr int kGates = {len(t.gates)};  // {' '.join(t.gates)}",
         f"  static constexpr int kAccumulators = {len(t.accumulators)};  // {' '.join(t.accumulators)}",
@@ -338,64 +345,76 @@ def cpp(t: Traced, name: str) -> str:
         "  }",
     ]
     if t.output is not None:
-        writer = Writer(
-            language, [t.output], {k: v for k, v in _known_in_backward(t, language.leaf).items() if v != "next[0]"}
-        )
-        result = writer.text(t.output)
+        writer, saved = _of_backward(t, language, [t.output], False)
         lines += [
             "",
             "  template <typename T>",
             "  FUSEDRNN_HD static T output(const T* saved, const T* next) {",
-            *(line for text in writer.lines for line in _wide(text)),
-            f"    return {result};",
+            *body(writer, [("return", t.output)], saved),
             "  }",
         ]
     return "\n".join([*lines, "};", ""])
 
 
+def _tuples(groups: Sequence[Sequence[str]]) -> list[str]:
+    """The statement that returns tuples, an item a line where it is too long for one."""
+
+    def written(items: Sequence[str]) -> str:
+        return f"({', '.join(items)}{',' if len(items) == 1 else ''})"
+
+    line = f"    return {', '.join(map(written, groups))}"
+    if len(line) <= _WIDTH:
+        return [line]
+    lines = ["    return ("]
+    for items in groups:
+        text = f"        {written(items)},"
+        lines += (
+            [text] if len(text) <= _WIDTH else ["        (", *(f"            {item}," for item in items), "        ),"]
+        )
+    return [*lines, "    )"]
+
+
 def _python(t: Traced, language: Language, name: str, decorator: str) -> str:
     b = language.prefix
 
-    def function(
-        what: str, arguments: Sequence[str], groups: Sequence[Sequence[Operand]], known: dict[int, str], like: str
-    ):
-        writer = Writer(language, [v for group in groups for v in group], known)
+    def function(what: str, arguments: Sequence[str], writer: Writer, first: list[str], groups, like: str) -> str:
         # What is a number is a block of it.
         filled = [[v if isinstance(v, Value) else f"number({language.number(v, '')}, LIKE)" for v in g] for g in groups]
         texts = [[v if isinstance(v, str) else writer.text(v) for v in group] for group in filled]
-        results = ", ".join(f"({', '.join(g)}{',' if len(g) == 1 else ''})" for g in texts)
-        lines = [
-            *([decorator] if decorator else []),
-            f"def {name}_{what}({', '.join(b + a for a in arguments)}):",
-            *(
-                line
-                for text in [*writer.lines, f"    return {results}"]
-                for line in _wide_python(text.replace("LIKE", like))
-            ),
-        ]
-        return "\n".join(lines)
+        lines = [text.replace("LIKE", like) for text in [*first, *writer.lines]]
+        results = [[text.replace("LIKE", like) for text in group] for group in texts]
+        return "\n".join(
+            [
+                *([decorator] if decorator else []),
+                f"def {name}_{what}({', '.join(b + a for a in arguments)}):",
+                *(line for text in [*lines, *_tuples(results)] for line in _wide_python(text)),
+            ]
+        )
 
-    forward = function("forward", ("acc", "prev", "parameters", "inputs"), (t.next, t.saved), {}, f"{b}acc[0]")
+    news = Writer(language, [*t.saved, *t.next], {})
+    for value in t.saved:
+        news.text(value)
+    forward = function("forward", ("acc", "prev", "parameters", "inputs"), news, [], (t.next, t.saved), f"{b}acc[0]")
+    groups = (t.dacc, t.dprev, t.dparameters, t.dinputs)
+    writer, saved = _of_backward(t, language, [v for group in groups for v in group], t.uses_h)
+    first = [f"    {', '.join(saved)} = {b}saved{'[0]' if len(saved) == 1 else ''}"] if saved else []
     backward = function(
-        "backward",
-        ("d", "saved", "next", "prev", "parameters", "inputs"),
-        (t.dacc, t.dprev, t.dparameters, t.dinputs),
-        _known_in_backward(t, language.leaf),
-        f"{b}d[0]",
+        "backward", ("d", "saved", "next", "prev", "parameters", "inputs"), writer, first, groups, f"{b}d[0]"
     )
     return f"{forward}\n\n\n{backward}\n"
 
 
-TRITON_HEAD = """import triton
+_POINTWISE = ("expm1", "log1p", "number", "relu", "sigmoid", "tanh")
+TRITON_HEAD = f"""import triton
 import triton.language as tl
-from fusedrnn.kernels.pointwise import expm1, log1p, number, sigmoid, tanh
+from fusedrnn.kernels.pointwise import {", ".join(_POINTWISE)}
 
 
 """
 
 
 def triton(t: Traced, name: str) -> str:
-    """The cell as two functions of Triton, to stand after ``TRITON_HEAD``; see kernels/cells.py."""
+    """The cell as two functions of Triton, to stand after ``TRITON_HEAD``; see CellKernels in kernels/cells.py."""
     return _python(t, Triton(), name, "@triton.jit")
 
 
@@ -412,3 +431,70 @@ def equations(t: Traced) -> list[str]:
         if value.name:
             writer.text(value)
     return [*writer.lines, *(f"new {state} = {writer.text(value)}" for state, value in zip(t.states, t.next))]
+
+
+# Of the zoo: what the package brings along in every language.
+PRINTED = ("lstm", "gru", "rnn_tanh", "rnn_relu", "slstm")
+_EDIT = "Printed by `make cells` from fusedrnn/zoo.py, which is what to edit."
+
+
+def struct_of(name: str) -> str:
+    """The C++ struct of one of these: RnnTanh of rnn_tanh."""
+    return name.title().replace("_", "")
+
+
+def printed() -> dict[str, str]:
+    """The files of the cells that the package brings along, by their paths in a checkout: what stands in them."""
+    from fusedrnn import zoo
+
+    cells = {name: getattr(zoo, name).traced for name in PRINTED}
+    structs = "\n".join(cpp(t, name, struct_of(name)) for name, t in cells.items())
+    of_triton = "\n\n".join(triton(t, name) for name, t in cells.items())
+    of_torch = "\n\n".join(plain_torch(t, name) for name, t in cells.items())
+    functions = [f for f in _POINTWISE if re.search(rf"\b{f}\(", of_triton)]
+    kernels, facts = {}, {}
+    for name, t in cells.items():
+        functions_of = {"forward": f"{name}_forward", "backward": f"{name}_backward"}
+        kernels[name] = functions_of | {"backward_uses_h": t.uses_h or t.uses_h_prev, "has_direct": t.direct}
+        facts[name] = {
+            "gates": t.gates,
+            "accumulators": t.accumulators,
+            "x_acc": t.x_acc,
+            "h_acc": t.h_acc,
+            "saved": t.saved_names,
+            "states": t.states,
+            "parameters": t.parameters,
+            "inputs": t.inputs,
+            "has_direct": t.direct,
+            **functions_of,
+        }
+    return {
+        "csrc/printed.h": f'// {_EDIT}\n// clang-format off\n#pragma once\n\n#include "pointwise.h"\n\n'
+        f"namespace fusedrnn {{\n\n{structs}\n}}  // namespace fusedrnn\n",
+        "kernels/printed.py": f'"""{_EDIT}"""\n# fmt: off\n\nimport triton\nimport triton.language as tl\n\n'
+        f"from .pointwise import {', '.join(functions)}\n\n\n{of_triton}\n\n"
+        f"# fusedrnn.kernels.cells.CellKernels of each.\n{_table('KERNELS', kernels)}",
+        "fusedrnn/printed.py": f'"""{_EDIT}"""\n# fmt: off\n\nimport torch\n\n\ndef number(value, like):\n'
+        f"    return torch.full_like(like, value)\n\n\n{of_torch}\n\n"
+        f"# fusedrnn.cells.Cell of each.\n{_table('CELLS', facts)}",
+    }
+
+
+def _table(name: str, entries: dict[str, dict[str, object]]) -> str:
+    lines = [f"{name} = {{"]
+    for cell, facts in entries.items():
+        lines += [f'    "{cell}": {{', *(f'        "{k}": {_literal(v)},' for k, v in facts.items()), "    },"]
+    return "\n".join([*lines, "}", ""])
+
+
+def _literal(value: object) -> str:
+    if isinstance(value, str):  # the name of a function
+        return value
+    return repr(value).replace("'", '"')
+
+
+def write_printed() -> None:
+    """Prints the cells that the package brings along, in a checkout."""
+    root = Path(__file__).resolve().parents[1]
+    for path, text in printed().items():
+        (root / path).write_text(text)

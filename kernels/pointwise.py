@@ -3,9 +3,33 @@
 import triton
 import triton.language as tl
 
-from .cells import sigmoid, tanh
 
-__all__ = ["expm1", "log1p", "number", "sigmoid", "tanh"]
+@triton.jit
+def sigmoid(b_x):
+    # exp(-x) may be inf: 1 / inf is the right 0.
+    return 1.0 / (1.0 + tl.exp(-b_x))
+
+
+@triton.jit
+def tanh(b_x):
+    # exp of a negative number only, so never inf / inf.
+    b_e = tl.exp(-2.0 * tl.abs(b_x))
+    b_t = (1.0 - b_e) / (1.0 + b_e)
+    b_t = tl.where(b_x < 0, -b_t, b_t)
+    if b_x.dtype == tl.float32:
+        # 1 - e cancels near zero; odd minimax polynomial there.
+        b_z = b_x * b_x
+        b_p = -5.70498872745e-3 * b_z + 2.06390887954e-2
+        b_p = b_p * b_z - 5.37397155531e-2
+        b_p = b_p * b_z + 1.33314422036e-1
+        b_p = b_p * b_z - 3.33332819422e-1
+        b_t = tl.where(tl.abs(b_x) < 0.625, b_p * b_z * b_x + b_x, b_t)
+    return b_t
+
+
+@triton.jit
+def relu(b_x):
+    return tl.where(b_x < 0, 0.0, b_x)
 
 
 @triton.jit

@@ -21,7 +21,7 @@ FUSEDRNN_INLINE Vec<C> larger(Vec<C> a, Vec<C> b) {
 
 }  // namespace own
 
-struct Slstm {
+struct TestSlstm {
   static constexpr const char* kName = "test_slstm";
   static constexpr int kGates = 4, kAccumulators = 4, kSaved = 4, kStates = 4, kParameters = 0, kInputs = 0;
   static constexpr bool kUsesH = true, kUsesHPrev = false, kDirectH = false;
@@ -58,7 +58,7 @@ struct Slstm {
   }
 };
 
-struct Zoneout {
+struct TestZoneout {
   static constexpr const char* kName = "test_zoneout";
   static constexpr int kGates = 4, kAccumulators = 4, kSaved = 4, kStates = 2, kParameters = 3, kInputs = 1;
   static constexpr bool kUsesH = false, kUsesHPrev = false, kDirectH = false;

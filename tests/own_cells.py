@@ -90,7 +90,7 @@ ZONEOUT = Cell(
     **_FOUR,
 )
 OWN = {cell.name: cell for cell in (SLSTM, ZONEOUT)}
-_STRUCTS = {"test_slstm": "Slstm", "test_zoneout": "Zoneout"}
+_STRUCTS = {"test_slstm": "TestSlstm", "test_zoneout": "TestZoneout"}
 
 for _cell in OWN.values():
     cells.register(_cell)

@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from fusedrnn.kernels.cells import KERNELS, CellKernels, sigmoid, tanh
+from fusedrnn.kernels.cells import KERNELS, CellKernels
+from fusedrnn.kernels.pointwise import sigmoid, tanh
 
 
 @triton.jit

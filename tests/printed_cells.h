@@ -75,6 +75,7 @@ void step(const C* const* in, C* const* out, int64_t count, int width) {
   }
 
 ONE(exp)
-ONE(expm1) ONE(log) ONE(log1p) ONE(sqrt) ONE(abs) ONE(sigmoid) ONE(tanh) ONE(sin) ONE(cos) ONE(erf) ONE(floor) ONE(ceil)
+ONE(expm1)
+ONE(log) ONE(log1p) ONE(sqrt) ONE(abs) ONE(sigmoid) ONE(tanh) ONE(relu) ONE(sin) ONE(cos) ONE(erf) ONE(floor) ONE(ceil)
 
 }  // namespace fusedrnn

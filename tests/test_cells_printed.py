@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fusedrnn
-from fusedrnn import printing, zoo
+from fusedrnn import cells, printing, zoo
 from fusedrnn.definition import Definition
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -132,7 +132,51 @@ def test_torch(name):
     check(cell, groups, news, *backward(d, saved, news, prev, parameters, inputs), tolerance=1e-13)
 
 
-FUNCTIONS = ("exp", "expm1", "log", "log1p", "sqrt", "abs", "sigmoid", "tanh", "sin", "cos", "erf", "floor", "ceil")
+@pytest.mark.parametrize("name", printing.PRINTED)
+def test_what_the_package_brings_along(name):
+    """The checked-in source, whatever this torch traces."""
+    cell, entry = CELLS[name], cells.CELLS[name]
+    groups = given(cell, 7, 5)
+    x, u, prev, parameters, inputs, d = groups
+    news, saved = entry.forward(accumulated(cell, x, u), prev, parameters, inputs)
+    assert len(saved) == len(entry.saved)
+    check(cell, groups, news, *entry.backward(d, saved, news, prev, parameters, inputs), tolerance=1e-13)
+
+
+@pytest.mark.parametrize("name", ["gru", "ligru", "zoneout_lstm"])
+def test_an_infinite_gradient_makes_no_nan(name):
+    """d - d z would, for an infinite d."""
+    cell = CELLS[name]
+    t = cell.traced
+    _, backward = python_functions(printing.plain_torch(t, name), name)
+
+    def blocks(number, names):
+        return [torch.full((2, 3), number) for _ in names]
+
+    d = blocks(0.25, t.states)
+    d[0][1, 2] = math.inf
+    given = blocks(0.25, t.saved), blocks(0.75, t.states), blocks(0.75, t.states), [], blocks(0.5, t.inputs)
+    dacc, dprev, _, _ = backward(d, *given)
+    assert all(not x.isnan().any() for x in (*dacc, *dprev))
+    assert torch.isinf(torch.stack(dacc)).any()
+
+
+FUNCTIONS = (
+    "exp",
+    "expm1",
+    "log",
+    "log1p",
+    "sqrt",
+    "abs",
+    "sigmoid",
+    "tanh",
+    "relu",
+    "sin",
+    "cos",
+    "erf",
+    "floor",
+    "ceil",
+)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from fusedrnn import ops, planning
 from fusedrnn.backends import cuda, reference
 from fusedrnn.backends.common import Gradients, Inputs, Saved
 from fusedrnn.backends.cuda_plan import CHIP_LIMITS, Chip, Problem, plan
-from fusedrnn.cells import CELLS
+from fusedrnn.cells import BUILT_IN, CELLS
 
 LSTM = CELLS["lstm"]
 ROOT = Path(__file__).resolve().parents[1]
@@ -147,7 +147,7 @@ def test_backward_keeps_wide_weights_in_registers(cell, hidden, limit, monkeypat
 
 @pytest.mark.parametrize(
     "cell, dtype, hidden",
-    [(c, torch.float32, h) for c in CELLS for h in (127, 128)]
+    [(c, torch.float32, h) for c in BUILT_IN for h in (127, 128)]
     + [(c, torch.bfloat16, h) for c in ("lstm", "gru", "rnn_tanh") for h in (250, 256)],  # relu has kinks
 )
 def test_rows_that_only_their_padding_makes_whole(cell, dtype, hidden, poisoned):
@@ -165,7 +165,7 @@ def pattern(t):
 
 @pytest.mark.parametrize("hidden", [7, 24, 33])
 @pytest.mark.parametrize("algorithm", ["step", "persistent"])
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", BUILT_IN)
 def test_infinite_gradients_become_nan_only_where_they_must(cell, algorithm, hidden, poisoned):
     """No zero of a padded or an absent column meets an infinity, and NaN stays in its batch row."""
     cell, inf = CELLS[cell], float("inf")

@@ -500,13 +500,14 @@ print("compiled", sum("-shared" in c for c in made))
 print("traced", len(traced))
 print("backends", *sorted(fusedrnn.cells.kernels_of(layer.cell.cell.name)))
 print("folder", compiled.cache_folder())
+print("runs", layer._choose(y.dtype, y.device).backend)
 print("told", *(str(w.message) for w in told if "fusedrnn" in str(w.message)))
 """
 
 
-def called(folder, **environment):
+def called(folder, cell="janet", **environment):
     env = os.environ | {"FUSEDRNN_CACHE": str(folder), "OMP_NUM_THREADS": "1"} | environment
-    done = subprocess.run([sys.executable, "-c", CALL], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", CALL.replace("janet", cell)], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return dict(line.split(" ", 1) for line in done.stdout.splitlines() if " " in line)
 
@@ -528,7 +529,7 @@ def test_a_cell_is_compiled_once(tmp_path):
     folder = tmp_path / "cache" / "cells"
     assert folder.stat().st_mode & 0o777 == 0o700
     (library,) = folder.glob("*.so")
-    found = {"compiled": "0", "traced": "0", "backends": "cpu reference", "folder": str(folder)}
+    found = {"compiled": "0", "traced": "0", "backends": "cpu reference", "runs": "cpu", "folder": str(folder)}
     assert called(folder.parent) == found
     (trace,) = folder.glob("trace-*.json")
     trace.write_text(trace.read_text()[:100])
@@ -601,6 +602,17 @@ def test_no_compiler_is_told_once(tmp_path):
     assert found["told"].count("there is no C++ compiler: no-such-compiler was not found") == 1
     found = called(tmp_path / "cache", CXX="false")
     assert "could not compile it" in found["told"]
+
+
+def test_slstm_needs_no_compiler(tmp_path):
+    found = called(tmp_path / "cache", "slstm", CXX="no-such-compiler")
+    assert found == {
+        "compiled": "0",
+        "traced": "0",
+        "backends": "cpu cuda reference triton",
+        "runs": "cpu",
+        "folder": found["folder"],
+    }
 
 
 def test_a_folder_of_others_is_not_used(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from fusedrnn import _build, ops, planning, recompute
 from fusedrnn.backends import common, cuda_plan
 from fusedrnn.backends.common import Inputs
 from fusedrnn.backends.triton import SEQUENCE_MAX_HIDDEN, math_of
-from fusedrnn.cells import CELLS
+from fusedrnn.cells import BUILT_IN
 from fusedrnn.planning import Problem
 
 GPU_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -81,7 +81,7 @@ def test_agrees_with_float64(backend, algorithm, math, case, poisoned, monkeypat
     check_against_float64("lstm", backend, algorithm, math, case, monkeypatch)
 
 
-OTHER_CELLS = [name for name in CELLS if name != "lstm"]
+OTHER_CELLS = [name for name in BUILT_IN if name != "lstm"]
 OTHER_CASES = [CASES[k] for k in (1, 2, 3, 5, 7, 8, 11, 12, 13, 16)]
 
 
@@ -107,7 +107,7 @@ def wide_blocks(monkeypatch):
 
 
 def wide_cases():
-    for cell, case in itertools.product(CELLS, CASES):
+    for cell, case in itertools.product(BUILT_IN, CASES):
         if not case.proj and (cell == "lstm" or case in OTHER_CASES):
             marks = [pytest.mark.slow] if cell.startswith("rnn") else []
             yield pytest.param(cell, case, marks=marks, id=f"cuda-{cell}-{case}")

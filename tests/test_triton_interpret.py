@@ -16,7 +16,7 @@ from fusedrnn.backends import triton as backend
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
-cells = pytest.importorskip("fusedrnn.kernels.cells")
+pointwise = pytest.importorskip("fusedrnn.kernels.pointwise")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 inside = pytest.mark.interpreted
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
@@ -116,8 +116,8 @@ def test_special_values(algorithm, value):
 @triton.jit
 def _both(x, s, t, N: tl.constexpr):
     b_x = tl.load(x + tl.arange(0, N))
-    tl.store(s + tl.arange(0, N), cells.sigmoid(b_x))
-    tl.store(t + tl.arange(0, N), cells.tanh(b_x))
+    tl.store(s + tl.arange(0, N), pointwise.sigmoid(b_x))
+    tl.store(t + tl.arange(0, N), pointwise.tanh(b_x))
 
 
 @inside

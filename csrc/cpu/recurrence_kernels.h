@@ -18,6 +18,7 @@
 #include "../cells.h"
 #include "digits.h"
 #include "panels.h"
+#include "pointwise.h"
 #include "recurrence.h"
 #include "simd.h"
 #include "tiles.h"
@@ -284,6 +285,16 @@ FUSEDRNN_INLINE bool is_short(const Shape& s) { return s.steps * s.batch <= (kTi
 // So many rows of a weight are read for all columns before the next ones.
 constexpr int64_t kRowsAtOnce = 64;
 
+// Whether a cell can say its h again from what was saved, which a projection needs.
+template <typename Cell>
+constexpr bool kProjects = requires(const float* x) { Cell::template output<float>(x, x); };
+
+// What is never projected has no code for it.
+struct NeverProjected {
+  explicit NeverProjected(bool) {}
+  constexpr operator bool() const { return false; }
+};
+
 // What forward and backward share: sizes, the order of steps, and who does what. "W" is the type of the weights.
 template <typename Cell, typename E, typename W = E>
 struct Skeleton {
@@ -302,7 +313,7 @@ struct Skeleton {
   const int64_t steps, batch, hidden, out;
   const int64_t heads, head_units, head_out;  // of each head; H and P if it is one
   const int64_t padded;  // H, every head rounded up to whole vectors: the row length of carried state
-  const bool projected;
+  const std::conditional_t<kProjects<Cell>, bool, NeverProjected> projected;
   const bool direct;  // the recurrent weights are read where they lie
   bool by_rows;
   const int64_t laid_out_size;  // of a thread's rows as tiles
@@ -438,10 +449,6 @@ struct PerUnit {
     for (int k = 0; k < Cell::kInputs; ++k) inputs[k] = load<C>(static_cast<const E*>(p.inputs[k]) + row + u, count);
   }
 };
-
-// Whether a cell can say its h again from what was saved, which a projection needs.
-template <typename Cell>
-constexpr bool kProjects = requires(const float* x) { Cell::template output<float>(x, x); };
 
 template <typename Cell, typename E, typename W = E>
 struct ForwardRun : Skeleton<Cell, E, W> {

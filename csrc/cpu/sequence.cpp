@@ -28,6 +28,8 @@ struct CellEntry {
   void (*backward)(const Backward&) = nullptr;
 
   bool has_cell_state() const { return states > 1; }
+  // As those cells are that torch has: what packs weights once and what goes in pieces knows h and c alone.
+  bool plain() const { return !forward && states <= 2; }
 };
 
 template <typename Cell>
@@ -460,7 +462,7 @@ void forward(const Problem& s, const Inputs& in, void* y, void* h_n, const Targe
   if (s.rows == 0) return;
   const int32_t dtype = in.x.dtype();
   const int64_t piece = std::max(kPieceRows, kPieceBytes / (s.cell.gates * s.hidden * bytes_of(dtype)));
-  if (gates.numel() == 0 && !every_state && s.rows > 2 * piece && s.steps > 1 && !s.cell.forward && s.heads == 1) {
+  if (gates.numel() == 0 && !every_state && s.rows > 2 * piece && s.steps > 1 && s.cell.plain() && s.heads == 1) {
     return forward_in_pieces(s, in, static_cast<char*>(y), h_n, states_n, piece);
   }
   // Where as many gates are saved as come in, the cell replaces the one by the other in place.
@@ -584,7 +586,7 @@ Counts counts_of(std::string_view cell) {
 
 Tensor pack(std::string_view cell, const Tensor& w_hh, bool quantized) {
   const CellEntry& found = find_cell(cell);
-  FUSEDRNN_CHECK(!found.forward, "fusedrnn: the weights of ", cell, " cannot be packed once");
+  FUSEDRNN_CHECK(found.plain(), "fusedrnn: the weights of ", cell, " cannot be packed once");
   const Tensor w = w_hh.contiguous();
   const int64_t offsets[] = {0, 0};
   Forward problem{};

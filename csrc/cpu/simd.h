@@ -166,10 +166,6 @@ template <typename C>
 FUSEDRNN_INLINE Vec<C> relu(Vec<C> x) {
   return at_least(C(0), x);
 }
-template <typename C>
-FUSEDRNN_INLINE Vec<C> relu_backward(Vec<C> dy, Vec<C> y) {
-  return y.v <= C(0) ? typename Vec<C>::Raw{} : dy.v;
-}
 
 typedef uint16_t RawHalf __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES / 2)));
 typedef uint16_t RawHalfUnaligned
