@@ -452,7 +452,7 @@ def plan(layer: torch.nn.Module, batch: int, *, steps: int | None = None, backwa
 def _on_cpu(choice: Choice, layer, cell, batch: int, weight: torch.Tensor, steps: int | None, backward: bool) -> Choice:
     packed, many = "_packed" in layer.__dict__, isinstance(layer, torch.nn.RNNBase)
     quantized = layer._quantized if packed else None
-    widened = many and quantized is not None and not backward and layer._widens(batch)
+    widened = quantized is not None and not backward and layer._widens(batch)
     details = importlib.import_module("fusedrnn.backends.cpu").plan_for(
         cell,
         batch,

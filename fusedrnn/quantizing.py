@@ -12,7 +12,8 @@ from fusedrnn.freezing import Freezable, checked, layers_of
 
 DTYPES = (torch.int8, torch.bfloat16)
 _MOST = 127
-# What C++ is given in place of a module: with its weights, and where that is faster with those in float32.
+# What C++ is given in place of a module: with its weights, and the batch from which on it is the other, with weights in
+# float32.
 _CALLS = ("_packed_call", "_wide_call")
 
 
@@ -39,8 +40,12 @@ def _whole_numbers() -> bool:
     return _build._extension.plan("lstm", 6, 100, 1, 8, 8, 0, 1, 0, 0, 0, True, False, 1)["digits"]
 
 
-def float32_is_faster(dtype: torch.dtype, weights: int, batch: int) -> bool:
-    """Whether steps of ``batch`` rows and so many weights in W_hh take less time in float32, as measured on a CPU."""
+def float32_is_faster(dtype: torch.dtype, weights: int, batch: int, cell: bool) -> bool:
+    """Whether steps of ``batch`` rows take less time in float32, as measured on a CPU, of a layer or of a cell;
+    ``weights``: in W_hh and in W_ih, on average.
+    """
+    if cell:
+        return weights < 1 << 17 or (batch >= 16 and weights < 1 << 19)
     if dtype == torch.int8 and _whole_numbers():
         return weights < 8192
     return weights < 32768 or batch >= (8 if weights >= 1 << 19 else 4)
@@ -58,7 +63,7 @@ class Quantizable(Freezable):
         found = sum(t.nbytes for panels_and_scales in kept for t in panels_and_scales[:2] if t is not None)
         if wide is not None:
             found += sum(wide["_parameters"][name].nbytes for name in self._weight_names())
-            found += sum(t.nbytes for t in wide["_packed"])
+            found += sum(t.nbytes for t in wide.get("_packed", ()))
         return found
 
     def _weight_names(self) -> list[str]:
@@ -127,6 +132,7 @@ class Quantizable(Freezable):
             found.append((*panels, *map(self._scale, all_three)))
         order = self._flat_weights_names if isinstance(self, nn.RNNBase) else [*names, *self._parameters]
         sizes = {name: getattr(self, name, 0) for name in ("input_size", "hidden_size", "proj_size")}
+        sizes["wide_from"] = next((batch for batch in (1, 4, 8, 16) if self._widens(batch)), None)
         # As if it was the __dict__ of a module with parameters of such dtypes.
         self.__dict__["_packed_call"] = sizes | {"_parameters": {n: self._held(n) for n in order}, "_packed": found}
         return found
@@ -138,28 +144,35 @@ class Quantizable(Freezable):
         if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
             return None
         narrow = self.__dict__.get("_packed_call")
-        if narrow is None or not isinstance(self, nn.RNNBase):
+        if narrow is None or narrow["wide_from"] is None:
             return narrow
         batch = 1
-        if type(input) is PackedSequence:
+        if narrow["wide_from"] == 1:
+            pass
+        elif type(input) is PackedSequence:
             batch = int(input.batch_sizes[0]) if input.batch_sizes.numel() else 0
-        elif isinstance(input, Tensor) and input.dim() == 3:
-            batch = input.shape[0 if self.batch_first else 1]
-        return self._wide_call_once(narrow) if self._widens(batch) else narrow
+        elif isinstance(input, Tensor) and input.dim() > 1:
+            batch = input.shape[0 if input.dim() == 2 or self.batch_first else 1]
+        if batch < narrow["wide_from"]:
+            return narrow
+        return self.__dict__.get("_wide_call") or self._wide_call(narrow)
 
     def _widens(self, batch: int) -> bool:
         """Whether a call for so many sequences takes the weights in float32."""
-        return float32_is_faster(self._quantized, self._buffers["weight_hh_l0"].numel(), batch)
+        w_ih, w_hh = map(self._held, self._weight_names()[:2])
+        weights = (w_ih.numel() + w_hh.numel()) // 2
+        return float32_is_faster(self._quantized, weights, batch, not isinstance(self, nn.RNNBase))
 
-    def _wide_call_once(self, narrow: dict) -> dict:
-        found = self.__dict__.get("_wide_call")
-        if found is None:
-            names, cell = self._flat_weights_names, CELL_OF_MODE[self.mode].name
-            wide = dict(zip(names, self._widened(names), strict=True))
-            packed = [_build._small_calls.pack(cell, w, False) for n, w in wide.items() if n.startswith("weight_hh")]
-            if None in packed:
+    def _wide_call(self, narrow: dict) -> dict:
+        names, cell = list(narrow["_parameters"]), CELL_OF_MODE[self.mode].name
+        wide = dict(zip(names, self._widened(names), strict=True))
+        found = {name: value for name, value in narrow.items() if name != "_packed"} | {"_parameters": wide}
+        if isinstance(self, nn.RNNBase):
+            pack = _build._small_calls.pack
+            found["_packed"] = [pack(cell, w, False) for n, w in wide.items() if n.startswith("weight_hh")]
+            if None in found["_packed"]:
                 return narrow
-            found = self.__dict__["_wide_call"] = narrow | {"_parameters": wide, "_packed": packed}
+        self.__dict__["_wide_call"] = found
         return found
 
     def _replaced(self, name: str) -> RuntimeError:

@@ -467,10 +467,10 @@ def test_threads(dtype):
 @pytest.mark.as_it_is
 def test_where_float32_is_faster(dtype):
     small, large = (fusedrnn.quantize(made(hidden=hidden), dtype) for hidden in (16, 200))
-    assert quantizing.float32_is_faster(dtype, 1024, 1)
-    assert not quantizing.float32_is_faster(dtype, 160_000, 1)
+    assert quantizing.float32_is_faster(dtype, 1024, 1, False)
+    assert not quantizing.float32_is_faster(dtype, 160_000, 1, False)
     for layer, batch, wide in ((large, 1, False), (small, 1, True), (large, 64, dtype == torch.bfloat16)):
-        if wide or not quantizing.float32_is_faster(dtype, 160_000, batch):
+        if wide or not quantizing.float32_is_faster(dtype, 160_000, batch, False):
             x, before = torch.randn(9, batch, 5), layer.packed_bytes
             exact = fusedrnn.freeze(fusedrnn.unquantize(copy.deepcopy(layer)))
             got, want = result(layer, x), result(exact, x)
@@ -482,6 +482,13 @@ def test_where_float32_is_faster(dtype):
             packed = nn.utils.rnn.pack_padded_sequence(x, [9] * batch)
             assert same(result(layer, packed)[1:], got[1:])
             assert torch.equal(layer.stream(batch)(x[0]), exact.stream(batch)(x[0])) == wide
+    cell = fusedrnn.quantize(made("GRUCell"), dtype)
+    exact, x = fusedrnn.freeze(fusedrnn.unquantize(copy.deepcopy(cell))), torch.randn(3, 5)
+    assert "in float32, which is faster at this size" in fusedrnn.plan(cell, 3).why
+    assert same(result(cell, x), result(exact, x))
+    assert cell.packed_bytes == 4 * 3 * 33 * (5 + 33)
+    assert torch.equal(cell(x), exact(x))
+    cell(x.requires_grad_()).sum().backward()
 
 
 @packs
