@@ -267,8 +267,7 @@ def test_cpu_rules_are_those_of_the_kernels():
         "if (step < (batch >= 2 * threads ? 32768.0 : (steps == 1 ? 65536.0 : 200000.0))) threads = 1;",
         "constexpr int64_t kFewRows = 64, kFewRowsOfTiles = 8;",
         "return s.steps * s.batch <= (kTiles ? kFewRowsOfTiles : kFewRows); }",
-        "two_products =\n        s.steps == 1 && !one_kernel && bytes_of(in.x.dtype()) > 2 && !in.resets && s.heads == 1 "
-        "&& !in.quantized;",
+        " s.steps == 1 && !one_kernel && bytes_of(in.x.dtype()) > 2 && !in.resets && s.heads == 1 && !in.quantized;",
         "return is_short(problem.shape) && problem.shape.steps <= 4 * problem.shape.batch && problem.shape.heads == 1;",
         "#if FUSEDRNN_VECTOR_BYTES > 16 || defined(FUSEDRNN_NEON)\nconstexpr bool kWidensHalf = true;",
         "by_rows = !direct && s.threads > 1 && s.batch >= 16 * s.threads && weight_bytes <= s.cache_bytes / 4 * 3;",
