@@ -33,7 +33,7 @@ def speed(kept: list[keep.Kept]) -> str:
         ours = {titled(k.problem): k.ratio for k in here if k.provider == OURS}
         series = []
         for provider, look in looks.items():
-            own = [k for k in here if k.provider == provider]
+            own = [k for k in here if k.provider == provider and titled(k.problem) in ours]
             if own:
                 series.append(Series(provider, look, [k.ratio for k in own], [titled(k.problem) for k in own]))
         order = sorted(ours, key=ours.get, reverse=True)
