@@ -18,7 +18,7 @@ _CALLS = ("_packed_call", "_wide_call")
 
 
 def rounded(w: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """A weight [rows, columns] in ``dtype``, and for int8 what each row is multiplied by: max |row| / 127."""
+    """A weight [rows, columns] in ``dtype``, and for int8 what each row is multiplied by: ``max |row| / 127``."""
     if dtype == torch.bfloat16:
         return w.to(dtype), None
     w = w.float()
@@ -236,7 +236,7 @@ def quantize(model: nn.Module, dtype: torch.dtype = torch.int8) -> nn.Module:
     """Stores the weights of every layer and cell of fusedrnn inside ``model`` in fewer bits, in place.
 
     W_ih, W_hh and W_hr become buffers of the same names: with ``torch.int8`` whole numbers of -127 to 127, each row
-    times a scale of its own, max |row| / 127, a buffer ``weight_hh_l0_scale`` [rows]; with ``torch.bfloat16`` rounded
+    times a scale of its own, ``max |row| / 127``, a buffer ``weight_hh_l0_scale`` [rows]; with ``torch.bfloat16`` rounded
     ones. Biases stay. Everything is computed in float32 all the same, x and the states are not rounded: results are
     those of the layer with the rounded weights, up to the rounding of float32 sums.
 
