@@ -236,9 +236,9 @@ def quantize(model: nn.Module, dtype: torch.dtype = torch.int8) -> nn.Module:
     """Stores the weights of every layer and cell of fusedrnn inside ``model`` in fewer bits, in place.
 
     W_ih, W_hh and W_hr become buffers of the same names: with ``torch.int8`` whole numbers of -127 to 127, each row
-    times a scale of its own, ``max |row| / 127``, a buffer ``weight_hh_l0_scale`` [rows]; with ``torch.bfloat16`` rounded
-    ones. Biases stay. Everything is computed in float32 all the same, x and the states are not rounded: results are
-    those of the layer with the rounded weights, up to the rounding of float32 sums.
+    times a scale of its own, ``max |row| / 127``, a buffer ``weight_hh_l0_scale`` [rows]; with ``torch.bfloat16``
+    rounded ones. Biases stay. Everything is computed in float32 all the same, x and the states are not rounded: results
+    are those of the layer with the rounded weights, up to the rounding of float32 sums.
 
     As with :func:`freeze` the layers go to ``eval()``, want no gradient of their own (one of the input is given), and
     what changes the numbers of a buffer behind the module's back is not seen. ``load_state_dict`` takes quantized
