@@ -7,13 +7,13 @@ import os
 import subprocess
 import sys
 
-import numpy
 import pytest
 import torch
 from problems import CASES, Case, assert_close, make, run, widened
 
 from fusedrnn.backends import triton as backend
 
+numpy = pytest.importorskip("numpy")  # of the interpreter
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 pointwise = pytest.importorskip("fusedrnn.kernels.pointwise")
@@ -37,7 +37,8 @@ def test_in_the_interpreter():
     env.pop("FUSEDRNN_SIMULATE", None)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
-    if "only 0-dimensional arrays can be converted to Python scalars" in done.stdout:
+    old = triton.__version__.startswith("3.6.")
+    if old and "only 0-dimensional arrays can be converted to Python scalars" in done.stdout:
         pytest.skip(
             f"Triton {triton.__version__}'s interpreter does not run on NumPy {numpy.__version__}: not interpreted"
         )
