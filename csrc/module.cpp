@@ -374,17 +374,15 @@ struct Call {
     require(!has_c || fits(c0, lead, x));
   }
 
-  // What a frozen layer or cell holds for each sequence: panels of W_hh; of a quantized one a tuple, of these, of
-  // panels of W_ih, and of the scales of W_ih, W_hh and W_hr, each perhaps None.
+  // What a frozen layer or cell holds for each sequence: a tuple of panels of W_hh and of W_ih, and of a quantized one
+  // also of the scales of W_ih, W_hh and W_hr, each perhaps None.
   void settle_packed(Inputs& in, PyObject* packed) {
-    if (!PyTuple_Check(packed)) {
-      in.panels = held.take(packed);
-      return;
-    }
+    require(PyTuple_Check(packed));
     Tensor* const to[] = {&in.panels, &in.panels_ih, &in.scale_ih, &in.scale_hh, &in.scale_hr};
-    require(PyTuple_Size(packed) == 5);
-    for (int k = 0; k < 5; ++k) *to[k] = held.take(PyTuple_GetItem(packed, k));
-    in.quantized = true;
+    const int64_t count = PyTuple_Size(packed);
+    require(count == 2 || count == 5);
+    for (int64_t k = 0; k < count; ++k) *to[k] = held.take(PyTuple_GetItem(packed, k));
+    in.quantized = count == 5;
   }
 
   // Weights `w` as those of one sequence with so many input features.
@@ -662,7 +660,7 @@ PyObject* call_plan(PyObject* const* a) {
   for (long k = 0; k < integer(a[9]); ++k) in.more.parameters.push_back(Tensor::empty({hidden}, dtype));
   for (long k = 0; k < integer(a[10]); ++k) in.more.inputs.push_back(Tensor::empty({steps, batch, hidden}, dtype));
   if (is_true(a[11])) in.panels = Tensor::empty({1}, kUint8);
-  if (is_true(a[11]) && in.quantized) in.panels_ih = Tensor::empty({1}, kUint8);
+  if (is_true(a[11]) && dtype == kFloat) in.panels_ih = Tensor::empty({1}, kUint8);
   const Plan found = plan(cell, in, is_true(a[12]));
   return Py_BuildValue("{s:s, s:O, s:O, s:O, s:O, s:i, s:L, s:s, s:s}", "capability", found.capability, "direct",
                        found.way.direct ? Py_True : Py_False, "by_rows", found.way.by_rows ? Py_True : Py_False,

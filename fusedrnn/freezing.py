@@ -7,6 +7,27 @@ from fusedrnn import _build
 from fusedrnn.cells import CELL_OF_MODE
 
 
+def panels_of(cell: str, weights: dict[str, Tensor | None]) -> list[tuple[Tensor, Tensor | None]] | None:
+    """Packed W_hh and, in float32, W_ih of each sequence; None where the processor's kernels take none."""
+    found = []
+    for name, w_hh in weights.items():
+        if not name.startswith("weight_hh"):
+            continue
+        if w_hh.device.type != "cpu":
+            return None
+        pair = [w_hh, weights[name.replace("_hh", "_ih")]][: 1 + (w_hh.dtype == torch.float32)]
+        panels = [_build._small_calls.pack(cell, w, False) for w in pair]
+        if None in panels:
+            return None
+        found.append((panels[0], panels[1] if len(panels) > 1 else None))
+    return found
+
+
+def bytes_of(packed: list[tuple]) -> int:
+    """What panels take; scales, where some stand behind them, are buffers."""
+    return sum(t.nbytes for panels_and_scales in packed for t in panels_and_scales[:2] if t is not None)
+
+
 class Freezable(nn.Module):
     """What layers and cells have for :func:`freeze`."""
 
@@ -18,15 +39,16 @@ class Freezable(nn.Module):
     @property
     def packed_bytes(self) -> int:
         """How many bytes packed weights take, beside the parameters; 0 where none are kept."""
-        return sum(t.numel() for t in self.__dict__.get("_packed", ()))
+        return bytes_of(self.__dict__.get("_packed", ()))
 
     def _check_frozen(self) -> None:
         """Raises RuntimeError where the promise of freeze is seen to be broken."""
         if torch.compiler.is_exporting():
             return  # with tensors in place of the parameters, and none of the packed weights
         recorded = torch.is_grad_enabled()
+        held, shadowed = self._parameters.get, self.__dict__  # a small call takes no longer than some such questions
         for name, (weight, _) in self._frozen.items():
-            if self._held(name) is not weight or name in self.__dict__:
+            if (held(name) is not weight and self._held(name) is not weight) or name in shadowed:
                 raise self._replaced(name)
             if recorded and weight.requires_grad:
                 raise self._cannot_train(f"{name} requires grad")
@@ -56,10 +78,8 @@ class Freezable(nn.Module):
         """What C++ takes beside the weights, for each sequence; None where that is nothing."""
         if not isinstance(self, nn.RNNBase):
             return None  # a single step reads weights where they lie
-        cell = CELL_OF_MODE[self.mode].name
-        weights = [self._parameters[name] for name in self._flat_weights_names if name.startswith("weight_hh")]
-        packed = [_build._small_calls.pack(cell, w, False) if w.device.type == "cpu" else None for w in weights]
-        return None if any(t is None for t in packed) else packed
+        names = self._flat_weights_names
+        return panels_of(CELL_OF_MODE[self.mode].name, {n: self._parameters[n] for n in names if "weight" in n})
 
     def _wanted(self) -> dict[str, bool]:
         return {name: grad for name, (_, grad) in self._frozen.items()}
@@ -108,11 +128,11 @@ class Freezable(nn.Module):
 def freeze(model: nn.Module) -> nn.Module:
     """Promises that the weights of every layer and cell of fusedrnn inside ``model`` stay as they are, in place.
 
-    On the CPU W_hh is then packed once and not at every call (``layer.packed_bytes``). The layers go to ``eval()``,
-    their parameters want no gradient any more, and a change of the numbers in them that is not made by the module
-    itself (``p.data.copy_``, an optimizer, an alias in NumPy) is not seen: call freeze again, or :func:`unfreeze`
-    first. ``load_state_dict``, ``to`` and the like do pack again. Copies and pickles are frozen as well. Returns
-    ``model``.
+    On the CPU W_hh, and in float32 W_ih, are then packed once and not at every call (``layer.packed_bytes``). The
+    layers go to ``eval()``, their parameters want no gradient any more, and a change of the numbers in them that is not
+    made by the module itself (``p.data.copy_``, an optimizer, an alias in NumPy) is not seen: call freeze again, or
+    :func:`unfreeze` first. ``load_state_dict``, ``to`` and the like do pack again. Copies and pickles are frozen as
+    well. Returns ``model``.
 
     Raises:
         TypeError: ``model`` is not a torch.nn.Module.

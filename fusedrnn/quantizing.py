@@ -8,7 +8,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn import _build
 from fusedrnn.cells import CELL_OF_MODE
-from fusedrnn.freezing import Freezable, checked, layers_of
+from fusedrnn.freezing import Freezable, bytes_of, checked, layers_of, panels_of
 
 DTYPES = (torch.int8, torch.bfloat16)
 _MOST = 127
@@ -57,13 +57,10 @@ class Quantizable(Freezable):
     @property
     def packed_bytes(self) -> int:
         """How many bytes packed weights take, beside the parameters and buffers; 0 where none are kept."""
-        if self._quantized is None:
-            return super().packed_bytes
-        kept, wide = self.__dict__.get("_packed", ()), self.__dict__.get("_wide_call")
-        found = sum(t.nbytes for panels_and_scales in kept for t in panels_and_scales[:2] if t is not None)
+        found, wide = super().packed_bytes, self.__dict__.get("_wide_call")
         if wide is not None:
             found += sum(wide["_parameters"][name].nbytes for name in self._weight_names())
-            found += sum(t.nbytes for t in wide.get("_packed", ()))
+            found += bytes_of(wide.get("_packed", ()))
         return found
 
     def _weight_names(self) -> list[str]:
@@ -168,9 +165,8 @@ class Quantizable(Freezable):
         wide = dict(zip(names, self._widened(names), strict=True))
         found = {name: value for name, value in narrow.items() if name != "_packed"} | {"_parameters": wide}
         if isinstance(self, nn.RNNBase):
-            pack = _build._small_calls.pack
-            found["_packed"] = [pack(cell, w, False) for n, w in wide.items() if n.startswith("weight_hh")]
-            if None in found["_packed"]:
+            found["_packed"] = panels_of(cell, wide)
+            if found["_packed"] is None:
                 return narrow
         self.__dict__["_wide_call"] = found
         return found

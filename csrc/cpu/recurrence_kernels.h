@@ -504,7 +504,7 @@ struct ForwardRun : Skeleton<Cell, E, W> {
   }
   static bool is_packed(const Forward& problem) { return problem.panels || problem.pack_into; }
   static bool multiplies_input(const Forward& problem) {
-    return !std::is_same_v<W, E> && !problem.gates_x && problem.panels_ih && !problem.way;
+    return kWide && !problem.gates_x && problem.panels_ih && !problem.way;
   }
 
   void run() {
@@ -523,7 +523,6 @@ struct ForwardRun : Skeleton<Cell, E, W> {
   }
 
  private:
-  static constexpr bool kNarrow = !std::is_same_v<W, E>;
   static constexpr bool kWhole = std::is_same_v<W, int8_t>;
 
   // Whether panels of that depth are for products of digits.
@@ -615,7 +614,7 @@ struct ForwardRun : Skeleton<Cell, E, W> {
         this->groups(rows, thread, threads,
                      [&](int64_t first, int64_t stride, int64_t count) { project(t, s, outs, first, stride, count); });
       }
-      this->barrier_of_step(thread, threads);
+      if (s + 1 < steps) this->barrier_of_step(thread, threads);  // behind the last one the phase ends
     }
   }
 
@@ -650,7 +649,7 @@ struct ForwardRun : Skeleton<Cell, E, W> {
         }
       }
     }
-    if constexpr (kNarrow) {
+    if constexpr (kWide) {
       if (multiplies_input(p)) multiply_input(units, thread);
     }
     const auto outs = Base::share_of(out_blocks, thread, threads);

@@ -258,23 +258,23 @@ struct Problem {
   }
 };
 
-// Up to so many rows the quantized panels of W_ih are multiplied; with more a GEMM pays for W_ih in float32.
+// Up to so many rows kept panels of W_ih are multiplied; with more a GEMM pays for packing W_ih, or for widening it.
 constexpr int64_t kRowsOfPanels = 256;
 
 // How forward goes about a problem: in a step of few rows the kernel multiplies x by W_ih as well, where a GEMM of its
 // own would take longer; with more rows both products are GEMMs, but in 16 bits, which would round the second.
 struct Products {
   bool one_kernel, two_products;
-  // Of quantized weights: x is multiplied by the panels of W_ih, or by W_ih in float32.
+  // x is multiplied by the kept panels of W_ih; quantized weights, else, by W_ih in float32.
   bool by_panels, widened;
 
   Products(const Problem& s, const Inputs& in) {
     const bool in_tiles = kernels().tiles && in.x.dtype() == kBFloat16 && !s.cell.forward;
-    by_panels =
-        in.quantized && in.panels_ih && (s.rows <= kRowsOfPanels || (in.w_ih.dtype() == kInt8 && kernels().digits()));
+    const bool many = in.quantized ? in.w_ih.dtype() == kInt8 && kernels().digits() : !host_multiplies(Dtype::kFloat32);
+    by_panels = in.panels_ih && (many || s.rows <= kRowsOfPanels);
     one_kernel = !by_panels && s.steps == 1 && s.batch <= (in_tiles ? kFewRowsOfTiles : kFewRows);
-    two_products =
-        s.steps == 1 && !one_kernel && bytes_of(in.x.dtype()) > 2 && !in.resets && s.heads == 1 && !in.quantized;
+    two_products = s.steps == 1 && !one_kernel && !by_panels && bytes_of(in.x.dtype()) > 2 && !in.resets &&
+                   s.heads == 1 && !in.quantized;
     widened = in.quantized && !one_kernel && !by_panels;
   }
 };

@@ -55,7 +55,7 @@ struct Counts {
 Counts counts_of(std::string_view cell);
 
 // W_hh [G*H, P] of a cell as the kernels of this processor want it: bytes that Inputs::panels takes. One head. The same
-// of W_ih, where it is `quantized`.
+// of W_ih [G*H, I], in float32 or `quantized`, for Inputs::panels_ih.
 FUSEDRNN_API Tensor pack(std::string_view cell, const Tensor& w_hh, bool quantized = false);
 
 // What would be done: the kernels of `capability` go that way; the products of all rows with W_ih, and of a single step
