@@ -181,6 +181,11 @@ namespace {
 // Until when one thread does everything, and for how long that was decided; 0: it is not.
 std::atomic<int64_t> alone_until{0}, alone_for{0};
 constexpr int64_t kLate = 300'000, kTimes = 4, kLongest = 400'000'000;
+// When the last call of many threads ended; so long after it they may have fallen asleep, and to wake them takes some
+// time where nobody else wants the core, on a virtual machine up to some milliseconds: that has to happen twice.
+std::atomic<int64_t> last_end{0};
+std::atomic<bool> suspected{false};
+constexpr int64_t kAwake = 4'000'000;
 }  // namespace
 
 int64_t nanoseconds() {
@@ -197,13 +202,16 @@ bool is_crowded() {
 // To work alone costs no more than it took to wait some times over. Another try costs a time slice where another
 // program still has the core: each that fails doubles the time to the next, each that does not halves it.
 void late_partners(int64_t total, int64_t waited) {
-  const int64_t last = alone_for.load(std::memory_order_relaxed);
+  const int64_t last = alone_for.load(std::memory_order_relaxed), now = nanoseconds();
+  const bool awake = now - total - last_end.exchange(now, std::memory_order_relaxed) < kAwake;
   if (waited > kLate && waited > total / 2) {
+    if (!awake && !last && !suspected.exchange(true, std::memory_order_relaxed)) return;
     const int64_t next = std::min(std::max(2 * last, kTimes * waited), kLongest);
     alone_for.store(next, std::memory_order_relaxed);
-    alone_until.store(nanoseconds() + next, std::memory_order_relaxed);
-  } else if (last) {
-    alone_for.store(last / 2, std::memory_order_relaxed);
+    alone_until.store(now + next, std::memory_order_relaxed);
+  } else {
+    if (last) alone_for.store(last / 2, std::memory_order_relaxed);
+    suspected.store(false, std::memory_order_relaxed);
   }
 }
 
