@@ -599,25 +599,34 @@ PyObject* call_layers(PyObject* const* a) {
   Tensor y;
   {
     const WithoutGil released;
-    std::vector<Tensor> ys(directions);
-    for (int64_t k = 0; k < all; ++k) {
-      const int64_t direction = k % directions;
-      Inputs& in = sequences[k];
-      const Tensor& x = k < directions ? input : y;
-      in.x = x.with_dims(x.dim());
-      in.batch_sizes = batch_sizes.with_dims(batch_sizes.dim());
-      in.resets = mask.with_dims(mask.dim());
-      in.h0 = call.h0.select(k);
-      if (call.has_c) in.c0 = call.c0.select(k);
-      in.reverse = direction == 1;
-      ys[direction] = Tensor::empty(lead(out), dtype);
-      const Tensor h = h_n.select(k), c = call.has_c ? c_n.select(k) : Tensor();
-      sequence_into(call.cell, in, ys[direction].writable(), h.writable(), c.writable());
-      if (direction + 1 < directions) continue;
+    // Two at a time: the directions of a layer, or two layers of one direction.
+    for (int64_t k = 0; k < all; k += 2) {
+      const int64_t count = std::min<int64_t>(2, all - k);
+      Inputs given[2];
+      Into to[2];
+      Tensor ys[2];
+      for (int64_t d = 0; d < count; ++d) {
+        Inputs& in = given[d] = std::move(sequences[k + d]);
+        const Tensor& x = d && directions == 1 ? ys[0] : k ? y : input;
+        in.x = x.with_dims(x.dim());
+        in.batch_sizes = batch_sizes.with_dims(batch_sizes.dim());
+        in.resets = mask.with_dims(mask.dim());
+        in.h0 = call.h0.select(k + d);
+        if (call.has_c) in.c0 = call.c0.select(k + d);
+        in.reverse = d == 1 && directions == 2;
+        ys[d] = Tensor::empty(lead(out), dtype);
+        to[d] = {ys[d].writable(), h_n.select(k + d).writable(), call.has_c ? c_n.select(k + d).writable() : nullptr};
+      }
       if (directions == 1) {
-        y = std::move(ys[0]);
+        if (count == 2) {
+          layers_into(call.cell, given, to);
+        } else {
+          sequence_into(call.cell, given[0], to[0].y, to[0].h_n, to[0].c_n);
+        }
+        y = std::move(ys[count - 1]);
         continue;
       }
+      directions_into(call.cell, given, to);
       Tensor together = Tensor::empty(lead(width), dtype);
       const size_t bytes = static_cast<size_t>(out * together.element_size());
       for (int64_t row = 0; row < rows; ++row) {
@@ -662,11 +671,13 @@ PyObject* call_plan(PyObject* const* a) {
   if (is_true(a[11])) in.panels = Tensor::empty({1}, kUint8);
   if (is_true(a[11]) && dtype == kFloat) in.panels_ih = Tensor::empty({1}, kUint8);
   const Plan found = plan(cell, in, is_true(a[12]));
-  return Py_BuildValue("{s:s, s:O, s:O, s:O, s:O, s:i, s:L, s:s, s:s}", "capability", found.capability, "direct",
-                       found.way.direct ? Py_True : Py_False, "by_rows", found.way.by_rows ? Py_True : Py_False,
-                       "tiles", found.way.tiles ? Py_True : Py_False, "digits", found.way.digits ? Py_True : Py_False,
-                       "threads", found.way.threads, "panel_bytes", static_cast<long long>(found.way.panel_bytes),
-                       "input_product", found.input_product, "state_product", found.state_product);
+  return Py_BuildValue(
+      "{s:s, s:O, s:O, s:O, s:O, s:i, s:L, s:s, s:s, s:O, s:O}", "capability", found.capability, "direct",
+      found.way.direct ? Py_True : Py_False, "by_rows", found.way.by_rows ? Py_True : Py_False, "tiles",
+      found.way.tiles ? Py_True : Py_False, "digits", found.way.digits ? Py_True : Py_False, "threads",
+      found.way.threads, "panel_bytes", static_cast<long long>(found.way.panel_bytes), "input_product",
+      found.input_product, "state_product", found.state_product, "directions_beside",
+      found.directions_beside ? Py_True : Py_False, "layers_beside", found.layers_beside ? Py_True : Py_False);
 }
 
 // As if others had come late, for the tests: one thread does the work of all for a while.

@@ -465,6 +465,8 @@ def _on_cpu(choice: Choice, layer, cell, batch: int, weight: torch.Tensor, steps
         kept=packed and many,
         quantized=None if widened else quantized,
         heads=getattr(layer, "heads", 1),
+        directions=1 + getattr(layer, "bidirectional", False),
+        layers=getattr(layer, "num_layers", 1),
     )
     why = f"{choice.why}; {details.why}"
     if widened:

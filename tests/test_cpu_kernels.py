@@ -655,6 +655,66 @@ def test_a_long_sequence_goes_in_pieces(name, options, lengths, dtype):
         assert (a.double() - b.double()).abs().max() <= limit
 
 
+# The shape of x, the layer, and what plan says is done at the same time.
+BESIDE = [
+    ((9, 3), ("LSTM", {"bidirectional": True, "num_layers": 2}), "directions"),
+    ((9, 40), ("LSTM", {"bidirectional": True, "proj_size": 7}), "directions"),
+    ((1, 2), ("GRU", {"bidirectional": True, "num_layers": 3}), "directions"),
+    ((9000, 1), ("RNN", {"bidirectional": True}), "directions"),
+    ((9, 3), ("LSTM", {"bidirectional": True, "hidden_size": 513}), ""),
+    ((70, 2), ("LSTM", {"num_layers": 2, "frozen": True}), "layers"),
+    ((43, 1), ("GRU", {"num_layers": 5, "frozen": True}), "layers"),
+    ((3000, 1), ("GRU", {"num_layers": 3}), "layers"),
+    ((70, 2), ("LSTM", {"num_layers": 2}), ""),
+    ((70, 2), ("LSTM", {"num_layers": 2, "frozen": True, "hidden_size": 513}), ""),
+]  # fmt: skip
+
+
+@pytest.mark.skipif(_build._small_calls is None, reason="layers side by side: calls by _C, of torch 2.14 and later")
+@pytest.mark.parametrize("size, layer, beside", BESIDE, ids=lambda v: None if isinstance(v, str) else str(v))
+@pytest.mark.parametrize("variant", ["dense", "packed", "resets", "crowded", "float64", "bfloat16"])
+def test_directions_and_layers_side_by_side(size, layer, beside, variant, given_threads):
+    """The numbers of one after the other, by one thread, but for the order of sums."""
+    torch.manual_seed(0)
+    name, options = layer[0], dict(layer[1])
+    frozen, hidden = options.pop("frozen", False), options.pop("hidden_size", 37)
+    dtype = getattr(torch, variant) if "float" in variant else torch.float32
+    layer = getattr(fusedrnn, name)(5, hidden, dtype=dtype, **options).eval()
+    if frozen:
+        fusedrnn.freeze(layer)
+    steps, batch = size
+    x, resets = torch.randn(steps, batch, 5).to(dtype), None
+    if variant == "packed":
+        lengths = [max(1, steps - 2 * k) for k in range(batch)]
+        x = torch.nn.utils.rnn.pack_padded_sequence(x, lengths)
+    if variant == "resets":
+        resets = torch.rand(steps, batch) < 0.1
+    torch.set_num_threads(2)
+    kernels = fusedrnn.plan(layer, batch, steps=steps).details
+    if dtype == torch.float32:
+        assert kernels.beside == beside
+        assert ("at the same time" in kernels.why) == bool(beside)
+
+    @torch.no_grad()
+    def run():
+        y, states = layer(x, resets=resets)
+        return y.data, *(states if isinstance(states, tuple) else (states,))
+
+    torch.set_num_threads(1)
+    want = run()
+    assert fusedrnn.plan(layer, batch, steps=steps).details.beside == ""
+    for threads in (2, 3, 4):
+        torch.set_num_threads(threads)
+        if variant == "crowded":
+            _build._extension.crowd()
+        got = run()
+        if variant != "crowded":
+            assert all(torch.equal(a, b) for a, b in zip(got, run(), strict=True))
+        limit = {torch.float32: 2e-6, torch.float64: 1e-13, torch.bfloat16: 2e-2}[dtype]
+        for a, b in zip(got, want, strict=True):
+            assert (a.double() - b.double()).abs().max() <= limit
+
+
 # By units, by rows, by rows of a packed batch, one step, with a projection.
 @pytest.mark.parametrize("steps, batch, hidden, proj, lengths", [
     (5, 3, 300, 0, None), (9, 40, 33, 0, None), (9, 40, 33, 0, (40, 39, 33, 20, 19, 3, 2, 1, 1)), (1, 2, 300, 0, None),

@@ -76,6 +76,9 @@ struct Forward {
   const float* scale_hh;  // [G*H]
   const float* scale_hr;  // [P]
   const void* panels_ih;  // of w_ih, as `panels`, or null: where gates_x is null, x is multiplied by them
+
+  // Another sequence of the same cell, dtype and weights, done at the same time by threads of its own; or null.
+  const Forward* beside;
 };
 
 struct Backward {
@@ -155,7 +158,7 @@ struct OwnCell {
   void (*forward)(const Forward&);
   void (*backward)(const Backward&);
 };
-constexpr int64_t kOwnCell = 4;
+constexpr int64_t kOwnCell = 5;
 // At most so many states, parameters and inputs each.
 constexpr int64_t kMostArrays = 16;
 

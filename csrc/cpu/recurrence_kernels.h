@@ -517,12 +517,45 @@ struct ForwardRun : Skeleton<Cell, E, W> {
       for (int64_t block = 0; block < unit_blocks; ++block) pack(block);
       return;
     }
+    if (p.beside && !is_crowded()) return run_beside(*p.beside);
+    run_alone();
+    if (p.beside) ForwardRun(*p.beside).run_alone();
+  }
+
+ private:
+  void run_alone() {
     this->in_phases([this](int thread, int threads) { prepare(thread, threads); },
                     [this](int thread, int threads) { step_by_step(thread, threads); },
                     [this](int thread, int threads) { finish(thread, threads); });
   }
+  // This one and another, each by as many threads as its shape says: nobody waits for those of the other but at the
+  // end.
+  void run_beside(const Forward& problem) {
+    ForwardRun other(problem);
+    const int own = this->shape.threads, all = own + other.shape.threads;
+    const auto work = [](ForwardRun& run, int thread, int threads) {
+      run.prepare(thread, threads);
+      run.barrier.wait(thread, threads);
+      run.step_by_step(thread, threads);
+      run.barrier.wait(thread, threads);
+      run.finish(thread, threads);
+    };
+    const int64_t begin = nanoseconds();
+    int64_t own_end = 0;
+    in_parallel(all, [&](int thread, int threads) {
+      [[maybe_unused]] const TileRegisters registers;
+      if (threads < all) {
+        if (thread == 0) work(*this, 0, 1), work(other, 0, 1);
+        return;
+      }
+      thread < own ? work(*this, thread, own) : work(other, thread - own, all - own);
+      if (thread == 0) own_end = nanoseconds();
+    });
+    if (!own_end) return;
+    const int64_t end = nanoseconds();
+    late_partners(end - begin, this->barrier.waited() + end - own_end);
+  }
 
- private:
   static constexpr bool kWhole = std::is_same_v<W, int8_t>;
 
   // Whether panels of that depth are for products of digits.

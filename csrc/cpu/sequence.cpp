@@ -256,6 +256,13 @@ struct Problem {
     return {cell.kind,      dtype_of(x.dtype()), steps,   batch, hidden,  out,
             offsets.data(), resets.data<bool>(), reverse, heads, threads, cache_bytes()};
   }
+
+  // Whether two such sequences take less time side by side, each by half of the threads, than one after the other:
+  // where a core's own cache holds all of W_hh, or its panels are read once.
+  bool goes_beside(int32_t dtype) const {
+    if (!cell.plain() || heads > 1 || in_parallel_region() || torch_threads() < 2) return false;
+    return steps == 1 || cell.gates * hidden * out * bytes_of(dtype) <= cache_bytes() / 4 * 3;
+  }
 };
 
 // Up to so many rows kept panels of W_ih are multiplied; with more a GEMM pays for packing W_ih, or for widening it.
@@ -451,125 +458,201 @@ Tensor widened_input_weight(const Inputs& in) {
   return wide;
 }
 
+// A call of the kernels, its tensors in one piece each. gates and every_state are where they are kept, or have no
+// elements.
+struct Call {
+  const Tensor x, w_ih, h0, w_hh, b_ih, b_hh, w_hr, resets, scale_ih, scale_hh, scale_hr;
+  const Addresses states0, parameters, inputs;
+  Tensor gates_x, gates_h;
+  void (*const run)(const Forward&);
+  Forward forward;
+
+  Call(const Problem& s, const Inputs& in, void* y, void* h_n, const Targets& states_n, const Tensor& gates,
+       const Targets* every_state, const Products& products)
+      : x(in.x.contiguous()),
+        w_ih(products.one_kernel ? in.w_ih.contiguous() : in.w_ih.with_dims(2)),
+        h0(in.h0.contiguous()),
+        w_hh(in.w_hh.contiguous()),
+        b_ih(in.b_ih.contiguous()),
+        b_hh(in.b_hh.contiguous()),
+        w_hr(in.w_hr.contiguous()),
+        resets(in.resets.contiguous()),
+        scale_ih(in.scale_ih.contiguous()),
+        scale_hh(in.scale_hh.contiguous()),
+        scale_hr(in.scale_hr.contiguous()),
+        states0(in.c0, in.more.states),
+        parameters(in.more.parameters),
+        inputs(in.more.inputs),
+        run(s.cell.forward ? s.cell.forward : kernels().forward) {
+    const int32_t dtype = in.x.dtype();
+    // Where as many gates are saved as come in, the cell replaces the one by the other in place.
+    const bool in_place = gates.numel() > 0 && s.cell.saved == s.cell.gates;
+    const void* of_x = nullptr;
+    if (!products.one_kernel && !products.by_panels) {
+      if (!in_place) gates_x = Tensor::empty({s.rows, s.cell.gates * s.hidden}, dtype);
+      const Matrix to = Matrix::rows_of(in_place ? gates : gates_x);
+      const Tensor wide = products.widened ? widened_input_weight(in) : w_ih.with_dims(2);
+      product_out(to, Matrix::rows_of(x), matrix(wide).t());
+      of_x = to.data();
+    }
+    if (products.two_products) gates_h = product(matrix(h0), matrix(w_hh).t());
+    forward = {s.shape_of(x, resets, in.reverse),
+               of_x,
+               gates_h.data(),
+               x.data(),
+               w_ih.data(),
+               s.input,
+               h0.data(),
+               states0.of,
+               w_hh.data(),
+               b_ih.data(),
+               b_hh.data(),
+               w_hr.data(),
+               parameters.of,
+               inputs.of,
+               y,
+               h_n,
+               states_n.of,
+               gates.writable(),
+               every_state ? every_state->of : nullptr,
+               s.cell.forward ? nullptr : in.panels.data(),
+               nullptr,
+               nullptr,
+               weights_of(w_hh, in.quantized),
+               scale_ih.data<float>(),
+               scale_hh.data<float>(),
+               scale_hr.data<float>(),
+               in.panels_ih.data(),
+               nullptr};
+  }
+  Call(const Call&) = delete;
+  Call& operator=(const Call&) = delete;
+};
+
 // So many rows at once have a product with W_ih that stays in the cache, and a GEMM of its best size.
 constexpr int64_t kPieceBytes = 4 << 20, kPieceRows = 512;
 
-void forward_in_pieces(const Problem& s, const Inputs& in, char* y, void* h_n, const Targets& states_n, int64_t rows);
-
-// gates and every_state are where they are kept, or have no elements.
-void forward(const Problem& s, const Inputs& in, void* y, void* h_n, const Targets& states_n, const Tensor& gates,
-             const Targets* every_state) {
-  if (s.rows == 0) return;
-  const int32_t dtype = in.x.dtype();
-  const int64_t piece = std::max(kPieceRows, kPieceBytes / (s.cell.gates * s.hidden * bytes_of(dtype)));
-  if (gates.numel() == 0 && !every_state && s.rows > 2 * piece && s.steps > 1 && s.cell.plain() && s.heads == 1) {
-    return forward_in_pieces(s, in, static_cast<char*>(y), h_n, states_n, piece);
-  }
-  // Where as many gates are saved as come in, the cell replaces the one by the other in place.
-  const bool in_place = gates.numel() > 0 && s.cell.saved == s.cell.gates;
-  const auto [one_kernel, two_products, by_panels, widened] = Products(s, in);
-  const Tensor x = in.x.contiguous(), w_ih = one_kernel ? in.w_ih.contiguous() : in.w_ih.with_dims(2);
-  const Tensor h0 = in.h0.contiguous(), w_hh = in.w_hh.contiguous();
-  const Tensor b_ih = in.b_ih.contiguous(), b_hh = in.b_hh.contiguous(), w_hr = in.w_hr.contiguous();
-  const Tensor resets = in.resets.contiguous();
-  const Tensor scale_ih = in.scale_ih.contiguous(), scale_hh = in.scale_hh.contiguous(),
-               scale_hr = in.scale_hr.contiguous();
-  const Addresses states0(in.c0, in.more.states), parameters(in.more.parameters), inputs(in.more.inputs);
-  Tensor gates_x, gates_h;
-  const void* of_x = nullptr;
-  if (!one_kernel && !by_panels) {
-    if (!in_place) gates_x = Tensor::empty({s.rows, s.cell.gates * s.hidden}, dtype);
-    const Matrix to = Matrix::rows_of(in_place ? gates : gates_x);
-    const Tensor wide = widened ? widened_input_weight(in) : w_ih.with_dims(2);
-    product_out(to, Matrix::rows_of(x), matrix(wide).t());
-    of_x = to.data();
-  }
-  if (two_products) gates_h = product(matrix(h0), matrix(w_hh).t());
-  const auto run = s.cell.forward ? s.cell.forward : kernels().forward;
-  run({s.shape_of(x, resets, in.reverse),
-       of_x,
-       gates_h.data(),
-       x.data(),
-       w_ih.data(),
-       s.input,
-       h0.data(),
-       states0.of,
-       w_hh.data(),
-       b_ih.data(),
-       b_hh.data(),
-       w_hr.data(),
-       parameters.of,
-       inputs.of,
-       y,
-       h_n,
-       states_n.of,
-       gates.writable(),
-       every_state ? every_state->of : nullptr,
-       s.cell.forward ? nullptr : in.panels.data(),
-       nullptr,
-       nullptr,
-       weights_of(w_hh, in.quantized),
-       scale_ih.data<float>(),
-       scale_hh.data<float>(),
-       scale_hr.data<float>(),
-       in.panels_ih.data()});
+int64_t rows_of_piece(const Problem& s, int32_t dtype) {
+  return std::max(kPieceRows, kPieceBytes / (s.cell.gates * s.hidden * bytes_of(dtype)));
 }
 
-// Where nothing is kept a long sequence goes some steps at a time, so that its memory is no more than x and y.
-void forward_in_pieces(const Problem& s, const Inputs& in, char* y, void* h_n, const Targets& states_n, int64_t rows) {
-  const int32_t dtype = in.x.dtype();
-  const Tensor x = in.x.contiguous(), resets = in.resets.contiguous(), sizes = in.batch_sizes.contiguous();
-  const Tensor packed = in.panels ? Tensor() : pack(s.cell.name, in.w_hh, in.quantized);
-  const auto copy = [dtype](const Tensor& from) {
-    Tensor to = Tensor::empty(from.sizes(), dtype);
-    const Tensor dense = from.contiguous();
-    if (to.numel()) std::memcpy(to.writable(), dense.data(), static_cast<size_t>(to.numel() * to.element_size()));
-    return to;
-  };
-  const Tensor h = copy(in.h0), c = in.c0 ? copy(in.c0) : Tensor();
-  Inputs part;
-  for (const auto member : {&Inputs::w_ih, &Inputs::w_hh, &Inputs::b_ih, &Inputs::b_hh, &Inputs::w_hr,
-                            &Inputs::scale_ih, &Inputs::scale_hh, &Inputs::scale_hr, &Inputs::panels_ih}) {
-    part.*member = (in.*member).with_dims((in.*member).dim());
+// A sequence of which nothing is kept, some steps at a time: a long one then takes no more memory than x and y.
+class Pieces {
+ public:
+  // Pieces have `rows` or, at the end, fewer; with `many` so many that W_ih is packed as well.
+  Pieces(const Problem& problem, const Inputs& in, void* y, void* h_n, const Targets& states_n, int64_t rows,
+         bool many = false)
+      : s(problem),
+        rows_(rows),
+        x(in.x.contiguous()),
+        resets(in.resets.contiguous()),
+        sizes(in.batch_sizes.contiguous()),
+        h(copy_of(in.h0)),
+        c(in.c0 ? copy_of(in.c0) : Tensor()),
+        y_(static_cast<char*>(y)),
+        h_n_(h_n),
+        c_n_(states_n.of[0]),
+        first(in.reverse ? s.steps : 0),
+        last(first) {
+    for (const auto member : {&Inputs::w_ih, &Inputs::w_hh, &Inputs::b_ih, &Inputs::b_hh, &Inputs::w_hr,
+                              &Inputs::scale_ih, &Inputs::scale_hh, &Inputs::scale_hr, &Inputs::panels_ih}) {
+      part.*member = (in.*member).with_dims((in.*member).dim());
+    }
+    part.quantized = in.quantized;
+    part.reverse = in.reverse;
+    part.panels = in.panels ? in.panels.with_dims(1) : pack(s.cell.name, in.w_hh, in.quantized);
+    if (many && !in.panels_ih && x.dtype() == kFloat) part.panels_ih = pack(s.cell.name, in.w_ih, in.quantized);
+    states.add(c);
   }
-  part.quantized = in.quantized;
-  part.reverse = in.reverse;
-  const Tensor& panels = in.panels ? in.panels : packed;
-  part.panels = panels.with_dims(1);
-  Targets states;
-  states.add(c);
-  const bool dense = s.lead.size() == 2;
-  // first ... last are the steps of a piece, which has `rows` or, at the end, fewer.
-  int64_t first = 0, last = 0;
-  const auto run = [&] {
+
+  // The next piece, whose products outside of the loop are done; null behind the last one.
+  Call* next() {
+    call.reset();
+    if (part.reverse ? first == 0 : last == s.steps) {
+      std::memcpy(h_n_, h.data(), static_cast<size_t>(h.numel() * h.element_size()));
+      if (c) std::memcpy(c_n_, c.data(), static_cast<size_t>(c.numel() * c.element_size()));
+      return nullptr;
+    }
+    if (part.reverse) {
+      last = first;
+      for (first = last - 1; first > 0 && s.offsets[last] - s.offsets[first] < rows_; --first) {
+      }
+    } else {
+      first = last;
+      for (last = first + 1; last < s.steps && s.offsets[last] - s.offsets[first] < rows_; ++last) {
+      }
+    }
     const int64_t batch = s.offsets[first + 1] - s.offsets[first];
-    const auto some = [&](const Tensor& t) {
-      return dense ? t.narrow(first, last - first) : t.narrow(s.offsets[first], s.offsets[last] - s.offsets[first]);
-    };
     part.x = some(x);
     part.resets = some(resets);
     part.batch_sizes = sizes.narrow(first, last - first);
     part.h0 = h.narrow(0, batch);
     part.c0 = c.narrow(0, batch);
+    here.emplace(s.cell.name, part);
     // The kernel has read the states when it writes them.
-    forward(Problem(s.cell.name, part), part, y + s.offsets[first] * s.out * bytes_of(dtype), h.writable(), states, {},
-            nullptr);
-  };
-  if (in.reverse) {
-    for (last = s.steps; last > 0; last = first) {
-      for (first = last - 1; first > 0 && s.offsets[last] - s.offsets[first] < rows; --first) {
-      }
-      run();
-    }
-  } else {
-    for (first = 0; first < s.steps; first = last) {
-      for (last = first + 1; last < s.steps && s.offsets[last] - s.offsets[first] < rows; ++last) {
-      }
-      run();
-    }
+    call.emplace(*here, part, y_ + s.offsets[first] * s.out * bytes_of(x.dtype()), h.writable(), states, Tensor(),
+                 nullptr, Products(*here, part));
+    return &*call;
   }
-  std::memcpy(h_n, h.data(), static_cast<size_t>(h.numel() * h.element_size()));
-  if (c) std::memcpy(states_n.of[0], c.data(), static_cast<size_t>(c.numel() * c.element_size()));
+
+ private:
+  static Tensor copy_of(const Tensor& from) {
+    Tensor to = Tensor::empty(from.sizes(), from.dtype());
+    const Tensor dense = from.contiguous();
+    if (to.numel()) std::memcpy(to.writable(), dense.data(), static_cast<size_t>(to.numel() * to.element_size()));
+    return to;
+  }
+  Tensor some(const Tensor& t) const {
+    return s.lead.size() == 2 ? t.narrow(first, last - first)
+                              : t.narrow(s.offsets[first], s.offsets[last] - s.offsets[first]);
+  }
+
+  const Problem& s;
+  const int64_t rows_;
+  const Tensor x, resets, sizes, h, c;
+  char* const y_;
+  void *const h_n_, *const c_n_;
+  int64_t first, last;  // the steps of the piece
+  Inputs part;
+  Targets states;
+  std::optional<Problem> here;
+  std::optional<Call> call;
+};
+
+// gates and every_state are where they are kept, or have no elements.
+void forward(const Problem& s, const Inputs& in, void* y, void* h_n, const Targets& states_n, const Tensor& gates,
+             const Targets* every_state) {
+  if (s.rows == 0) return;
+  const int64_t piece = rows_of_piece(s, in.x.dtype());
+  if (gates.numel() == 0 && !every_state && s.rows > 2 * piece && s.steps > 1 && s.cell.plain() && s.heads == 1) {
+    Pieces pieces(s, in, y, h_n, states_n, piece);
+    while (const Call* call = pieces.next()) call->run(call->forward);
+    return;
+  }
+  const Call call(s, in, y, h_n, states_n, gates, every_state, Products(s, in));
+  call.run(call.forward);
+}
+
+// So many steps two layers have at least that go side by side; more where their weights are yet to be packed.
+constexpr int64_t kStepsBeside = 32, kStepsOfUnpacked = 256;
+
+// Whether a layer and the next go side by side: their steps are too small to share.
+bool two_layers_beside(const Problem& s, const Inputs& in) {
+  const int64_t least = in.panels && in.panels_ih ? kStepsBeside : kStepsOfUnpacked;
+  return s.goes_beside(in.x.dtype()) && s.steps >= least && s.shape_of(in.x, {}, false).threads == 1;
+}
+
+// Both at the same time, each by half of the threads; where one of them is null, the other by all.
+void run_beside(Call* one, Call* other) {
+  if (!one || !other) {
+    if (Call* const left = one ? one : other) left->run(left->forward);
+    return;
+  }
+  const int all = std::max(one->forward.shape.threads, other->forward.shape.threads);
+  one->forward.shape.threads = std::max(1, all / 2);
+  other->forward.shape.threads = std::max(1, all - all / 2);
+  one->forward.beside = &other->forward;
+  one->run(one->forward);
 }
 
 }  // namespace
@@ -614,7 +697,8 @@ Plan plan(std::string_view cell, const Inputs& in, bool backward) {
   const Products products(s, in);
   const char address = 0;
   Way way{};
-  Plan found{kernels().name, way, "", ""};
+  Plan found{
+      kernels().name, way, "", "", !backward && s.goes_beside(in.x.dtype()), !backward && two_layers_beside(s, in)};
   const Shape shape = s.shape_of(in.x, {}, false);
   if (backward) {
     Backward problem{};
@@ -672,6 +756,51 @@ void sequence_into(std::string_view cell, const Inputs& in, void* y, void* h_n, 
   Targets states_n;
   states_n.of[0] = c_n;
   forward(Problem(cell, in), in, y, h_n, states_n, {}, nullptr);
+}
+
+void layers_into(std::string_view cell, const Inputs (&in)[2], const Into (&to)[2]) {
+  const Problem s[] = {Problem(cell, in[0]), Problem(cell, in[1])};
+  Targets states_n[2];
+  for (int k = 0; k < 2; ++k) states_n[k].of[0] = to[k].c_n;
+  if (s[0].rows == 0) return;
+  if (in[0].reverse || in[1].reverse || !two_layers_beside(s[0], in[0]) || !two_layers_beside(s[1], in[1])) {
+    for (int k = 0; k < 2; ++k) forward(s[k], in[k], to[k].y, to[k].h_n, states_n[k], {}, nullptr);
+    return;
+  }
+  const int64_t steps = std::max(kStepsBeside / 4, s[0].steps / 8);
+  const int64_t rows = std::min(steps * s[0].batch, rows_of_piece(s[0], in[0].x.dtype()));
+  Pieces lower(s[0], in[0], to[0].y, to[0].h_n, states_n[0], rows, true),
+      upper(s[1], in[1], to[1].y, to[1].h_n, states_n[1], rows, true);
+  run_beside(lower.next(), nullptr);
+  for (;;) {
+    Call *const below = lower.next(), *const above = upper.next();
+    if (!above) return;
+    run_beside(below, above);
+  }
+}
+
+void directions_into(std::string_view cell, const Inputs (&in)[2], const Into (&to)[2]) {
+  const Problem s[] = {Problem(cell, in[0]), Problem(cell, in[1])};
+  Targets states_n[2];
+  for (int k = 0; k < 2; ++k) states_n[k].of[0] = to[k].c_n;
+  if (s[0].rows == 0) return;
+  if (!s[0].goes_beside(in[0].x.dtype())) {
+    for (int k = 0; k < 2; ++k) forward(s[k], in[k], to[k].y, to[k].h_n, states_n[k], {}, nullptr);
+    return;
+  }
+  const int64_t piece = rows_of_piece(s[0], in[0].x.dtype());
+  if (s[0].rows > 2 * piece && s[0].steps > 1) {
+    Pieces one(s[0], in[0], to[0].y, to[0].h_n, states_n[0], piece),
+        other(s[1], in[1], to[1].y, to[1].h_n, states_n[1], piece);
+    for (;;) {
+      Call *const a = one.next(), *const b = other.next();
+      if (!a && !b) return;
+      run_beside(a, b);
+    }
+  }
+  Call one(s[0], in[0], to[0].y, to[0].h_n, states_n[0], {}, nullptr, Products(s[0], in[0])),
+      other(s[1], in[1], to[1].y, to[1].h_n, states_n[1], {}, nullptr, Products(s[1], in[1]));
+  run_beside(&one, &other);
 }
 
 Gradients sequence_backward(std::string_view cell, const Tensor& dy, const Tensor& dh_n, const Tensor& dc_n,

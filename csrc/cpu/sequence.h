@@ -64,6 +64,7 @@ struct Plan {
   const char* capability;
   Way way;
   const char *input_product, *state_product;
+  bool directions_beside, layers_beside;  // where there is another and nothing is kept for backward
 };
 FUSEDRNN_API Plan plan(std::string_view cell, const Inputs& in, bool backward);
 
@@ -71,6 +72,14 @@ FUSEDRNN_API Outputs sequence(std::string_view cell, const Inputs& in, bool keep
 
 // Without anything kept, into memory of the caller: y [T, B, P], h_n [B, P] and c_n [B, H] in one piece each.
 FUSEDRNN_API void sequence_into(std::string_view cell, const Inputs& in, void* y, void* h_n, void* c_n);
+
+struct Into {
+  void *y, *h_n, *c_n;
+};
+// The two directions of a layer, side by side where that pays.
+FUSEDRNN_API void directions_into(std::string_view cell, const Inputs (&in)[2], const Into (&to)[2]);
+// Two layers, the x of the second being the y of the first; where it pays the second is some steps behind.
+FUSEDRNN_API void layers_into(std::string_view cell, const Inputs (&in)[2], const Into (&to)[2]);
 
 // dcells: the gradient of every c. y, gates and cells as forward gave them.
 FUSEDRNN_API Gradients sequence_backward(std::string_view cell, const Tensor& dy, const Tensor& dh_n,

@@ -21,7 +21,8 @@ class Plan:
     to ``panel_bytes``, ``kept``: once, by freeze or quantize. ``quantized``: the dtype of weights of fewer bits.
     ``tiles``: multiplied in the tile registers of AMX; ``digits``: in whole numbers, by AVX512-VNNI. ``input_product``
     and ``state_product`` tell who multiplies the rows of all steps by W_ih, and the states by W_hh: "kernel", "host"
-    (torch's GEMM) or "panels" (ours).
+    (torch's GEMM) or "panels" (ours). ``beside``: "directions" or "layers", if two of them are done at the same time,
+    each by half of the threads, where no gradient is needed; else "".
     """
 
     algorithm: str
@@ -36,6 +37,7 @@ class Plan:
     quantized: torch.dtype | None
     input_product: str
     state_product: str
+    beside: str
     why: str = field(repr=False)
 
 
@@ -52,6 +54,8 @@ def plan_for(
     kept: bool = False,
     heads: int = 1,
     quantized: torch.dtype | None = None,
+    directions: int = 1,
+    layers: int = 1,
 ) -> Plan:
     """The plan of one direction of one layer; ``steps`` None: of a long sequence. ``kept``: its weights are packed."""
     sizes = (_NUMBERS[dtype], steps or _LONG, batch, input_size, hidden_size, proj_size, heads)
@@ -62,6 +66,9 @@ def plan_for(
     found = _build._extension.plan(cell.name, *sizes, *more, kept, backward, quantized and _NUMBERS[quantized])
     if found["direct"]:
         found["panel_bytes"] = 0
+    of = {"directions": found.pop("directions_beside") and directions > 1}
+    of["layers"] = found.pop("layers_beside") and directions == 1 and layers > 1
+    found["beside"] = next((name for name, there in of.items() if there and _build._small_calls is not None), "")
     why = _why(found, steps, kept, backward, quantized)
     return Plan("persistent", kept=kept, quantized=quantized, why=why, **found)
 
@@ -87,5 +94,8 @@ def _why(found: dict, steps: int | None, kept: bool, backward: bool, quantized: 
     if quantized and found["input_product"] != "kernel":
         product = f"in float32 {product}"
     inputs = f"dx and dW_ih {product.replace('before', 'behind')}" if backward else f"x W_ih^T {product}"
+    if found["beside"]:
+        two = "the two directions" if found["beside"] == "directions" else "two layers"
+        who += f" ({two} at the same time where no gradient is needed, each by half of {available})"
     length = "" if steps else "; planned for a long sequence, steps= was not given"
     return f"{found['capability']}, {who}; {weights}; {inputs}{length}"
