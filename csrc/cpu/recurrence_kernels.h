@@ -281,7 +281,10 @@ void convert(C* to, const E* from, int64_t count) {
   }
 }
 
-FUSEDRNN_INLINE bool is_short(const Shape& s) { return s.steps * s.batch <= (kTiles ? kFewRowsOfTiles : kFewRows); }
+// W_hh of heads is small, so that what is packed is soon read again.
+FUSEDRNN_INLINE bool is_short(const Shape& s) {
+  return s.steps * s.batch * s.heads <= (kTiles ? kFewRowsOfTiles : kFewRows);
+}
 // So many rows of a weight are read for all columns before the next ones.
 constexpr int64_t kRowsAtOnce = 64;
 
@@ -404,7 +407,18 @@ struct Skeleton {
     for (int64_t i = blocks.begin; i < blocks.end; ++i) f(s & 1 ? blocks.end - 1 - (i - blocks.begin) : i);
   }
   void barrier_of_step(int thread, int threads) {
-    if (!by_rows) barrier.wait(thread, threads);
+    if (!waits_for_no_one(threads)) barrier.wait(thread, threads);
+  }
+  // Rows are apart from each other, and so are heads that have one thread each.
+  bool waits_for_no_one(int threads) const { return by_rows || heads % threads == 0; }
+  // f(blocks), or where nobody waits f(blocks of a few heads) for all: through all steps W_hh of those stays in the
+  // cache.
+  template <typename F>
+  FUSEDRNN_INLINE void head_by_head(Range blocks, int64_t of_all, int threads, F f) const {
+    if (heads == 1 || !waits_for_no_one(threads)) return f(blocks);
+    const int64_t bytes = kG * head_units * head_out * static_cast<int64_t>(sizeof(Packed<W>));
+    const int64_t some = max(int64_t{1}, shape.cache_bytes / 2 / bytes) * (of_all / heads);
+    for (int64_t i = blocks.begin; i < blocks.end; i += some) f(Range{i, min(i + some, blocks.end)});
   }
   // Each of `phases` as f(thread, threads); all threads are through one before the next begins. Who works alone takes
   // the rows of each thread in turn, so that the numbers are the same.
@@ -634,21 +648,24 @@ struct ForwardRun : Skeleton<Cell, E, W> {
   }
 
   void step_by_step(int thread, int threads) {
-    const auto units = this->blocks(unit_blocks, thread, threads);
     const auto outs = this->blocks(out_blocks, thread, threads);
-    for (int64_t s = 0; s < steps; ++s) {
-      const int64_t t = this->shape.reverse ? steps - 1 - s : s;
-      const int64_t rows = this->rows_at(t);
-      this->groups(rows, thread, threads, [&](int64_t first, int64_t stride, int64_t count) {
-        advance(t, s, thread, units, first, stride, count);
-      });
-      if (projected) {
-        this->barrier_of_step(thread, threads);
-        this->groups(rows, thread, threads,
-                     [&](int64_t first, int64_t stride, int64_t count) { project(t, s, outs, first, stride, count); });
+    const auto all = this->blocks(unit_blocks, thread, threads);
+    this->head_by_head(all, unit_blocks, threads, [&](typename Base::Range units) {
+      for (int64_t s = 0; s < steps; ++s) {
+        const int64_t t = this->shape.reverse ? steps - 1 - s : s;
+        const int64_t rows = this->rows_at(t);
+        this->groups(rows, thread, threads, [&](int64_t first, int64_t stride, int64_t count) {
+          advance(t, s, thread, units, first, stride, count);
+        });
+        if (projected) {
+          this->barrier_of_step(thread, threads);
+          this->groups(rows, thread, threads, [&](int64_t first, int64_t stride, int64_t count) {
+            project(t, s, outs, first, stride, count);
+          });
+        }
+        if (s + 1 < steps) this->barrier_of_step(thread, threads);  // behind the last one the phase ends
       }
-      if (s + 1 < steps) this->barrier_of_step(thread, threads);  // behind the last one the phase ends
-    }
+    });
   }
 
   void finish(int thread, int threads) {
@@ -917,23 +934,25 @@ struct BackwardRun : Skeleton<Cell, E> {
  private:
   void step_by_step(int thread, int threads) {
     const auto units = this->blocks(unit_blocks, thread, threads);
-    const auto outs = this->blocks(out_blocks, thread, threads);
-    for (int64_t s = 0; s < steps; ++s) {
-      const int64_t t = this->shape.reverse ? s : steps - 1 - s;
-      const int64_t rows = this->rows_at(t);
-      const int64_t chained = min(rows, this->rows_at(this->after(t)));
-      // Rows that a later step follows take its dgates, the others dh_n.
-      this->groups(rows, thread, threads, [&](int64_t first, int64_t stride, int64_t count) {
-        gather(t, s, thread, outs, first, stride, count, chained);
-      });
-      if (projected) {
-        this->barrier_of_step(thread, threads);
+    const auto all = this->blocks(out_blocks, thread, threads);
+    this->head_by_head(all, out_blocks, threads, [&](typename Base::Range outs) {
+      for (int64_t s = 0; s < steps; ++s) {
+        const int64_t t = this->shape.reverse ? s : steps - 1 - s;
+        const int64_t rows = this->rows_at(t);
+        const int64_t chained = min(rows, this->rows_at(this->after(t)));
+        // Rows that a later step follows take its dgates, the others dh_n.
         this->groups(rows, thread, threads, [&](int64_t first, int64_t stride, int64_t count) {
-          unproject(t, s, units, first, stride, count);
+          gather(t, s, thread, outs, first, stride, count, chained);
         });
+        if (projected) {
+          this->barrier_of_step(thread, threads);
+          this->groups(rows, thread, threads, [&](int64_t first, int64_t stride, int64_t count) {
+            unproject(t, s, units, first, stride, count);
+          });
+        }
+        this->barrier_of_step(thread, threads);
       }
-      this->barrier_of_step(thread, threads);
-    }
+    });
   }
 
   void prepare(int thread, int threads) {

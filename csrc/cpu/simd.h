@@ -83,7 +83,19 @@ struct Vec {
   friend FUSEDRNN_INLINE Vec operator/(Vec a, Vec b) { return a.v / b.v; }
 };
 
-// exp(r) - 1 for |r| <= ln(2)/2, x = r + n ln(2), and 2^n.
+// exp(r) - 1 for |r| <= ln(2)/2.
+template <typename C>
+FUSEDRNN_INLINE Vec<C> expm1_of_reduced(Vec<C> r) {
+  using F = Format<C>;
+  constexpr double kFactorial[] = {1,    1,     2,      6,       24,       120,       720,
+                                   5040, 40320, 362880, 3628800, 39916800, 479001600, 6227020800};
+  typename Vec<C>::Raw p = C(1.0 / kFactorial[F::kTerms]) - typename Vec<C>::Raw{};
+  FUSEDRNN_UNROLL
+  for (int k = F::kTerms - 1; k >= 2; --k) p = p * r.v + C(1.0 / kFactorial[k]);
+  return (p * r.v) * r.v + r.v;
+}
+
+// exp(r) - 1 for x = r + n ln(2), and 2^n.
 template <typename C>
 struct Reduced {
   Vec<C> expm1, scale;
@@ -97,16 +109,10 @@ FUSEDRNN_INLINE Reduced<C> reduce(Vec<C> x) {
   const C magic = C(3) * C(typename F::Int(1) << (F::kMantissa - 1));
   const typename V::Raw shifted = x.v * C(1.44269504088896340736) + magic;
   const typename V::Raw n = shifted - magic;
-  const typename V::Raw r = (x.v - n * F::kLn2High) - n * F::kLn2Low;
-  constexpr double kFactorial[] = {1,    1,     2,      6,       24,       120,       720,
-                                   5040, 40320, 362880, 3628800, 39916800, 479001600, 6227020800};
-  typename V::Raw p = C(1.0 / kFactorial[F::kTerms]) - typename V::Raw{};
-  FUSEDRNN_UNROLL
-  for (int k = F::kTerms - 1; k >= 2; --k) p = p * r + C(1.0 / kFactorial[k]);
-  p = (p * r) * r + r;
+  const V r = (x.v - n * F::kLn2High) - n * F::kLn2Low;
   const typename V::RawInt scale =
       ((typename V::RawInt)shifted << F::kMantissa) + (typename F::Int(F::kBias) << F::kMantissa);
-  return {p, (typename V::Raw)scale};
+  return {expm1_of_reduced(r), (typename V::Raw)scale};
 }
 
 // The smaller (larger) of a limit and x; NaN passes.
