@@ -220,11 +220,20 @@ PyObject* guarded(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   }
 }
 
+long integer(PyObject* object) {
+  const long value = PyLong_AsLong(object);
+  if (value == -1 && PyErr_Occurred()) throw PythonError();
+  return value;
+}
+
+void require(bool plain) {
+  if (!plain) throw NotPlain();
+}
 void require_plain() {
   if (!torch_state().available() || !torch_state().nothing_special()) throw NotPlain();
 }
 
-Object tuple_of(std::initializer_list<const Tensor*> tensors) {
+Object tuple_of(const std::vector<const Tensor*>& tensors) {
   Object found(PyTuple_New(static_cast<Py_ssize_t>(tensors.size())));
   Py_ssize_t k = 0;
   for (const Tensor* t : tensors) PyTuple_SetItem(found.get(), k++, wrap(*t).release());
@@ -266,6 +275,55 @@ PyObject* call_sequence(PyObject* const* a) {
   return tuple_of({&out.y, &out.h_n, &out.c_n, &out.gates, &out.cells}).release();
 }
 
+// The same of any cell, without what is kept for backward: (cell, x, states, w_ih, w_hh, b_ih, b_hh, w_hr, parameters,
+// inputs, batch_sizes, resets, reverse, heads, w_hh packed and w_ih packed, or None), the groups as tuples: y, then the
+// final states.
+PyObject* call_sequence_of_states(PyObject* const* a) {
+  require_plain();
+  Arguments held(Recorded::kRefused);
+  const auto all = [&](PyObject* tuple) {
+    std::vector<Tensor> found;
+    const Py_ssize_t count = PyTuple_Size(tuple);
+    if (count < 0) throw PythonError();
+    for (Py_ssize_t k = 0; k < count; ++k) found.push_back(held.take(PyTuple_GetItem(tuple, k)));
+    return found;
+  };
+  Inputs in;
+  in.x = held.take(a[1]);
+  std::vector<Tensor> states = all(a[2]);
+  Tensor* const first[] = {&in.h0, &in.c0};
+  for (size_t k = 0; k < states.size(); ++k) {
+    if (k < 2) {
+      *first[k] = std::move(states[k]);
+    } else {
+      in.more.states.push_back(std::move(states[k]));
+    }
+  }
+  Tensor* const weights[] = {&in.w_ih, &in.w_hh, &in.b_ih, &in.b_hh, &in.w_hr};
+  for (int k = 0; k < 5; ++k) *weights[k] = held.take(a[3 + k]);
+  in.more.parameters = all(a[8]);
+  in.more.inputs = all(a[9]);
+  in.batch_sizes = held.take(a[10]);
+  in.resets = held.take(a[11]);
+  in.reverse = is_true(a[12]);
+  in.heads = integer(a[13]);
+  in.panels = held.take(a[14]);
+  in.panels_ih = held.take(a[15]);
+  for (const auto& [panels, w] : {std::pair(&in.panels, &in.w_hh), std::pair(&in.panels_ih, &in.w_ih)}) {
+    require(*w && (!*panels || panels->numel() >= w->numel() * w->element_size()));
+  }
+  const std::string_view cell = text(a[0]);
+  Outputs out;
+  {
+    const WithoutGil released;
+    out = sequence(cell, in, false, false);
+  }
+  std::vector<const Tensor*> found = {&out.y, &out.h_n};
+  if (out.c_n.numel()) found.push_back(&out.c_n);
+  for (const Tensor& t : out.more_n) found.push_back(&t);
+  return tuple_of(found).release();
+}
+
 // (cell, dy, dh_n, dc_n, dcells, the ten inputs, reverse, y, gates, cells, needs): the eight gradients.
 PyObject* call_sequence_backward(PyObject* const* a) {
   require_plain();
@@ -297,12 +355,6 @@ PyObject* attribute(PyObject* module, PyObject* name) {
   return found;
 }
 
-long integer(PyObject* object) {
-  const long value = PyLong_AsLong(object);
-  if (value == -1 && PyErr_Occurred()) throw PythonError();
-  return value;
-}
-
 // A module's integer; -1 where it is none.
 int64_t size_attribute(PyObject* module, PyObject* name) {
   PyObject* found = attribute(module, name);
@@ -310,9 +362,6 @@ int64_t size_attribute(PyObject* module, PyObject* name) {
 }
 
 bool fits(const Tensor& t, Sizes sizes, const Tensor& x) { return t && t.has_sizes(sizes) && t.dtype() == x.dtype(); }
-void require(bool plain) {
-  if (!plain) throw NotPlain();
-}
 
 // The arguments that the calls of whole modules begin with: (cell, the module's __dict__, the names of its weights,
 // input, h0, c0).
@@ -519,14 +568,14 @@ PyObject* call_backward(PyObject* const* a) {
   return found.release();
 }
 
-// (cell, w_hh, quantized): W_hh packed for this processor, what the list `_packed` of a frozen layer holds. Quantized:
-// W_hh or W_ih, bfloat16 or int8, of a layer in float32.
+// (cell, w_hh, quantized, heads): W_hh packed for this processor, what the list `_packed` of a frozen layer holds.
+// Quantized: W_hh or W_ih, bfloat16 or int8, of a layer in float32.
 PyObject* call_pack(PyObject* const* a) {
   require_plain();
   Arguments held(Recorded::kRefused);
   const Tensor w_hh = held.take(a[1]);
   require(w_hh && w_hh.dim() == 2 && w_hh.numel() > 0);
-  return wrap(pack(text(a[0]), w_hh, is_true(a[2]))).release();
+  return wrap(pack(text(a[0]), w_hh, is_true(a[2]), integer(a[3]))).release();
 }
 
 // A layer's call, its answer as a Cell's with y in front; after what Call takes: bias, num_layers, directions,
@@ -669,7 +718,7 @@ PyObject* call_plan(PyObject* const* a) {
   for (long k = 0; k < integer(a[9]); ++k) in.more.parameters.push_back(Tensor::empty({hidden}, dtype));
   for (long k = 0; k < integer(a[10]); ++k) in.more.inputs.push_back(Tensor::empty({steps, batch, hidden}, dtype));
   if (is_true(a[11])) in.panels = Tensor::empty({1}, kUint8);
-  if (is_true(a[11]) && dtype == kFloat) in.panels_ih = Tensor::empty({1}, kUint8);
+  if (is_true(a[11]) && dtype == kFloat && heads == 1) in.panels_ih = Tensor::empty({1}, kUint8);
   const Plan found = plan(cell, in, is_true(a[12]));
   return Py_BuildValue(
       "{s:s, s:O, s:O, s:O, s:O, s:i, s:L, s:s, s:s, s:O, s:O}", "capability", found.capability, "direct",
@@ -776,19 +825,13 @@ PyMethodDef method(const char* name) {
 }
 
 PyMethodDef methods[] = {
-    method<call_sequence, 14>("sequence"),
-    method<call_sequence_backward, 20>("sequence_backward"),
-    method<call_cell, 6>("cell"),
-    method<call_backward, 5>("backward"),
-    method<call_layers, 12>("layers"),
-    method<call_pack, 3>("pack"),
-    method<facts, 0>("facts"),
-    method<small_calls, 0>("small_calls"),
-    method<cpu_products, 6>("cpu_products"),
-    method<call_plan, 14>("plan"),
-    method<call_crowd, 0>("crowd"),
-    method<call_stream, 8>("stream"),
-    method<call_stream_run, 5>("stream_run"),
+    method<call_sequence, 14>("sequence"), method<call_sequence_backward, 20>("sequence_backward"),
+    method<call_cell, 6>("cell"),          method<call_backward, 5>("backward"),
+    method<call_layers, 12>("layers"),     method<call_sequence_of_states, 16>("sequence_of_states"),
+    method<call_pack, 4>("pack"),          method<facts, 0>("facts"),
+    method<small_calls, 0>("small_calls"), method<cpu_products, 6>("cpu_products"),
+    method<call_plan, 14>("plan"),         method<call_crowd, 0>("crowd"),
+    method<call_stream, 8>("stream"),      method<call_stream_run, 5>("stream_run"),
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -7,16 +7,18 @@ from fusedrnn import _build
 from fusedrnn.cells import CELL_OF_MODE
 
 
-def panels_of(cell: str, weights: dict[str, Tensor | None]) -> list[tuple[Tensor, Tensor | None]] | None:
-    """Packed W_hh and, in float32, W_ih of each sequence; None where the processor's kernels take none."""
+def panels_of(
+    cell: str, weights: dict[str, Tensor | None], heads: int = 1
+) -> list[tuple[Tensor, Tensor | None]] | None:
+    """Packed W_hh and, of one head in float32, W_ih of each sequence; None where the processor's kernels take none."""
     found = []
     for name, w_hh in weights.items():
         if not name.startswith("weight_hh"):
             continue
         if w_hh.device.type != "cpu":
             return None
-        pair = [w_hh, weights[name.replace("_hh", "_ih")]][: 1 + (w_hh.dtype == torch.float32)]
-        panels = [_build._small_calls.pack(cell, w, False) for w in pair]
+        pair = [w_hh, weights[name.replace("_hh", "_ih")]][: 1 + (w_hh.dtype == torch.float32 and heads == 1)]
+        panels = [_build._small_calls.pack(cell, w, False, heads) for w in pair]
         if None in panels:
             return None
         found.append((panels[0], panels[1] if len(panels) > 1 else None))
@@ -78,8 +80,11 @@ class Freezable(nn.Module):
         """What C++ takes beside the weights, for each sequence; None where that is nothing."""
         if not isinstance(self, nn.RNNBase):
             return None  # a single step reads weights where they lie
+        return self._panels(CELL_OF_MODE[self.mode].name)
+
+    def _panels(self, cell: str, heads: int = 1) -> list | None:
         names = self._flat_weights_names
-        return panels_of(CELL_OF_MODE[self.mode].name, {n: self._parameters[n] for n in names if "weight" in n})
+        return panels_of(cell, {n: self._parameters[n] for n in names if n.startswith("weight")}, heads)
 
     def _wanted(self) -> dict[str, bool]:
         return {name: grad for name, (_, grad) in self._frozen.items()}
@@ -168,7 +173,7 @@ def checked(model: nn.Module, caller: str, done: str) -> list[tuple[Freezable, d
         )
     found = []
     for layer in layers:
-        if layer.mode not in CELL_OF_MODE:
+        if layer.mode not in CELL_OF_MODE and done != "frozen":
             raise ValueError(f"{caller}: a Layer of a cell of one's own cannot be {done} yet, got {layer.cell.name}")
         if layer._quantized is not None:
             found.append((layer, layer._wanted()))

@@ -162,6 +162,11 @@ class Layer(RecurrentLayer):
     def _direct(self, input, hx, resets=None):
         return None
 
+    def _pack(self) -> list | None:
+        weight = self._parameters["weight_hh_l0"]
+        chosen = self._choose(weight.dtype, weight.device).backend
+        return self._panels(self.cell.cell.name, self.heads) if chosen == "cpu" else None
+
     def forward(
         self,
         input,
@@ -192,6 +197,8 @@ class Layer(RecurrentLayer):
             TypeError: something is no Tensor; an input of the cell is missing, or it has none of that name.
             ValueError, RuntimeError: shapes, dtypes or devices do not fit together.
         """
+        if self._frozen is not None:
+            self._check_frozen()
         for name in inputs:
             if name not in self.cell.inputs:
                 has = f"its inputs are {', '.join(self.cell.inputs)}" if self.cell.inputs else "its cell has no inputs"
@@ -266,6 +273,9 @@ class Layer(RecurrentLayer):
         masks = (None,) * directions
         if resets is not None:
             masks = functional._masks(resets, x, states[0].shape[1], batch_sizes, time_first, directions, padding)
+        packed = None
+        if self._frozen is not None and runs == "cpu" and padding is None and not return_all_states:
+            packed = None if functional._recorders else self.__dict__.get("_packed")
         per = len(weights) // lead
         own = len(cell.parameters)
         finals: list[Sequence[Tensor]] = []
@@ -283,7 +293,8 @@ class Layer(RecurrentLayer):
                     x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, masks[direction], direction == 1,
                     tuple(others), parameters, tuple(t[k] for t in inputs), self.heads,
                 )  # fmt: skip
-                y, ends, all_states = functional.recurrence_of_states(
+                done = None if packed is None else ops.sequence_of_packed(cell.name, given, *packed[k])
+                y, ends, all_states = done or functional.recurrence_of_states(
                     cell, given, runs, algorithm, self.recompute, return_all_states, layer, padding
                 )
                 ys.append(y)

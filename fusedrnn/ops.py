@@ -14,6 +14,8 @@ outputs, gates [T, B, S*H] are kept with ``keep_gates`` (else an empty tensor), 
 dtype. every_state is differentiable, gates are not. ``needs`` says of which inputs the gradient is wanted: x, each
 state, w_ih, w_hh, b_ih, b_hh, w_hr, each parameter, each input; another's is an empty tensor.
 
+Where w_ih is [G*H, 0] and x has G*H columns, x is x W_ih^T itself; reference and cpu take that.
+
 ``parameters`` are the cell's vectors [H], ``inputs`` its tensors of every step, [T, B, H] or [N, H]. With ``heads`` n
 the units are in n groups, and W_hh [G*H, H / n] takes a unit's gates from the h of its own group: of the rows of a gate
 those of group k are multiplied by columns k H / n to (k + 1) H / n of h.
@@ -34,7 +36,7 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
 from fusedrnn import _build, batching
-from fusedrnn.backends.common import Gradients, Inputs, Saved
+from fusedrnn.backends.common import Gradients, Inputs, Saved, is_multiplied
 from fusedrnn.cells import CELLS, accumulation_dtype
 
 # Each backend's algorithms; "auto" leaves the choice to the backend.
@@ -124,7 +126,10 @@ def check_sequence(cell: str, inputs: Inputs, backend: str, algorithm: str) -> N
     check(hidden % heads == 0, f"heads must divide hidden_size, {hidden}, got {heads}")
     check(h0.dim() == 2, f"h0 must have 2 dimensions, got {h0.dim()}")
     batch = h0.shape[0]
-    check_dims("w_ih", w_ih, gates * hidden, x.shape[-1])
+    multiplied = is_multiplied(x, w_ih)
+    check_dims("w_ih", w_ih, gates * hidden, 0 if multiplied else x.shape[-1])
+    if multiplied and backend not in ("reference", "cpu"):
+        raise RuntimeError(f"backend {backend!r} cannot run: it multiplies x by w_ih, and w_ih has no columns")
     check_dims("h0", h0, batch, out)
     for name, bias in (("b_ih", b_ih), ("b_hh", b_hh)):
         if bias is not None:
@@ -656,6 +661,23 @@ def sequence(cell: str, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Ten
     c_n = finals[1] if len(finals) > 1 else y.new_empty(0)
     cells = every[0] if every else y.new_empty(0, dtype=accumulation_dtype(y.dtype))
     return y, finals[0], c_n, gates, cells
+
+
+def sequence_of_packed(
+    cell: str, inputs: Inputs, panels: Tensor, panels_ih: Tensor | None
+) -> tuple[Tensor, list[Tensor], list[Tensor]] | None:
+    """y, the final states and no other ones of one direction on the CPU, its W_hh and perhaps W_ih packed before; None
+    where somebody looks on or wants a gradient.
+    """
+    fast = _below_the_dispatcher()
+    if fast is None:
+        return None
+    states = (inputs.h0, *inputs.states0)
+    found = fast.sequence_of_states(
+        cell, inputs.x, states, *inputs[3:8], inputs.parameters, inputs.inputs, inputs.batch_sizes, inputs.resets,
+        inputs.reverse, inputs.heads, panels, panels_ih,
+    )  # fmt: skip
+    return None if found is None else (found[0], [*found[1:]], [])
 
 
 def sequence_backward_arguments(

@@ -123,7 +123,7 @@ class Quantizable(Freezable):
             all_three = [name.replace("_ih", part) for part in ("_ih", "_hh", "_hr")]
             panels = [None, None]  # of a cell: a single step reads weights where they lie
             if isinstance(self, nn.RNNBase):
-                panels = [_build._small_calls.pack(cell, self._held(n), True) for n in all_three[1::-1]]
+                panels = [_build._small_calls.pack(cell, self._held(n), True, 1) for n in all_three[1::-1]]
                 if None in panels:
                     return None
             found.append((*panels, *map(self._scale, all_three)))

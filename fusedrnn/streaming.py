@@ -1,5 +1,6 @@
 """Streams: a layer that is fed step by step keeps its states, and hands out its own memory."""
 
+import copy
 import ctypes
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 
 from fusedrnn import _build, functional
 from fusedrnn.cells import CELL_OF_MODE
+from fusedrnn.freezing import freeze
 
 _DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -21,15 +23,22 @@ class Stream:
 
     The weights are those that the layer had when the stream was made: copied, and on the CPU packed for the processor.
     There all layers are one call of C++ where the layer would take backend "cpu" (csrc/cpu/stream.h has the same for
-    programs without Python); elsewhere, and where nothing was compiled, a call is one of the layer.
+    programs without Python); elsewhere, where nothing was compiled and of a Layer of a cell of one's own, a call is one
+    of the layer.
 
     One thread at a time. :attr:`states` is what to save; a stream itself is neither pickled nor copied.
     """
 
+    # Of a Layer of a cell of one's own: a copy that is called.
+    _run_layer: nn.RNNBase | None = None
+
     def __init__(self, layer: nn.RNNBase, batch: int = 1) -> None:
         name = type(layer).__name__
-        if layer.mode not in CELL_OF_MODE:
-            raise TypeError(f"a Layer of a cell of one's own has no stream yet, got {layer.cell.name}")
+        own = layer.mode not in CELL_OF_MODE  # a Layer
+        if own and layer.cell.inputs:
+            raise ValueError(
+                f"{name}: a stream has x alone, and {layer.cell.name} takes {', '.join(layer.cell.inputs)}"
+            )
         if layer.bidirectional:
             raise ValueError(f"{name}: a stream goes one way, and this layer is bidirectional")
         if layer.training and layer.dropout:
@@ -40,7 +49,6 @@ class Stream:
             raise ValueError(f"batch must be a positive integer, got {batch!r}")
         self.batch = batch
         self._layer = layer.__class__, layer.num_layers, layer.bias, layer.backend, layer.algorithm
-        self._cell = CELL_OF_MODE[layer.mode]
         self._batch_first, self._input = layer.batch_first, layer.input_size
         self._out = layer.proj_size or layer.hidden_size
         self._sizes = [(layer.num_layers, batch, size) for size in layer._state_sizes()]
@@ -48,6 +56,12 @@ class Stream:
         weights = [None if w is None else w.detach() for w in layer._weights()]  # in float32 where they are quantized
         self.dtype, self.device = weights[0].dtype, weights[0].device
         self._stream = None
+        if own:
+            self._run_layer = self._copy_of(layer)
+            self._held = [weights[0].new_zeros(size) for size in self._sizes]
+            self._bytes = sum(w.nbytes for w in weights if w is not None) + self._run_layer.packed_bytes
+            return
+        self._cell = CELL_OF_MODE[layer.mode]
         choice = functional.planning.choose(
             self._cell.name,
             input_size=layer.input_size,
@@ -64,6 +78,14 @@ class Stream:
             self._weights = [None if w is None else w.clone() for w in weights]
             self._held = [weights[0].new_zeros(size) for size in self._sizes]
             self._bytes = sum(w.nbytes for w in self._weights if w is not None)
+
+    @staticmethod
+    def _copy_of(layer: nn.RNNBase) -> nn.RNNBase:
+        """With weights of its own, packed where that helps."""
+        with torch.no_grad():
+            twin = copy.deepcopy(layer)
+        twin.batch_first = False
+        return freeze(twin)
 
     def _made(self, layer: nn.RNNBase, weights: list[Tensor]) -> tuple:
         names, quantized = layer._flat_weights_names, layer._quantized
@@ -204,6 +226,11 @@ class Stream:
         if single:
             x = x.unsqueeze(0)
             resets = None if resets is None else resets.unsqueeze(0)
+        if self._run_layer is not None:
+            held = tuple(self._held)
+            y, states = self._run_layer(x, held if len(held) > 1 else held[0], resets=resets)
+            self._held = [states] if isinstance(states, Tensor) else [*states]
+            return y[0] if single else y
         _, layers, bias, backend, algorithm = self._layer
         h0, c0 = self._held[0], self._held[1] if len(self._held) > 1 else None
         y, *found, _ = functional.layers(

@@ -186,6 +186,61 @@ def test_threads():
     assert all(same(want, each) for each in found)
 
 
+def own(name, hidden=34, **options):
+    torch.manual_seed(0)
+    cell = getattr(fusedrnn.zoo, name)
+    plain = fusedrnn.Layer(cell, 5, hidden, num_layers=2, heads=2, bidirectional=True, **options)
+    return plain, fusedrnn.freeze(copy.deepcopy(plain))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["slstm", "gru", pytest.param("zoneout_lstm", marks=pytest.mark.slow)])
+def test_a_layer_of_a_cell_of_ones_own(name, dtype):
+    plain, frozen = own(name, dtype=dtype)
+    if _build._small_calls is not None:
+        assert frozen.packed_bytes >= 4 * 3 * 34 * 17 * plain.weight_hh_l0.element_size()
+        assert fusedrnn.plan(frozen, 1, steps=1).details.kept
+    limit = {torch.float32: 2e-6, torch.bfloat16: 2e-2}[dtype]
+    for steps, batch in ((1, 1), (3, 2), (70, 5)):
+        x = torch.randn(steps, batch, 5).to(dtype)
+        inputs = {k: torch.rand(steps, batch, 34).to(dtype) for k in plain.cell.inputs}
+        resets = torch.rand(steps, batch) < 0.2
+        sizes = torch.tensor([batch] * steps)
+        for options in ({}, {"resets": resets}, {"return_all_states": True}, {"lengths": torch.full((batch,), steps)}):
+            with torch.no_grad():
+                want, got = (layer(x, **inputs, **options) for layer in (plain, frozen))
+            flat = [*torch.utils._pytree.tree_leaves(want)], [*torch.utils._pytree.tree_leaves(got)]
+            for a, b in zip(*flat, strict=True):
+                assert (a.double() - b.double()).abs().max() <= limit
+        packed = nn.utils.rnn.PackedSequence(x.flatten(0, 1), sizes)
+        given = {k: nn.utils.rnn.PackedSequence(t.flatten(0, 1), sizes) for k, t in inputs.items()}
+        torch.testing.assert_close(frozen(packed, **given)[0].data, frozen(x, **inputs)[0].flatten(0, 1))
+    x = torch.randn(3, 2, 5, dtype=dtype, requires_grad=True)
+    inputs = {k: torch.rand(3, 2, 34).to(dtype) for k in plain.cell.inputs}
+    grads = [torch.autograd.grad(layer(x, **inputs)[0].float().sum(), x)[0] for layer in (plain, frozen)]
+    torch.testing.assert_close(*grads)
+    with pytest.raises(RuntimeError, match="Layer is frozen and cannot be trained"):
+        frozen.train()
+    frozen.weight_hh_l0.requires_grad_()
+    with pytest.raises(RuntimeError, match="weight_hh_l0 requires grad"):
+        frozen(x, **inputs)
+    assert fusedrnn.unfreeze(frozen).packed_bytes == 0
+
+
+@packs
+def test_a_frozen_layer_of_a_cell_of_ones_own_is_packed():
+    """Its calls read the packed weights, and no longer the parameter; those that are recorded read the parameter."""
+    _, frozen = own("slstm")
+    x = torch.randn(3, 2, 5)
+    with torch.no_grad():
+        want = frozen(x)[0]
+        frozen.weight_hh_l0.data.zero_()
+        assert torch.equal(frozen(x)[0], want)
+    assert not torch.equal(frozen(x.clone().requires_grad_())[0], want)
+    frozen.load_state_dict(own("slstm")[0].state_dict())
+    assert torch.equal(frozen(x)[0], want)
+
+
 def _in_child(layer, x, queue):
     torch.set_num_threads(1)
     queue.put(layer(x)[0].numpy())

@@ -13,7 +13,7 @@ import torch
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fusedrnn
-from fusedrnn import compiled, planning, printing, remembered, zoo
+from fusedrnn import _build, compiled, planning, printing, remembered, zoo
 from fusedrnn.definition import Definition
 
 ZOO = {name: value for name, value in vars(zoo).items() if isinstance(value, Definition)}
@@ -133,6 +133,54 @@ def test_layers_resets_and_16_bits(name, poisoned):
 def test_heads(name, heads, poisoned):
     check(name, torch.float64, "cpu", H=24, heads=heads)
     check(name, torch.float32, "cpu", H=24, heads=heads, B=9)
+
+
+@pytest.mark.skipif(not _build.loaded(), reason=f"the C++ extension: {_build.why_not_loaded()}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("heads", [2, 3, 4])
+@pytest.mark.parametrize("name", ["slstm", "gru"])
+def test_heads_that_threads_share(name, heads, dtype):
+    """Two threads take whole heads, or units of three: one thread's numbers."""
+    torch.manual_seed(0)
+    layer = fusedrnn.Layer(ZOO[name], 5, 48 * heads, heads=heads, bidirectional=True, dtype=dtype)
+    x = pack_padded_sequence(torch.randn(9, 20, 5).to(dtype), [9] * 12 + [5] * 5 + [1] * 3)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            y, states = layer(x)
+            outputs = [y.data, *(states if isinstance(states, tuple) else (states,))]
+            loss = sum(t.float().square().sum() for t in outputs[:2])
+            found.append([*outputs, *torch.autograd.grad(loss, list(layer.parameters()))])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.skipif(not _build.loaded(), reason=f"the C++ extension: {_build.why_not_loaded()}")
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name, heads", [("slstm", 1), ("slstm", 3), ("gru", 3), *(
+    pytest.param(name, 3, marks=pytest.mark.slow) for name in ("mgu", "peephole_lstm", "zoneout_lstm"))
+])  # fmt: skip
+def test_a_long_sequence_goes_in_pieces(name, heads, packed):
+    """Where nothing is kept for backward; with it, all at once."""
+    torch.manual_seed(0)
+    cell = ZOO[name]
+    layer = fusedrnn.Layer(cell, 3, 129, heads=heads, bidirectional=True, dtype=torch.float64)
+    lengths = [2500, 2500, 900, 1] if packed else [2500] * 4
+    x, inputs = torch.randn(2500, 4, 3, dtype=torch.float64), inputs_of(cell, 2500, 4, 129, dtype=torch.float64)
+    resets = None if packed else torch.rand(2500, 4) < 0.01
+    if packed:
+        x, *given = (pack_padded_sequence(t, lengths) for t in (x, *inputs.values()))
+        inputs = dict(zip(inputs, given))
+    hx = states_of(cell, 2, 4, 129, torch.float64)
+    found = []
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            y, states = layer(x, tuple(hx) if len(hx) > 1 else hx[0], resets=resets, **inputs)
+        found.append([y.data if packed else y, *(states if isinstance(states, tuple) else (states,))])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the simulator has CPU tensors, this machine a GPU")
@@ -368,6 +416,23 @@ def test_compiles_as_one_graph(name):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow  # inductor compiles C++
+@pytest.mark.parametrize("name", OFTEN)
+def test_compiles_by_inductor(name):
+    layer = fusedrnn.Layer(ZOO[name], 5, 6, heads=2)
+    x = torch.randn(4, 3, 5, requires_grad=True)
+
+    def call(x):
+        y, states = layer(x.sin())
+        return y * 2, *(states if isinstance(states, tuple) else (states,))
+
+    want, got = call(x), torch.compile(call, fullgraph=True)(x)
+    torch.testing.assert_close(got, want)
+    wanted = [x, *layer.parameters()]
+    for a, b in zip(*(torch.autograd.grad(out[0].square().sum(), wanted) for out in (want, got)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("name", OFTEN)
 def test_exports(name):
     layer = fusedrnn.Layer(ZOO[name], 5, 6)
@@ -518,7 +583,6 @@ def test_what_is_for_built_in_cells_says_so():
     for call, kind in (
         (lambda layer: fusedrnn.explain(layer, steps=1, batch=1), TypeError),
         (lambda layer: fusedrnn.tune(layer, torch.randn(3, 2, 3)), TypeError),
-        (fusedrnn.freeze, ValueError),
     ):
         with pytest.raises(kind, match=r"built-in|LSTM, GRU or RNN|of one's own"):
             call(layer)

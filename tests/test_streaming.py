@@ -172,8 +172,33 @@ def test_what_is_refused(way):
         pickle.dumps(stream)
     with pytest.raises(TypeError, match="neither pickled nor copied"):
         copy.deepcopy(stream)
-    with pytest.raises(TypeError, match="a Layer of a cell of one's own has no stream yet, got mgu"):
-        fusedrnn.Layer(fusedrnn.zoo.mgu, 5, 8).stream()
+    with pytest.raises(ValueError, match="a stream has x alone, and zoneout_lstm takes keep_h, keep_c"):
+        fusedrnn.Layer(fusedrnn.zoo.zoneout_lstm, 5, 8).stream()
+
+
+@pytest.mark.parametrize("name", ["slstm", "mgu"])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_of_a_cell_of_ones_own(name, batch_first):
+    torch.manual_seed(0)
+    layer = fusedrnn.Layer(getattr(fusedrnn.zoo, name), 5, 8, 2, heads=2, batch_first=batch_first)
+    x, resets = torch.randn(9, 3, 5), torch.rand(9, 3) < 0.2
+    with torch.no_grad():
+        y, states = layer(turned(layer, x), resets=turned(layer, resets))
+    stream = layer.stream(3)
+    assert stream.packed_bytes >= sum(p.nbytes for p in layer.parameters())
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.zero_()  # the stream has its own
+    got = [stream(x[t], resets=resets[t]).clone() for t in range(4)]
+    got += [*turned(layer, stream(turned(layer, x[4:]), resets=turned(layer, resets[4:])))]
+    assert close(torch.stack(got), turned(layer, y))
+    assert all(close(a, b) for a, b in zip(as_tuple(stream.states), as_tuple(states), strict=True))
+    stream.states = tuple(torch.zeros_like(s) for s in as_tuple(states))
+    first = stream(x[0]).clone()
+    stream.reset()
+    assert torch.equal(stream(x[0]), first)
+    assert layer.training
+    assert layer.weight_ih_l0.requires_grad
 
 
 def test_a_backend_that_was_asked_for_runs():

@@ -28,8 +28,6 @@ struct CellEntry {
   void (*backward)(const Backward&) = nullptr;
 
   bool has_cell_state() const { return states > 1; }
-  // As those cells are that torch has: what packs weights once and what goes in pieces knows h and c alone.
-  bool plain() const { return !forward && states <= 2; }
 };
 
 template <typename Cell>
@@ -134,6 +132,7 @@ void check_tensor(const char* name, const Tensor& t, Sizes shape, int32_t dtype)
 struct Problem {
   const CellEntry& cell;
   int64_t steps, batch, rows, input, hidden, out, heads;
+  bool multiplied;  // x is x W_ih^T itself: W_ih has no columns
   std::vector<int64_t> offsets;
   std::vector<int64_t> lead;  // of x, y, gates, cells: [T, B] or [N]
 
@@ -168,7 +167,8 @@ struct Problem {
     check_tensor("h0", h0, {batch, out}, dtype);
     check_tensor("c0", in.c0, {batch, hidden}, dtype);
     const int32_t of_weights = in.quantized ? w_hh.dtype() : dtype;
-    check_tensor("w_ih", in.w_ih, {cell.gates * hidden, input}, of_weights);
+    multiplied = in.w_ih.dim() == 2 && in.w_ih.size(1) == 0 && input == cell.gates * hidden;
+    check_tensor("w_ih", in.w_ih, {cell.gates * hidden, multiplied ? 0 : input}, of_weights);
     check_tensor("w_hh", w_hh, {cell.gates * hidden, w_hh.size(1)}, of_weights);
     check_tensor("b_ih", in.b_ih, {cell.gates * hidden}, dtype);
     check_tensor("b_hh", in.b_hh, {cell.gates * hidden}, dtype);
@@ -260,7 +260,7 @@ struct Problem {
   // Whether two such sequences take less time side by side, each by half of the threads, than one after the other:
   // where a core's own cache holds all of W_hh, or its panels are read once.
   bool goes_beside(int32_t dtype) const {
-    if (!cell.plain() || heads > 1 || in_parallel_region() || torch_threads() < 2) return false;
+    if (heads > 1 || in_parallel_region() || torch_threads() < 2) return false;
     return steps == 1 || cell.gates * hidden * out * bytes_of(dtype) <= cache_bytes() / 4 * 3;
   }
 };
@@ -278,10 +278,10 @@ struct Products {
   Products(const Problem& s, const Inputs& in) {
     const bool in_tiles = kernels().tiles && in.x.dtype() == kBFloat16 && !s.cell.forward;
     const bool many = in.quantized ? in.w_ih.dtype() == kInt8 && kernels().digits() : !host_multiplies(Dtype::kFloat32);
-    by_panels = in.panels_ih && (many || s.rows <= kRowsOfPanels);
-    one_kernel = !by_panels && s.steps == 1 && s.batch <= (in_tiles ? kFewRowsOfTiles : kFewRows);
-    two_products = s.steps == 1 && !one_kernel && !by_panels && bytes_of(in.x.dtype()) > 2 && !in.resets &&
-                   s.heads == 1 && !in.quantized;
+    by_panels = in.panels_ih && !s.multiplied && (many || s.rows <= kRowsOfPanels);
+    one_kernel = !by_panels && !s.multiplied && s.steps == 1 && s.batch <= (in_tiles ? kFewRowsOfTiles : kFewRows);
+    two_products = s.steps == 1 && !one_kernel && !by_panels && !s.multiplied && bytes_of(in.x.dtype()) > 2 &&
+                   !in.resets && s.heads == 1 && !in.quantized;
     widened = in.quantized && !one_kernel && !by_panels;
   }
 };
@@ -488,7 +488,9 @@ struct Call {
     // Where as many gates are saved as come in, the cell replaces the one by the other in place.
     const bool in_place = gates.numel() > 0 && s.cell.saved == s.cell.gates;
     const void* of_x = nullptr;
-    if (!products.one_kernel && !products.by_panels) {
+    if (s.multiplied) {
+      of_x = x.data();
+    } else if (!products.one_kernel && !products.by_panels) {
       if (!in_place) gates_x = Tensor::empty({s.rows, s.cell.gates * s.hidden}, dtype);
       const Matrix to = Matrix::rows_of(in_place ? gates : gates_x);
       const Tensor wide = products.widened ? widened_input_weight(in) : w_ih.with_dims(2);
@@ -515,7 +517,7 @@ struct Call {
                states_n.of,
                gates.writable(),
                every_state ? every_state->of : nullptr,
-               s.cell.forward ? nullptr : in.panels.data(),
+               in.panels.data(),
                nullptr,
                nullptr,
                weights_of(w_hh, in.quantized),
@@ -551,7 +553,7 @@ class Pieces {
         c(in.c0 ? copy_of(in.c0) : Tensor()),
         y_(static_cast<char*>(y)),
         h_n_(h_n),
-        c_n_(states_n.of[0]),
+        to_(states_n),
         first(in.reverse ? s.steps : 0),
         last(first) {
     for (const auto member : {&Inputs::w_ih, &Inputs::w_hh, &Inputs::b_ih, &Inputs::b_hh, &Inputs::w_hr,
@@ -560,17 +562,23 @@ class Pieces {
     }
     part.quantized = in.quantized;
     part.reverse = in.reverse;
-    part.panels = in.panels ? in.panels.with_dims(1) : pack(s.cell.name, in.w_hh, in.quantized);
+    part.heads = in.heads;
+    for (const Tensor& t : in.more.states) others.push_back(copy_of(t));
+    for (const Tensor& t : in.more.inputs) inputs.push_back(t.contiguous());
+    for (const Tensor& t : in.more.parameters) part.more.parameters.push_back(t.with_dims(1));
+    part.panels = in.panels ? in.panels.with_dims(1) : pack(s.cell.name, in.w_hh, in.quantized, in.heads);
     if (many && !in.panels_ih && x.dtype() == kFloat) part.panels_ih = pack(s.cell.name, in.w_ih, in.quantized);
     states.add(c);
+    states.add(others);
   }
 
   // The next piece, whose products outside of the loop are done; null behind the last one.
   Call* next() {
     call.reset();
     if (part.reverse ? first == 0 : last == s.steps) {
-      std::memcpy(h_n_, h.data(), static_cast<size_t>(h.numel() * h.element_size()));
-      if (c) std::memcpy(c_n_, c.data(), static_cast<size_t>(c.numel() * c.element_size()));
+      finish(h_n_, h);
+      if (c) finish(to_.of[0], c);
+      for (size_t k = 0; k < others.size(); ++k) finish(to_.of[1 + k], others[k]);
       return nullptr;
     }
     if (part.reverse) {
@@ -588,6 +596,10 @@ class Pieces {
     part.batch_sizes = sizes.narrow(first, last - first);
     part.h0 = h.narrow(0, batch);
     part.c0 = c.narrow(0, batch);
+    part.more.states.clear();
+    part.more.inputs.clear();
+    for (const Tensor& t : others) part.more.states.push_back(t.narrow(0, batch));
+    for (const Tensor& t : inputs) part.more.inputs.push_back(some(t));
     here.emplace(s.cell.name, part);
     // The kernel has read the states when it writes them.
     call.emplace(*here, part, y_ + s.offsets[first] * s.out * bytes_of(x.dtype()), h.writable(), states, Tensor(),
@@ -602,6 +614,9 @@ class Pieces {
     if (to.numel()) std::memcpy(to.writable(), dense.data(), static_cast<size_t>(to.numel() * to.element_size()));
     return to;
   }
+  static void finish(void* to, const Tensor& from) {
+    std::memcpy(to, from.data(), static_cast<size_t>(from.numel() * from.element_size()));
+  }
   Tensor some(const Tensor& t) const {
     return s.lead.size() == 2 ? t.narrow(first, last - first)
                               : t.narrow(s.offsets[first], s.offsets[last] - s.offsets[first]);
@@ -611,8 +626,10 @@ class Pieces {
   const int64_t rows_;
   const Tensor x, resets, sizes, h, c;
   char* const y_;
-  void *const h_n_, *const c_n_;
-  int64_t first, last;  // the steps of the piece
+  void* const h_n_;
+  const Targets& to_;
+  std::vector<Tensor> others, inputs;  // the states after c, and what is in Inputs::more
+  int64_t first, last;                 // the steps of the piece
   Inputs part;
   Targets states;
   std::optional<Problem> here;
@@ -624,7 +641,7 @@ void forward(const Problem& s, const Inputs& in, void* y, void* h_n, const Targe
              const Targets* every_state) {
   if (s.rows == 0) return;
   const int64_t piece = rows_of_piece(s, in.x.dtype());
-  if (gates.numel() == 0 && !every_state && s.rows > 2 * piece && s.steps > 1 && s.cell.plain() && s.heads == 1) {
+  if (gates.numel() == 0 && !every_state && s.rows > 2 * piece && s.steps > 1) {
     Pieces pieces(s, in, y, h_n, states_n, piece);
     while (const Call* call = pieces.next()) call->run(call->forward);
     return;
@@ -667,9 +684,9 @@ Counts counts_of(std::string_view cell) {
   return {found.states, found.parameters, found.inputs};
 }
 
-Tensor pack(std::string_view cell, const Tensor& w_hh, bool quantized) {
+Tensor pack(std::string_view cell, const Tensor& w_hh, bool quantized, int64_t heads) {
   const CellEntry& found = find_cell(cell);
-  FUSEDRNN_CHECK(found.plain(), "fusedrnn: the weights of ", cell, " cannot be packed once");
+  const auto run = found.forward ? found.forward : kernels().forward;
   const Tensor w = w_hh.contiguous();
   const int64_t offsets[] = {0, 0};
   Forward problem{};
@@ -677,18 +694,19 @@ Tensor pack(std::string_view cell, const Tensor& w_hh, bool quantized) {
   problem.shape.dtype = quantized ? Dtype::kFloat32 : dtype_of(w.dtype());
   problem.weights = weights_of(w, quantized);
   problem.shape.hidden = w.size(0) / found.gates;
-  problem.shape.out = w.size(1);
-  problem.shape.heads = problem.shape.threads = 1;
+  problem.shape.out = w.size(1) * heads;
+  problem.shape.heads = heads;
+  problem.shape.threads = 1;
   problem.shape.offsets = offsets;
   problem.gates_x = problem.w_hh = w.data();
   Way way;
   problem.way = &way;
   problem.pack_into = &way;  // packed, whatever the length
-  kernels().forward(problem);
+  run(problem);
   Tensor panels = Tensor::empty({way.panel_bytes}, kUint8);
   problem.way = nullptr;
   problem.pack_into = panels.writable();
-  if (way.panel_bytes) kernels().forward(problem);
+  if (way.panel_bytes) run(problem);
   return panels;
 }
 
@@ -713,7 +731,7 @@ Plan plan(std::string_view cell, const Inputs& in, bool backward) {
     problem.w_hr = in.w_hr ? &address : nullptr;
     problem.gates_x = products.one_kernel || products.by_panels ? nullptr : &address;
     problem.gates_h = products.two_products ? &address : nullptr;
-    problem.panels = s.cell.forward ? nullptr : in.panels.data();
+    problem.panels = in.panels.data();
     problem.weights = weights_of(in.w_hh, in.quantized);
     problem.panels_ih = in.panels_ih.data();
     problem.input = s.input;
@@ -894,9 +912,15 @@ Gradients sequence_backward(std::string_view cell, const Tensor& dy, const Tenso
   const Matrix dgates_h = same ? dgates_x : gate_columns(dgates, s.cell.h_acc, s.hidden, copies[1]);
   if (needs[0]) {
     d[0] = Tensor::empty(in.x.sizes(), dtype);
-    product_out(Matrix::rows_of(d[0]), dgates_x, matrix(in.w_ih));
+    if (s.multiplied) {
+      torch_copy(Matrix::rows_of(d[0]), dgates_x);
+    } else {
+      product_out(Matrix::rows_of(d[0]), dgates_x, matrix(in.w_ih));
+    }
   }
-  if (needs[3]) {
+  if (needs[3] && s.multiplied) {
+    d[3] = Tensor::empty(in.w_ih.sizes(), dtype);
+  } else if (needs[3]) {
     const Tensor x = in.x.contiguous();
     d[3] = product(dgates_x.t(), Matrix::rows_of(x));
   }

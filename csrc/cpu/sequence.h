@@ -17,7 +17,7 @@ struct More {
   std::vector<Tensor> states, parameters, inputs;
 };
 
-// None where there is none; batch_sizes and resets as well.
+// None where there is none; batch_sizes and resets as well. Where w_ih is [G*H, 0], x [., ., G*H] is x W_ih^T itself.
 struct Inputs {
   Tensor x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, resets;
   bool reverse = false;
@@ -54,9 +54,9 @@ struct Counts {
 };
 Counts counts_of(std::string_view cell);
 
-// W_hh [G*H, P] of a cell as the kernels of this processor want it: bytes that Inputs::panels takes. One head. The same
-// of W_ih [G*H, I], in float32 or `quantized`, for Inputs::panels_ih.
-FUSEDRNN_API Tensor pack(std::string_view cell, const Tensor& w_hh, bool quantized = false);
+// W_hh [G*H, P / heads] of a cell as the kernels of this processor want it: bytes that Inputs::panels takes. The same
+// of W_ih [G*H, I] of one head, in float32 or `quantized`, for Inputs::panels_ih.
+FUSEDRNN_API Tensor pack(std::string_view cell, const Tensor& w_hh, bool quantized = false, int64_t heads = 1);
 
 // What would be done: the kernels of `capability` go that way; the products of all rows with W_ih, and of a single step
 // with W_hh, are the "kernel"'s, the "host"'s GEMM or ours of "panels".

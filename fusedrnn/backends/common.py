@@ -115,6 +115,11 @@ def check_kernels(backend: str, cell: Cell) -> None:
         )
 
 
+def is_multiplied(x: Tensor, w_ih: Tensor) -> bool:
+    """Whether x [..., G*H] is x W_ih^T itself, w_ih having no columns."""
+    return w_ih.dim() == 2 and w_ih.shape[1] == 0 and x.shape[-1] == w_ih.shape[0]
+
+
 def step_rows(x: Tensor, batch_sizes: Tensor | None) -> list[tuple[int, int]]:
     """(first row, number of rows) of every time step, in x seen as [N, I]."""
     if batch_sizes is None:
@@ -329,6 +334,7 @@ def weight_gradients(
     hidden = dgates.shape[-1] // len(cell.accumulators)
     dgates = rows_of(dgates)
     x = inputs.x
+    multiplied = is_multiplied(x, inputs.w_ih)
 
     def wanted(k: int, make: Callable[[], Tensor]) -> Tensor:
         return make() if needs[k] else dgates.new_empty(0)
@@ -336,10 +342,10 @@ def weight_gradients(
     dgates_x = gate_columns(dgates, cell.x_acc, hidden)
     dgates_h = dgates_x if cell.h_acc == cell.x_acc else gate_columns(dgates, cell.h_acc, hidden)
     return (
-        wanted(0, lambda: product(dgates_x, inputs.w_ih).view(x.shape)),
+        wanted(0, lambda: (dgates_x.clone() if multiplied else product(dgates_x, inputs.w_ih)).view(x.shape)),
         wanted(1, lambda: dh0),
         wanted(2, lambda: dc0),
-        wanted(3, lambda: product(dgates_x.t(), rows_of(x))),
+        wanted(3, lambda: torch.empty_like(inputs.w_ih) if multiplied else product(dgates_x.t(), rows_of(x))),
         wanted(4, lambda: _recurrent_gradient(inputs.heads, hidden, dgates_h, started_from(inputs, y))),
         wanted(5, lambda: dgates_x.sum(0)),
         wanted(6, lambda: dgates_h.sum(0)),

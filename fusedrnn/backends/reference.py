@@ -8,7 +8,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fusedrnn.backends.common import Gradients, Inputs, Saved, previous, rows_of, step_rows, weight_gradients
+from fusedrnn.backends.common import (
+    Gradients,
+    Inputs,
+    Saved,
+    is_multiplied,
+    previous,
+    rows_of,
+    step_rows,
+    weight_gradients,
+)
 from fusedrnn.cells import Cell, accumulation_dtype
 
 
@@ -33,7 +42,7 @@ product = torch.matmul
 
 def input_gates(x: Tensor, w_ih: Tensor, b_ih: Tensor | None) -> Tensor:
     """The input projection of all rows at once, [N, G*H]."""
-    gates = product(x, w_ih.t())
+    gates = x if is_multiplied(x, w_ih) else product(x, w_ih.t())
     return gates if b_ih is None else gates + b_ih
 
 
