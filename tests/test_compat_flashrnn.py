@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import fusedrnn
+from fusedrnn import _build, functional
+from fusedrnn.backends.common import Inputs
 from fusedrnn.compat import flashrnn as compat
 
 B, T, N, D = 3, 5, 2, 6
@@ -94,7 +96,7 @@ def clipped_by_hand(function, given, wanted, clip, cut):
     for t in range(T):
         steps.append(now)
         u = torch.einsum("bnp,gndp->gbnd", now[0], r_of) + b_u[:, None]
-        now = kind.cell.step([*b_x[:, None]], [*u], now, (), [*x[:, t].unbind(1)])
+        now = kind.cell.step([*(x[:, t] + b_x).unbind(1)], [*u], now)
     d = [torch.zeros_like(s) for s in steps[0]]
     dx, dr, db_u, db_x = torch.zeros_like(x), torch.zeros_like(r_of), torch.zeros_like(b_u), torch.zeros_like(b_x)
     for t in reversed(range(T)):
@@ -102,7 +104,7 @@ def clipped_by_hand(function, given, wanted, clip, cut):
         h, *rest = leaves
         old, (xt, rt, but, bxt) = rest[: len(now)], rest[len(now) :]
         u = torch.einsum("bnp,gndp->gbnd", h, rt) + but[:, None]
-        new = kind.cell.step([*bxt[:, None]], [*u], old, (), [*xt.unbind(1)])
+        new = kind.cell.step([*(xt + bxt).unbind(1)], [*u], old)
         pairs = [(n, a + w) for n, a, w in zip(new, d, wanted[:, :, t]) if n.requires_grad]
         outputs, upstream = zip(*pairs)
         found = torch.autograd.grad(outputs, leaves, upstream, allow_unused=True)
@@ -168,6 +170,51 @@ def test_no_loop_runs():
         torch.testing.assert_close(
             compat.flashrnn(*given, function="slstm")[0][0], compat.flashrnn(*given, function="slstm")[0][0]
         )
+
+
+@FUNCTIONS
+def test_the_product_is_taken_as_it_comes(function):
+    """By the op, w_ih having no columns: as with an identity for w_ih."""
+    kind, (of_w, _, _, count) = compat._FUNCTIONS[function], SIZES[function]
+    cell, heads, H = kind.cell.cell, 2, N * D
+    x = torch.randn(70, B, of_w * H, dtype=torch.float64)
+    states = [torch.rand(B, H, dtype=torch.float64) + 1 for _ in range(count)]
+    w_hh, b_ih, b_hh = torch.randn(of_w * H, D), torch.randn(of_w * H), torch.randn(of_w * H)
+    weights = [t.double() / 4 for t in (w_hh, b_ih, b_hh)]
+    found = []
+    for w_ih in (torch.zeros(of_w * H, 0, dtype=torch.float64), torch.eye(of_w * H, dtype=torch.float64)):
+        for backend in ("cpu", "reference") if _build.loaded() else ("reference",):
+            leaves = [t.clone().requires_grad_() for t in (x, *states, *weights)]
+            h0, c0, *others = (*leaves[1 : 1 + count], None)[: max(count, 2)]
+            given = Inputs(
+                leaves[0], h0, c0, w_ih.clone().requires_grad_(), *leaves[1 + count :], None, None, None, True,
+                tuple(others), (), (), heads,
+            )  # fmt: skip
+            y, finals, _ = functional.recurrence_of_states(cell, given, backend, "auto")
+            first = torch.autograd.grad(y.sin().sum(), [*leaves, given.w_ih], create_graph=True)
+            second = torch.autograd.grad(sum(g.square().sum() for g in first[:1]), leaves, allow_unused=True)
+            found.append([y, *finals[:count], *first[:-1], *(g for g in second if g is not None)])
+            assert first[-1].shape == w_ih.shape
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+    with pytest.raises(RuntimeError, match="it multiplies x by w_ih, and w_ih has no columns"):
+        functional.recurrence_of_states(cell, given._replace(w_ih=w_ih[:, :0]), "triton", "step")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the simulator has CPU tensors, this machine a GPU")
+@FUNCTIONS
+def test_on_triton(function):
+    pytest.importorskip("triton")
+    given = draw(function, torch.float32)
+    want, _ = compat.flashrnn(*given, function=function)
+    with fusedrnn.backend("triton", "step"):
+        got, _ = compat.flashrnn(*given, function=function)
+    weights = torch.randn_like(want[0])
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    for a, b in zip(*(torch.autograd.grad((t[0] * weights).sum(), given) for t in (want, got)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ Letters as in that package: B batch, T steps, G gates, N heads, D units of a hea
 before, S states. In its layout strings H stands for N.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,46 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedrnn import functional, layer
+from fusedrnn import functional, layer, zoo
 from fusedrnn.backends.common import Inputs
 from fusedrnn.definition import Definition, cell
 
 
-@cell(gates=("i", "f", "z", "o"), states=("h", "c"), inputs=("wi", "wf", "wz", "wo"))
-def flash_lstm(x, u, s, wi, wf, wz, wo):
-    """:func:`fusedrnn.zoo.lstm` whose product of the input comes from outside."""
-    c = torch.sigmoid(x.f + u.f + wf) * s.c + torch.sigmoid(x.i + u.i + wi) * torch.tanh(x.z + u.z + wz)
-    return torch.sigmoid(x.o + u.o + wo) * torch.tanh(c), c
+@functools.cache
+def _from_outside(definition: Definition) -> Definition:
+    """A cell that takes the product of the input from outside: of a gate i as the input wi."""
+    inner, gates = definition.function, definition.gates
 
+    def step(x, u, s, **w):
+        return inner(x._replace(**{gate: getattr(x, gate) + w[f"w{gate}"] for gate in gates}), u, s)
 
-@cell(gates=("i", "f", "z", "o"), states=("h", "c", "n", "m"), inputs=("wi", "wf", "wz", "wo"))
-def flash_slstm(x, u, s, wi, wf, wz, wo):
-    """:func:`fusedrnn.zoo.slstm` whose product of the input comes from outside."""
-    a = x.i + u.i + wi
-    l = s.m + torch.nn.functional.logsigmoid(x.f + u.f + wf)
-    m = torch.where(s.n == 0, a, torch.maximum(a, l)).detach()
-    i = torch.exp(a - m)
-    f = torch.exp((l - m).clamp(max=80))
-    z = torch.tanh(x.z + u.z + wz)
-    o = torch.sigmoid(x.o + u.o + wo)
-    c = f * s.c + i * z
-    n = f * s.n + i
-    return o * c / n, c, n, m
-
-
-@cell(gates=("r", "z", "n"), inputs=("wr", "wz", "wn"))
-def flash_gru(x, u, s, wr, wz, wn):
-    """:func:`fusedrnn.zoo.gru` whose product of the input comes from outside."""
-    r = torch.sigmoid(x.r + u.r + wr)
-    z = torch.sigmoid(x.z + u.z + wz)
-    n = torch.tanh(x.n + wn + r * u.n)
-    return n + z * (s.h - n)
-
-
-@cell(gates=("h",), inputs=("wh",))
-def flash_elman(x, u, s, wh):
-    """:func:`fusedrnn.zoo.rnn_tanh` whose product of the input comes from outside."""
-    return torch.tanh(x.h + u.h + wh)
+    inputs = [f"w{gate}" for gate in gates]
+    return cell(step, gates=gates, states=definition.states, inputs=inputs, name=f"flash_{definition.name}")
 
 
 @dataclass(frozen=True)
@@ -65,11 +41,11 @@ class _Function:
 
 _FOUR = (0, 1, 2, 3)
 _FUNCTIONS = {
-    "lstm": _Function(flash_lstm, _FOUR, _FOUR, (-1,) * 4),
-    "slstm": _Function(flash_slstm, _FOUR, _FOUR, (-1,) * 4),
+    "lstm": _Function(zoo.lstm, _FOUR, _FOUR, (-1,) * 4),
+    "slstm": _Function(zoo.slstm, _FOUR, _FOUR, (-1,) * 4),
     # R has the candidate first, then r and z; W has r, z and the candidate; b has R's, then the candidate's of W.
-    "gru": _Function(flash_gru, (1, 2, 0), (1, 2, 0), (-1, -1, 3)),
-    "elman": _Function(flash_elman, (0,), (0,), (-1,)),
+    "gru": _Function(zoo.gru, (1, 2, 0), (1, 2, 0), (-1, -1, 3)),
+    "elman": _Function(zoo.rnn_tanh, (0,), (0,), (-1,)),
 }
 BACKENDS = ("vanilla", "vanilla_fwbw", "cuda", "cuda_fused", "triton_fused")
 
@@ -175,13 +151,20 @@ def _biases(b: Tensor, gates: tuple[int, ...]) -> Tensor:
 def _fused(kind: _Function, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor) -> Tensor:
     definition, (steps, batch, gates, heads, units) = kind.cell, Wx.shape
     hidden = heads * units
-    choice = layer.choose_for(definition, 1, hidden, Wx.dtype, Wx.device, heads=heads)
+    choice = layer.choose_for(definition, gates * hidden, hidden, Wx.dtype, Wx.device, heads=heads)
+    x, width, inputs = Wx.reshape(steps, batch, gates * hidden), 0, ()
+    if choice.backend not in ("cpu", "reference"):
+        # Their kernels multiply x by W_ih.
+        definition = _from_outside(definition)
+        choice = layer.choose_for(definition, 1, hidden, Wx.dtype, Wx.device, heads=heads)
+        x, width = Wx.new_zeros(steps, batch, 1), 1
+        inputs = tuple(gate.reshape(steps, batch, hidden) for gate in Wx.unbind(2))
     h0, *others = (state.reshape(batch, hidden) for state in states.unbind(0))
     inputs = Inputs(
-        x=Wx.new_zeros(steps, batch, 1),
+        x=x,
         h0=h0,
         c0=others[0] if others else None,
-        w_ih=Wx.new_zeros(gates * hidden, 1),
+        w_ih=Wx.new_zeros(gates * hidden, width),
         w_hh=R[list(kind.recurrent)].reshape(gates * hidden, units),
         b_ih=_biases(b, kind.bias_of_input).flatten(),
         b_hh=_biases(b, kind.bias).flatten(),
@@ -190,7 +173,7 @@ def _fused(kind: _Function, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor) ->
         resets=None,
         reverse=False,
         others=tuple(others[1:]),
-        inputs=tuple(gate.reshape(steps, batch, hidden) for gate in Wx.unbind(2)),
+        inputs=inputs,
         heads=heads,
     )
     y, _, every = functional.recurrence_of_states(
@@ -219,11 +202,10 @@ class _Clip(torch.autograd.Function):
 def _loop(kind: _Function, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor, clip: float | None, cut: bool) -> Tensor:
     """The same, what reaches h through R clipped to ``clip``, or none of it."""
     now, found = [state.squeeze(1) for state in states.unbind(0)], []
-    R, b_u = R[list(kind.recurrent)], _biases(b, kind.bias)
-    x = [*_biases(b, kind.bias_of_input).unsqueeze(1)]
+    R, b_u, b_x = R[list(kind.recurrent)], _biases(b, kind.bias), _biases(b, kind.bias_of_input)
     for step in Wx.unbind(0):
         h = now[0].detach() if cut else _Clip.apply(now[0], clip)
         u = torch.einsum("bnp,gndp->gbnd", h, R) + b_u.unsqueeze(1)
-        now = [*kind.cell.step(x, u.unbind(0), now, (), step.unbind(1))]
+        now = [*kind.cell.step((step + b_x).unbind(1), u.unbind(0), now)]
         found.append(torch.stack(now))
     return torch.stack(found, 1)
