@@ -1,7 +1,8 @@
 """``python -m fusedrnn bench --suite slstm``: sLSTM, 4 heads of 128 units, 64 steps, beside the package flashrnn.
 
 torch.nn has no sLSTM. The peer is flashrnn 1.0.8's vanilla backend, a loop of torch's operations, as it is and under
-torch.compile (only if asked for by --peers: the loop is unrolled and compiles for minutes). Everybody starts from one x
+torch.compile (only if asked for by --peers: the loop is unrolled, and each batch and mode compiles for one to three
+minutes, in which nothing is measured). Everybody starts from one x
 [T, B, 512] and includes its product with W_ih; a training step gives the gradients of x and of all weights. Nobody is
 timed before its results agreed with float64.
 """
@@ -128,10 +129,16 @@ def exact(batch: int, mode: str) -> list[Tensor]:
     return call(y, given, mode)()
 
 
+def title(batch: int) -> str:
+    return f"slstm {HEADS}x{UNITS} T={STEPS} B={batch}"
+
+
 def measured(batch: int, mode: str, names: list[str], rounds: int, seconds: float) -> dict[str, dict]:
     """Name -> its row: milliseconds, error of the largest entry, times as fast as each peer, or why there is none."""
     given, want, calls, rows = draw(batch), exact(batch, mode), {}, {}
     for name in names:
+        if name == COMPILED:
+            print(f"{title(batch)} {mode}: {name} compiles, which takes minutes", file=sys.stderr, flush=True)
         try:
             run = call(make(name, batch), given, mode)
             error = max(((g.double() - w).abs().max() / w.abs().max()).item() for g, w in zip(run(), want, strict=True))
@@ -156,7 +163,7 @@ def measured(batch: int, mode: str, names: list[str], rounds: int, seconds: floa
 
 
 def in_words(batch: int, mode: str, name: str, row: dict) -> str:
-    text = f"{f'slstm {HEADS}x{UNITS} T={STEPS} B={batch}':<26}{mode:<10}{name:<28}"
+    text = f"{title(batch):<26}{mode:<10}{name:<28}"
     if "ms" not in row:
         return f"{text}{row['why']}"
     ratios = [v for k, v in row.items() if k.startswith("times as fast")]
@@ -187,10 +194,10 @@ def run(arguments: argparse.Namespace, seconds: float) -> int:
         return 2
     left_out = {name: why_not(name) for name in names if why_not(name)}
     names = [name for name in names if name not in left_out]
-    batches = [b for b in BATCHES if arguments.only in f"B={b}"]
+    batches = [b for b in BATCHES if arguments.only in f"{title(b)} "]  # "B=1 " is not B=16
     if arguments.list:
         for b in batches:
-            print(f"  slstm {HEADS}x{UNITS} T={STEPS} B={b}: {', '.join(modes)} of {', '.join(names)}")
+            print(f"  {title(b)}: {', '.join(modes)} of {', '.join(names)}")
         return 0
     rows = []
     with measure.settings(arguments.threads, arguments.tf32):
