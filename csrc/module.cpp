@@ -588,7 +588,7 @@ PyObject* call_layers(PyObject* const* a) {
   require(call.x.dim() == (packed ? 2 : 3));
   const bool bias = a[6] == Py_True, batch_first = a[9] == Py_True && !packed;
   const int64_t num_layers = integer(a[7]), directions = integer(a[8]);
-  require(num_layers >= 1 && directions >= 1);
+  require(num_layers >= 1 && (directions == 1 || directions == 2));
   const int64_t all = num_layers * directions, per = static_cast<int64_t>(call.weights.size()) / all;
   const int64_t out = call.weights[1].size(1), hidden = call.weights[1].size(0) / call.gates;
   const bool projection = per == 3 + 2 * bias;
@@ -648,43 +648,38 @@ PyObject* call_layers(PyObject* const* a) {
   Tensor y;
   {
     const WithoutGil released;
-    // Two at a time: the directions of a layer, or two layers of one direction.
+    // Two at a time: the directions of a layer, or two layers of one direction. What a later layer has read is written
+    // to again.
+    Tensor between, spare;
     for (int64_t k = 0; k < all; k += 2) {
       const int64_t count = std::min<int64_t>(2, all - k);
+      if (directions == 1 && count == 2 && !between) between = Tensor::empty(lead(out), dtype);
+      if (count == 1 && !spare) spare = std::move(between);
+      Tensor result = spare ? std::move(spare) : Tensor::empty(lead(width), dtype);
       Inputs given[2];
       Into to[2];
-      Tensor ys[2];
       for (int64_t d = 0; d < count; ++d) {
         Inputs& in = given[d] = std::move(sequences[k + d]);
-        const Tensor& x = d && directions == 1 ? ys[0] : k ? y : input;
+        const Tensor& x = d && directions == 1 ? between : k ? y : input;
         in.x = x.with_dims(x.dim());
         in.batch_sizes = batch_sizes.with_dims(batch_sizes.dim());
         in.resets = mask.with_dims(mask.dim());
         in.h0 = call.h0.select(k + d);
         if (call.has_c) in.c0 = call.c0.select(k + d);
         in.reverse = d == 1 && directions == 2;
-        ys[d] = Tensor::empty(lead(out), dtype);
-        to[d] = {ys[d].writable(), h_n.select(k + d).writable(), call.has_c ? c_n.select(k + d).writable() : nullptr};
+        to[d] = {result.writable(), h_n.select(k + d).writable(), call.has_c ? c_n.select(k + d).writable() : nullptr};
       }
-      if (directions == 1) {
-        if (count == 2) {
-          layers_into(call.cell, given, to);
-        } else {
-          sequence_into(call.cell, given[0], to[0].y, to[0].h_n, to[0].c_n);
-        }
-        y = std::move(ys[count - 1]);
-        continue;
+      if (directions == 2) {
+        to[1].y = static_cast<char*>(to[1].y) + out * result.element_size();
+        directions_into(call.cell, given, to);
+      } else if (count == 2) {
+        to[0].y = between.writable();
+        layers_into(call.cell, given, to);
+      } else {
+        sequence_into(call.cell, given[0], to[0].y, to[0].h_n, to[0].c_n);
       }
-      directions_into(call.cell, given, to);
-      Tensor together = Tensor::empty(lead(width), dtype);
-      const size_t bytes = static_cast<size_t>(out * together.element_size());
-      for (int64_t row = 0; row < rows; ++row) {
-        for (int64_t d = 0; d < directions; ++d) {
-          std::memcpy(static_cast<char*>(together.writable()) + (row * directions + d) * bytes,
-                      ys[d].data<char>() + row * bytes, bytes);
-        }
-      }
-      y = std::move(together);
+      spare = std::move(y);
+      y = std::move(result);
     }
   }
   if (batch_first) y = same_memory(y.transposed());

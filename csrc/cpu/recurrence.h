@@ -79,6 +79,7 @@ struct Forward {
 
   // Another sequence of the same cell, dtype and weights, done at the same time by threads of its own; or null.
   const Forward* beside;
+  int64_t y_row;  // elements from one row of y to the next; 0: P
 };
 
 struct Backward {

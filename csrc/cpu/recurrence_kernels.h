@@ -474,7 +474,7 @@ struct ForwardRun : Skeleton<Cell, E, W> {
   using O = typename Base::O;
   using V = typename Base::V;
   const Forward& p;
-  const int64_t unit_blocks, out_blocks;
+  const int64_t unit_blocks, out_blocks, y_row;
   Buffer<Packed<W>> panels;      // [unit block][P][G][lanes], or tiles; where none are given
   Packed<W>* const packed;       // those or the given ones
   Buffer<Packed<W>> out_panels;  // [out block][H][kPlain][lanes]
@@ -494,6 +494,7 @@ struct ForwardRun : Skeleton<Cell, E, W> {
         p(problem),
         unit_blocks(heads * divide_up(head_units, kWidth)),
         out_blocks(projected ? divide_up(out, kPlain * kWidth) : 0),
+        y_row(problem.y_row ? problem.y_row : out),
         panels(this->direct || is_packed(problem) ? 0 : packed_size()),
         packed(problem.pack_into ? static_cast<Packed<W>*>(problem.pack_into)
                : problem.panels  ? static_cast<Packed<W>*>(const_cast<void*>(problem.panels))
@@ -518,7 +519,15 @@ struct ForwardRun : Skeleton<Cell, E, W> {
   }
   static bool is_packed(const Forward& problem) { return problem.panels || problem.pack_into; }
   static bool multiplies_input(const Forward& problem) {
-    return kWide && !problem.gates_x && problem.panels_ih && !problem.way;
+    return kWide && !problem.gates_x && problem.panels_ih && !problem.way && !multiplies_in_steps(problem);
+  }
+  // Whether x meets the panels of W_ih step by step, without what comes of it going through memory: as many rows at
+  // once as before the loop, or one step.
+  static bool multiplies_in_steps(const Forward& problem) {
+    constexpr int64_t kRows = 32;
+    const Shape& s = problem.shape;
+    return kWide && !problem.gates_x && problem.panels_ih && (s.steps == 1 || s.batch >= kRows * s.threads) &&
+           !in_digits(problem.shape.out) && !in_digits(problem.input);
   }
 
   void run() {
@@ -670,7 +679,7 @@ struct ForwardRun : Skeleton<Cell, E, W> {
 
   void finish(int thread, int threads) {
     for (int64_t b = thread; b < batch; b += threads) {
-      memcpy(static_cast<E*>(p.h_n) + b * out, static_cast<const E*>(p.y) + this->edge_row(b, false) * out,
+      memcpy(static_cast<E*>(p.h_n) + b * out, static_cast<const E*>(p.y) + this->edge_row(b, false) * y_row,
              out * sizeof(E));
       for (int k = 1; k < kN; ++k) {
         for (int64_t block = 0; block < unit_blocks; ++block) {
@@ -755,7 +764,7 @@ struct ForwardRun : Skeleton<Cell, E, W> {
     const bool carried = b < this->rows_at(previous);
     if (this->reset(this->offset(t) + b)) return zeros;
     if constexpr (kWide) {
-      return carried ? static_cast<const O*>(p.y) + (this->offset(previous) + b) * out
+      return carried ? static_cast<const O*>(p.y) + (this->offset(previous) + b) * y_row
                      : static_cast<const O*>(p.h0) + b * out;
     } else {
       return exchange + ((carried ? (s - 1) & 1 : 2) * batch + b) * out;
@@ -801,7 +810,11 @@ struct ForwardRun : Skeleton<Cell, E, W> {
       }
       V sums[kGroup * kG], sums_x[kGroup * kG];
       if (!gates_x) {
-        all_gates(sums_x, x, 0, count, p.w_ih, at, p.input);
+        if (kWide && p.panels_ih) {
+          multiply_panel(sums_x, x, count, 0, input_panel_of(block), p.input, thread);
+        } else {
+          all_gates(sums_x, x, 0, count, p.w_ih, at, p.input);
+        }
         scale_gates(sums_x, count, p.scale_ih, at);
       }
       if (p.gates_h) {
@@ -873,7 +886,7 @@ struct ForwardRun : Skeleton<Cell, E, W> {
   }
 
   FUSEDRNN_INLINE void emit(int64_t row, int64_t s, int64_t b, int64_t u, V value, int64_t count) {
-    store(static_cast<E*>(p.y) + row * out + u, value, count);
+    store(static_cast<E*>(p.y) + row * y_row + u, value, count);
     if constexpr (!kWide) store(exchange + ((s & 1) * batch + b) * out + u, rounded<E>(value), count);
   }
 };

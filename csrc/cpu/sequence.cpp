@@ -468,7 +468,7 @@ struct Call {
   Forward forward;
 
   Call(const Problem& s, const Inputs& in, void* y, void* h_n, const Targets& states_n, const Tensor& gates,
-       const Targets* every_state, const Products& products)
+       const Targets* every_state, const Products& products, int64_t y_row = 0)
       : x(in.x.contiguous()),
         w_ih(products.one_kernel ? in.w_ih.contiguous() : in.w_ih.with_dims(2)),
         h0(in.h0.contiguous()),
@@ -525,7 +525,8 @@ struct Call {
                scale_hh.data<float>(),
                scale_hr.data<float>(),
                in.panels_ih.data(),
-               nullptr};
+               nullptr,
+               y_row};
   }
   Call(const Call&) = delete;
   Call& operator=(const Call&) = delete;
@@ -541,9 +542,9 @@ int64_t rows_of_piece(const Problem& s, int32_t dtype) {
 // A sequence of which nothing is kept, some steps at a time: a long one then takes no more memory than x and y.
 class Pieces {
  public:
-  // Pieces have `rows` or, at the end, fewer; with `many` so many that W_ih is packed as well.
+  // Pieces have `rows` or, at the end, fewer; with `many` so many that W_ih is packed as well. y_row: as in Forward.
   Pieces(const Problem& problem, const Inputs& in, void* y, void* h_n, const Targets& states_n, int64_t rows,
-         bool many = false)
+         bool many = false, int64_t y_row = 0)
       : s(problem),
         rows_(rows),
         x(in.x.contiguous()),
@@ -554,6 +555,7 @@ class Pieces {
         y_(static_cast<char*>(y)),
         h_n_(h_n),
         to_(states_n),
+        y_row_(y_row ? y_row : s.out),
         first(in.reverse ? s.steps : 0),
         last(first) {
     for (const auto member : {&Inputs::w_ih, &Inputs::w_hh, &Inputs::b_ih, &Inputs::b_hh, &Inputs::w_hr,
@@ -602,8 +604,8 @@ class Pieces {
     for (const Tensor& t : inputs) part.more.inputs.push_back(some(t));
     here.emplace(s.cell.name, part);
     // The kernel has read the states when it writes them.
-    call.emplace(*here, part, y_ + s.offsets[first] * s.out * bytes_of(x.dtype()), h.writable(), states, Tensor(),
-                 nullptr, Products(*here, part));
+    call.emplace(*here, part, y_ + s.offsets[first] * y_row_ * bytes_of(x.dtype()), h.writable(), states, Tensor(),
+                 nullptr, Products(*here, part), y_row_);
     return &*call;
   }
 
@@ -628,6 +630,7 @@ class Pieces {
   char* const y_;
   void* const h_n_;
   const Targets& to_;
+  const int64_t y_row_;
   std::vector<Tensor> others, inputs;  // the states after c, and what is in Inputs::more
   int64_t first, last;                 // the steps of the piece
   Inputs part;
@@ -638,15 +641,15 @@ class Pieces {
 
 // gates and every_state are where they are kept, or have no elements.
 void forward(const Problem& s, const Inputs& in, void* y, void* h_n, const Targets& states_n, const Tensor& gates,
-             const Targets* every_state) {
+             const Targets* every_state, int64_t y_row = 0) {
   if (s.rows == 0) return;
   const int64_t piece = rows_of_piece(s, in.x.dtype());
   if (gates.numel() == 0 && !every_state && s.rows > 2 * piece && s.steps > 1) {
-    Pieces pieces(s, in, y, h_n, states_n, piece);
+    Pieces pieces(s, in, y, h_n, states_n, piece, false, y_row);
     while (const Call* call = pieces.next()) call->run(call->forward);
     return;
   }
-  const Call call(s, in, y, h_n, states_n, gates, every_state, Products(s, in));
+  const Call call(s, in, y, h_n, states_n, gates, every_state, Products(s, in), y_row);
   call.run(call.forward);
 }
 
@@ -802,22 +805,23 @@ void directions_into(std::string_view cell, const Inputs (&in)[2], const Into (&
   Targets states_n[2];
   for (int k = 0; k < 2; ++k) states_n[k].of[0] = to[k].c_n;
   if (s[0].rows == 0) return;
+  const int64_t y_row = 2 * s[0].out;
   if (!s[0].goes_beside(in[0].x.dtype())) {
-    for (int k = 0; k < 2; ++k) forward(s[k], in[k], to[k].y, to[k].h_n, states_n[k], {}, nullptr);
+    for (int k = 0; k < 2; ++k) forward(s[k], in[k], to[k].y, to[k].h_n, states_n[k], {}, nullptr, y_row);
     return;
   }
   const int64_t piece = rows_of_piece(s[0], in[0].x.dtype());
   if (s[0].rows > 2 * piece && s[0].steps > 1) {
-    Pieces one(s[0], in[0], to[0].y, to[0].h_n, states_n[0], piece),
-        other(s[1], in[1], to[1].y, to[1].h_n, states_n[1], piece);
+    Pieces one(s[0], in[0], to[0].y, to[0].h_n, states_n[0], piece, false, y_row),
+        other(s[1], in[1], to[1].y, to[1].h_n, states_n[1], piece, false, y_row);
     for (;;) {
       Call *const a = one.next(), *const b = other.next();
       if (!a && !b) return;
       run_beside(a, b);
     }
   }
-  Call one(s[0], in[0], to[0].y, to[0].h_n, states_n[0], {}, nullptr, Products(s[0], in[0])),
-      other(s[1], in[1], to[1].y, to[1].h_n, states_n[1], {}, nullptr, Products(s[1], in[1]));
+  Call one(s[0], in[0], to[0].y, to[0].h_n, states_n[0], {}, nullptr, Products(s[0], in[0]), y_row),
+      other(s[1], in[1], to[1].y, to[1].h_n, states_n[1], {}, nullptr, Products(s[1], in[1]), y_row);
   run_beside(&one, &other);
 }
 

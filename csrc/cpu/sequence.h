@@ -76,7 +76,7 @@ FUSEDRNN_API void sequence_into(std::string_view cell, const Inputs& in, void* y
 struct Into {
   void *y, *h_n, *c_n;
 };
-// The two directions of a layer, side by side where that pays.
+// The two directions of a layer, side by side where that pays; rows of y are 2 P apart, to hold both.
 FUSEDRNN_API void directions_into(std::string_view cell, const Inputs (&in)[2], const Into (&to)[2]);
 // Two layers, the x of the second being the y of the first; where it pays the second is some steps behind.
 FUSEDRNN_API void layers_into(std::string_view cell, const Inputs (&in)[2], const Into (&to)[2]);
