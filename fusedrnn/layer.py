@@ -273,9 +273,11 @@ class Layer(RecurrentLayer):
         masks = (None,) * directions
         if resets is not None:
             masks = functional._masks(resets, x, states[0].shape[1], batch_sizes, time_first, directions, padding)
-        packed = None
-        if self._frozen is not None and runs == "cpu" and padding is None and not return_all_states:
-            packed = None if functional._recorders else self.__dict__.get("_packed")
+        below = None  # of each sequence what is packed, where a call may go past the dispatcher
+        if runs == "cpu" and padding is None and not (return_all_states or functional._recorders):
+            below = self.__dict__.get("_packed")
+            if below is None and not torch.is_grad_enabled():
+                below = [(None, None)] * lead
         per = len(weights) // lead
         own = len(cell.parameters)
         finals: list[Sequence[Tensor]] = []
@@ -293,7 +295,7 @@ class Layer(RecurrentLayer):
                     x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, masks[direction], direction == 1,
                     tuple(others), parameters, tuple(t[k] for t in inputs), self.heads,
                 )  # fmt: skip
-                done = None if packed is None else ops.sequence_of_packed(cell.name, given, *packed[k])
+                done = None if below is None else ops.sequence_of_states(cell.name, given, *below[k])
                 y, ends, all_states = done or functional.recurrence_of_states(
                     cell, given, runs, algorithm, self.recompute, return_all_states, layer, padding
                 )
@@ -309,7 +311,11 @@ class Layer(RecurrentLayer):
             states_of = states_of if time_first else tuple(s.transpose(1, 2) for s in states_of)
         if padding is not None and padding_value != 0:
             x = padding.cut(x, padding_value)
-        return x if time_first else x.transpose(0, 1), [functional._together([*s]) for s in zip(*finals)], states_of
+        if lead == 1 and done is not None:
+            ends = [state.unsqueeze_(0) for state in finals[0]]  # nobody else has them
+        else:
+            ends = [functional._together([*s]) for s in zip(*finals)]
+        return x if time_first else x.transpose(0, 1), ends, states_of
 
     def _choose(self, dtype: torch.dtype, device: torch.device) -> planning.Choice:
         return choose_for(

@@ -663,11 +663,11 @@ def sequence(cell: str, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Ten
     return y, finals[0], c_n, gates, cells
 
 
-def sequence_of_packed(
-    cell: str, inputs: Inputs, panels: Tensor, panels_ih: Tensor | None
+def sequence_of_states(
+    cell: str, inputs: Inputs, panels: Tensor | None, panels_ih: Tensor | None
 ) -> tuple[Tensor, list[Tensor], list[Tensor]] | None:
-    """y, the final states and no other ones of one direction on the CPU, its W_hh and perhaps W_ih packed before; None
-    where somebody looks on or wants a gradient.
+    """y, the final states and no other ones of one direction on the CPU, W_hh and W_ih packed or not; None where
+    somebody looks on or wants a gradient.
     """
     fast = _below_the_dispatcher()
     if fast is None:
