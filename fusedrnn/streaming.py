@@ -85,7 +85,8 @@ class Stream:
         with torch.no_grad():
             twin = copy.deepcopy(layer)
         twin.batch_first = False
-        return freeze(twin)
+        computed = any(name not in twin._parameters for name in twin._flat_weights_names)
+        return twin.eval().requires_grad_(False) if computed else freeze(twin)
 
     def _made(self, layer: nn.RNNBase, weights: list[Tensor]) -> tuple:
         names, quantized = layer._flat_weights_names, layer._quantized
@@ -228,7 +229,7 @@ class Stream:
             resets = None if resets is None else resets.unsqueeze(0)
         if self._run_layer is not None:
             held = tuple(self._held)
-            y, states = self._run_layer(x, held if len(held) > 1 else held[0], resets=resets)
+            y, states = self._run_layer.forward(x, held if len(held) > 1 else held[0], resets=resets)
             self._held = [states] if isinstance(states, Tensor) else [*states]
             return y[0] if single else y
         _, layers, bias, backend, algorithm = self._layer

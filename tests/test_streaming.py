@@ -199,6 +199,10 @@ def test_of_a_cell_of_ones_own(name, batch_first):
     assert torch.equal(stream(x[0]), first)
     assert layer.training
     assert layer.weight_ih_l0.requires_grad
+    layer.reset_parameters()
+    normed = torch.nn.utils.parametrizations.weight_norm(layer, "weight_hh_l0")
+    with torch.no_grad():
+        assert close(normed.stream(3)(x[0]), normed(turned(layer, x[:1]))[0].flatten(0, 1))
 
 
 def test_a_backend_that_was_asked_for_runs():
