@@ -36,12 +36,12 @@ StableIValue argument(const Tensor& t) { return reinterpret_cast<uintptr_t>(new_
 
 // The C library gives what is freed at the end of the heap back to the system as soon as that is twice the largest
 // block that it saw freed, and each page that comes again costs a fault: a step of training lost a third of its time to
-// them. It learns from one block, of which no page is touched; 32 MiB are the most that it learns. Who sets
-// MALLOC_TRIM_THRESHOLD_ or MALLOC_MMAP_THRESHOLD_ has the last word.
-constexpr int64_t kKept = 32 << 20;
+// them. It learns from one block, of which no page is touched; 32 MiB are the most that it learns, with what it writes
+// in front. Who sets MALLOC_TRIM_THRESHOLD_ or MALLOC_MMAP_THRESHOLD_ has the last word.
+constexpr int64_t kKept = (32 << 20) - (64 << 10);
 void keep_pages() {
   static const bool once = [] {
-    void* volatile block = malloc(kKept - (64 << 10));
+    void* volatile block = malloc(kKept);
     free(block);
     return true;
   }();
