@@ -60,10 +60,6 @@ COUNTS = {
     "persistent_forward_wide": 80,
     "persistent_backward": 94,
 }
-# Bytes of a stack that kernels may have whose weights leave no register: ptxas for these architectures keeps addresses
-# of GRU's, of float32's and of tf32's there, which are read once a step. No other has any.
-STACK = {"100": 32, "120": 40}
-FULL = re.compile(r"_Gru_|_float32_|_tf32_")
 ALL = [case for name in COUNTS for case in slow_unless_simulated(name)]
 
 
@@ -71,9 +67,7 @@ ALL = [case for name in COUNTS for case in slow_unless_simulated(name)]
 def test_no_spills_no_stack(compiled, name, arch):
     kernels = KERNEL.findall(compiled(name, arch)[0])
     assert len(kernels) == COUNTS[name]
-    spilled = [k for k in kernels if k[1:4] != ("0", "0", "0")]
-    assert [k for k in spilled if int(k[1]) > STACK.get(arch, 0) or not FULL.search(k[0])] == []
-    assert len(spilled) <= 6
+    assert [k for k in kernels if k[1:4] != ("0", "0", "0")] == []
     assert [k for k in kernels if int(k[4]) > 255] == []
 
 

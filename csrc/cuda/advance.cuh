@@ -26,6 +26,20 @@ __device__ constexpr int h_gate(int accumulator) {
   return -1;
 }
 
+// How many accumulators h feeds, and which one is their `rank`th.
+template <typename Cell>
+__device__ constexpr int fed_by_h() {
+  int count = 0;
+  for (int a = 0; a < Cell::kAccumulators; ++a) count += h_gate<Cell>(a) >= 0;
+  return count;
+}
+template <typename Cell>
+__device__ constexpr int fed_accumulator(int rank) {
+  for (int a = 0; a < Cell::kAccumulators; ++a)
+    if (h_gate<Cell>(a) >= 0 && rank-- == 0) return a;
+  return -1;
+}
+
 // Whether some accumulator has no part of x or of h, or a block's last m-tile is half empty.
 template <typename Cell>
 __device__ constexpr bool has_gaps() {

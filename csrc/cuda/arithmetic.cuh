@@ -78,6 +78,12 @@ __device__ __forceinline__ Value keep(Value x) {
   return x;
 }
 
+// A value from which nothing is computed before this place is reached: what is needed seldom shall hold no register.
+__device__ __forceinline__ int64_t here(int64_t x) {
+  asm volatile("" : "+l"(x));
+  return x;
+}
+
 template <int i>
 struct Constant {
   static constexpr int value = i;

@@ -7,12 +7,13 @@
 
 namespace fusedrnn {
 
-// Exact products of 2 kMT rows of weights a lane by a tile of 8 rows. A lane multiplies the pieces of its own rows of
+// Exact products of kRows rows of weights a lane by a tile of 8 rows. A lane multiplies the pieces of its own rows of
 // weights, which never leave it, by the same pieces of all 8 rows, which the warp hands around in shared memory; the
 // four lanes of a row of weights add up once, at the end of a tile.
-template <int kMT>
+template <int kRows>
 struct ExactTile {
-  float sums[kMT][2][8] = {};
+  static constexpr int kMT = (kRows + 1) / 2;
+  float sums[kRows][8] = {};
 
   // b: this lane's piece of row lane / 4. rows: where the warp stages those of a tile, `pitch` bytes from one to the
   // next.
@@ -32,8 +33,8 @@ struct ExactTile {
 #pragma unroll
       for (int i = 0; i < 4; ++i)
 #pragma unroll
-        for (int a = 0; a < 2 * kMT; ++a)
-          sums[a / 2][a % 2][n] = fma(__uint_as_float(weights[a].w[i]), __uint_as_float(b.w[i]), sums[a / 2][a % 2][n]);
+        for (int a = 0; a < kRows; ++a)
+          sums[a][n] = fma(__uint_as_float(weights[a].w[i]), __uint_as_float(b.w[i]), sums[a][n]);
     }
   }
 
@@ -41,8 +42,8 @@ struct ExactTile {
   __device__ __forceinline__ void add_up(float (&acc)[kMT][4]) const {
     const bool last_four = threadIdx.x & 2, last_two = threadIdx.x & 1;
 #pragma unroll
-    for (int a = 0; a < 2 * kMT; ++a) {
-      const float (&of)[8] = sums[a / 2][a % 2];
+    for (int a = 0; a < kRows; ++a) {
+      const float (&of)[8] = sums[a];
       float four[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i)
@@ -172,11 +173,14 @@ struct Flight {
 // holds them if c < held. kWhole: every lane's row holds all n.
 template <bool kWhole, int n, bool kGap = false>
 struct Inbox {
-  int held, near = n, gap = 0;
+  int held, near = n;
+  uint32_t gap = 0;
 
   __device__ static __forceinline__ int count(int piece0, int pieces) { return (pieces - piece0 + 31) >> 5; }
 
-  __device__ __forceinline__ const char* side(const char* at, int c) const { return kGap && c >= near ? at + gap : at; }
+  __device__ __forceinline__ const char* side(const char* at, int c) const {
+    return at + (kGap && c >= near ? gap : 0u);
+  }
 
   template <int c>
   __device__ __forceinline__ void fetch(const char* at, Piece& p) const {

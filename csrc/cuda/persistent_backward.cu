@@ -24,18 +24,19 @@ __device__ __forceinline__ void persistent_backward(const Params& given) {
 
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const Share<kPer, kWhole, kBackwardUnits> share(given);
-  const int hidden = share.hidden, pitch = share.pitch, length = share.length, row_size = kAccs * pitch,
-            weight_size = Cell::kGates * length;
+  const uint32_t hidden = share.hidden, pitch = share.pitch, row_size = kAccs * pitch;
+  const int length = share.length, weight_size = Cell::kGates * length;
   const int pieces = weight_size / kPer, piece0 = 4 * warp + (lane & 3);
   using DgatesBox = Inbox<kWhole, kChunks, Gap<Cell>::kAny>;
   constexpr bool kEven = kWhole && kChunks % Cell::kGates == 0;  // a gate's block ends with a chunk
-  const DgatesBox inbox{DgatesBox::count(piece0, pieces),
-                        kEven ? kChunks / Cell::kGates * Gap<Cell>::kFirst
-                              : DgatesBox::count(piece0, Gap<Cell>::kFirst * (length / kPer)),
-                        Gap<Cell>::kWidth * (kEven ? 512 * (kChunks / Cell::kGates) : length * int(sizeof(Scalar)))};
+  const DgatesBox inbox{
+      DgatesBox::count(piece0, pieces),
+      kEven ? kChunks / Cell::kGates * Gap<Cell>::kFirst
+            : DgatesBox::count(piece0, Gap<Cell>::kFirst * (length / kPer)),
+      uint32_t(Gap<Cell>::kWidth) * (kEven ? 512 * (kChunks / Cell::kGates) : length * int(sizeof(Scalar)))};
   const char* const inbound = keep(reinterpret_cast<const char*>(static_cast<const Scalar*>(p.dgates) +
                                                                  share.head * kAccs * length + piece0 * kPer));
-  const int row_bytes = keep(row_size * int(sizeof(Scalar)));
+  const uint32_t row_bytes = keep(row_size * uint32_t(sizeof(Scalar)));
 
   Piece weights[kChunks][2];
 #pragma unroll
@@ -204,7 +205,7 @@ __device__ __forceinline__ void persistent_backward(const Params& given) {
 #pragma unroll 1
       for (int tile = 0; tile < tiled_rows; tile += 8) {
         Accumulator acc[kChains][4] = {};
-        [[maybe_unused]] ExactTile<1> exact;
+        [[maybe_unused]] ExactTile<2> exact;
         const char* const next_at = row_at(tile + 8 + (lane >> 2));
         const bool more = tile + 8 < tiled_rows;
         unrolled<kChunks / kPart>([&](auto part) {

@@ -31,7 +31,8 @@ __device__ __forceinline__ void persistent_forward(const Params& given) {
   using Sums = ForwardSums<Cell, Accumulator, kUnits>;
   using Sum = typename Sums::Sum;
   constexpr int kPer = 16 / sizeof(Scalar), kGates = Cell::kGates, kAccs = Cell::kAccumulators;
-  constexpr int kEights = kUnits / 8, kMT = kEights * kMTiles<Cell>;
+  // A lane's rows of weights, two an m-tile: of each of its units those of the accumulators that h feeds.
+  constexpr int kEights = kUnits / 8, kFed = fed_by_h<Cell>(), kRows = kEights * kFed, kMT = (kRows + 1) / 2;
   // What the registers hold beside the weights: tiles of 8 rows that are multiplied side by side, packets in flight.
   constexpr int kTiles = kChunks <= (kEights == 1 ? 4 : 3) && !Math::kExact ? 2 : 1;
   constexpr bool kOverlap = !Math::kExact && kChunks <= 6;  // packets are asked for while others are multiplied
@@ -46,22 +47,21 @@ __device__ __forceinline__ void persistent_forward(const Params& given) {
 
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const Share<kPer, kWhole, kUnits> share(given);
-  const int hidden = share.hidden, pitch = share.pitch, length = share.length;
-  const int pieces = length / kPer, piece0 = 4 * warp + (lane & 3);
+  const uint32_t hidden = share.hidden, pitch = share.pitch;  // unsigned: half of a product of 64 bits is zero
+  const int length = share.length, pieces = length / kPer, piece0 = 4 * warp + (lane & 3);
   const Inbox<kWhole, kChunks> inbox{Inbox<kWhole, kChunks>::count(piece0, pieces)};
 
-  const int row_bytes = keep(pitch * int(sizeof(Scalar)));
+  const uint32_t row_bytes = keep(pitch * uint32_t(sizeof(Scalar)));
 
   Piece weights[kChunks][2 * kMT];
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
 #pragma unroll
     for (int a = 0; a < 2 * kMT; ++a) {
-      constexpr int kOfEight = 2 * kMTiles<Cell>;
-      const int gate = a % kOfEight < kAccs ? h_gate<Cell>(a % kOfEight) : -1;
-      const int lane_unit = share.first + 8 * (a / kOfEight) + (lane >> 2);
+      const int gate = h_gate<Cell>(fed_accumulator<Cell>(a % kFed));
+      const int lane_unit = share.first + 8 * (a / kFed) + (lane >> 2);
       weights[c][a] = Piece{};
-      if (gate >= 0 && lane_unit < share.depth && piece0 + 32 * c < pieces) {
+      if (a < kRows && lane_unit < share.depth && piece0 + 32 * c < pieces) {
         const Scalar* row =
             static_cast<const Scalar*>(p.w_hh) + (int64_t(gate) * hidden + share.head_unit + lane_unit) * length;
         weights[c][a] = load_piece<true>(row, (piece0 + 32 * c) * kPer, length);
@@ -123,7 +123,7 @@ __device__ __forceinline__ void persistent_forward(const Params& given) {
   };
   const uint32_t x_to = address_of(stage + (copied_gate * stage_rows + my_row) * kUnits + copied_unit),
                  reset_to = address_of(reset_stage + my_row), offsets_to = address_of(offset_stage);
-  const int x_row = kGates * pitch * int(sizeof(Scalar));
+  const uint32_t x_row = kGates * pitch * uint32_t(sizeof(Scalar));
   const auto copy_ahead = [&](const StepRows& step, int parity) {
 #pragma unroll
     for (int i = 0; i < kElements; ++i) {
@@ -190,7 +190,7 @@ __device__ __forceinline__ void persistent_forward(const Params& given) {
         constexpr int n = decltype(tiles)::value,
                       kSplit = kOverlap && n * kEights == 1 ? 2 : 1;  // chains of mma side by side
         Accumulator acc[n][kSplit][kMT][4] = {};
-        [[maybe_unused]] ExactTile<kMT> exact;
+        [[maybe_unused]] ExactTile<kRows> exact;
         bool more[n];
 #pragma unroll
         for (int i = 0; i < n; ++i) more[i] = next_tile + 8 * i < now.rows;
@@ -241,13 +241,15 @@ __device__ __forceinline__ void persistent_forward(const Params& given) {
           for (int m = 0; m < kMT; ++m)
 #pragma unroll
             for (int j = 0; j < 4 * (kSplit - 1); ++j) acc[i][0][m][j] += acc[i][kSplit - 1][m][j];
+          Accumulator of[kEights * kMTiles<Cell>][4] = {};
 #pragma unroll
-          for (int a = 0; a < kAccs; ++a)
+          for (int r = 0; r < kRows; ++r) {
+            const int a = fed_accumulator<Cell>(r % kFed);
 #pragma unroll
-            for (int m = a / 2; m < kMT; m += kMTiles<Cell>)
-              if (h_gate<Cell>(a) < 0)  // zeros times an infinite h0 are NaN
-                acc[i][0][m][2 * (a % 2)] = acc[i][0][m][2 * (a % 2) + 1] = 0;
-          Sums::store(sums, acc[i][0]);
+            for (int j = 0; j < 2; ++j)
+              of[r / kFed * kMTiles<Cell> + a / 2][2 * (a % 2) + j] = acc[i][0][r / 2][2 * (r % 2) + j];
+          }
+          Sums::store(sums, of);
           sums += 8 * kWarps * kUnits;
         }
       };
@@ -293,13 +295,6 @@ __device__ __forceinline__ void persistent_forward(const Params& given) {
 #pragma unroll
         for (int k = 1; k < Cell::kStates; ++k)
           if (p.cells) static_cast<Accumulator*>(p.cells)[at + (k - 1) * of_rows] = carried[i][k];
-        if (row >= next.rows) {
-          static_cast<Scalar*>(p.h_n)[in_batch + i * kStride * hidden] = narrow<Scalar>(carried[i][0]);
-#pragma unroll
-          for (int k = 1; k < Cell::kStates; ++k)
-            static_cast<Scalar*>(p.c_n)[in_batch + i * kStride * hidden + (k - 1) * of_state] =
-                narrow<Scalar>(carried[i][k]);
-        }
       };
 #pragma unroll
       for (int i = 0; i < kElements; ++i) {
@@ -335,9 +330,16 @@ __device__ __forceinline__ void persistent_forward(const Params& given) {
           if (row < now.rows && real_unit) {
 #pragma unroll
             for (int k = 1; k < kSlots<Cell>; ++k) carried[i][k] = now_is[k];
-            carried[i][0] = widen(stored);
+            if constexpr (Cell::kUsesHPrev) carried[i][0] = widen(stored);
 #pragma unroll
             for (int k = 0; k < Cell::kSaved; ++k) saved[i].v[k] = narrow<Scalar>(kept[k]);
+            if (row >= next.rows) {  // rows that end here, which are few
+              const int64_t last = here(in_batch) + i * kStride * hidden;
+              static_cast<Scalar*>(p.h_n)[last] = stored;
+#pragma unroll
+              for (int k = 1; k < Cell::kStates; ++k)
+                static_cast<Scalar*>(p.c_n)[last + (k - 1) * of_state] = narrow<Scalar>(carried[i][k]);
+            }
           }
           if constexpr (!kLate) store(i);
         }
