@@ -69,7 +69,8 @@ def assert_agree(got, given, upstream, tolerance, sizes=None, reverse=False, cel
 
 
 @simulated
-@pytest.mark.parametrize("sizes, reverse", [(None, False), (None, True), ((9, 9, 3, 1), False), ((9, 9, 3, 1), True)])
+@pytest.mark.parametrize("sizes", [None, (9, 9, 9, 5, 3, 3, 1)])
+@pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("algorithm", ["persistent", "step"])
 def test_bitwise_equal_under_every_schedule(algorithm, sizes, reverse, poisoned):
     given, upstream = draw(4, 9, 5, 40, torch.bfloat16, sizes)
@@ -333,14 +334,13 @@ PLANTED = {
 }
 
 
-def build(folder, edit=None):
-    """The persistent forward kernels in bfloat16, two sizes, simulated, with one edit."""
+def build(folder, edit=None, kept="FUSEDRNN_SIZES_2(X, 1, 4, Cell, bfloat16)"):
+    """The persistent forward kernels, in bfloat16 two sizes, simulated, with one edit."""
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     cuda_folder = folder / "csrc" / "cuda"
     path = cuda_folder / "instances.h"
     instances = r"(#define FUSEDRNN_PERSISTENT_FORWARD(?:_WIDE)?_OF\(Cell, gates, X\)).*?float16\)\n"
-    fewer = r"\1 FUSEDRNN_SIZES_2(X, 1, 4, Cell, bfloat16)\n"
-    text, count = re.subn(instances, fewer, path.read_text(), flags=re.DOTALL)
+    text, count = re.subn(instances, rf"\1 {kept}\n", path.read_text(), flags=re.DOTALL)
     assert count == 2
     path.write_text(text)
     if edit:
@@ -386,6 +386,44 @@ def test_planted_bugs_are_caught(bug, tmp_path, monkeypatch, poisoned):
         with pytest.raises((AssertionError, RuntimeError)):
             # Rows of that many units take several packets a lane.
             check_persistent(monkeypatch, sentinel, 1016 if "forgets" in bug else 40)
+
+
+# Lanes of a warp that meet in shared memory: what a __syncwarp less does.
+PLANTED_IN_A_WARP = {
+    "rows staged where others are still read": (
+        "persistent.cuh",
+        "    const int lane = threadIdx.x & 31;\n    __syncwarp();\n",
+        "    const int lane = threadIdx.x & 31;\n",
+    ),
+    "staged rows read before they are there": ("persistent.cuh", ") = b;\n    __syncwarp();\n", ") = b;\n"),
+    "sums stored where staged rows are still read": ("persistent.cuh", "    }\n    __syncwarp();\n", "    }\n"),
+    "copies of other lanes read before they are there": (
+        "persistent.cuh",
+        ' : "memory");\n  __syncwarp();\n',
+        ' : "memory");\n',
+    ),
+    "a buffer filled that is still read": (
+        "persistent_forward.cuh",
+        "      __syncwarp();  // all lanes have read what is overwritten\n",
+        "",
+    ),
+}
+
+
+@simulated
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", ["none", *PLANTED_IN_A_WARP])
+def test_bugs_planted_in_a_warp_are_caught(bug, tmp_path, monkeypatch):
+    kernels = build(tmp_path, PLANTED_IN_A_WARP.get(bug), "FUSEDRNN_BOTH(X, 2, Cell, float32)")
+    monkeypatch.setattr(cuda, "_kernels", lambda device: kernels)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    given, _ = draw(7, 9, 5, 40, torch.float32, (9, 9, 9, 5, 3, 3, 1))
+    inputs = Inputs(*given, torch.tensor((9, 9, 9, 5, 3, 3, 1)), None, False)
+    if bug == "none":
+        cuda.forward(LSTM, inputs, "persistent", True, True)
+    else:
+        with pytest.raises(RuntimeError, match="RACE in a warp"):
+            cuda.forward(LSTM, inputs, "persistent", True, True)
 
 
 @simulated

@@ -135,6 +135,34 @@ def test_named_barriers_and_copies_order_shared_memory():
     fails("RACE in a block", code.format(barrier="") + STORE, "u64 out, u64 x", [out, x], block=64)
 
 
+LANES = ".shared .align 16 .u32 s[32]; mov.u32 %r10, s; mad.lo.u32 %r11, %r0, 4, %r10; mov.u32 %r12, 31; sub.u32 %r12, %r12, %r0;"
+LANES += " mad.lo.u32 %r12, %r12, 4, %r10; ld.param.u64 %d2, [x]; mad.wide.u32 %d2, %r0, 4, %d2;"
+
+
+@pytest.mark.parametrize(
+    "write", ["st.shared.u32 [%r11], %r0;", "cp.async.ca.shared.global [%r11], [%d2], 4; cp.async.wait_all;"]
+)
+def test_lanes_that_meet_without_a_warp_sync(write):
+    """Lanes run side by side: results are right, and would be on most cards."""
+    out, x = np.zeros(32, np.uint32), np.arange(32, dtype=np.uint32)
+    code = LANES + write + " {sync} ld.shared.u32 %r40, [%r12];" + STORE
+    for sync in ("bar.warp.sync -1;", "bar.sync 0;"):
+        run(code.format(sync=sync), "u64 out, u64 x", [out, x])
+        np.testing.assert_array_equal(out, x[::-1])
+    # A shuffle makes lanes wait for each other; it orders no memory.
+    for sync in ("", "shfl.sync.idx.b32 %r20, %r0, 0, 31, -1;"):
+        fails("RACE in a warp: lane 0 reads .* lane 31 wrote", code.format(sync=sync), "u64 out, u64 x", [out, x])
+    run(code.format(sync=""), "u64 out, u64 x", [out, x], shared_races=False)
+    again = (
+        LANES
+        + write
+        + " bar.warp.sync -1; ld.shared.u32 %r40, [%r12]; {sync}"
+        + write.replace("wait_all", "commit_group")
+    )
+    run(again.format(sync="bar.warp.sync -1;"), "u64 out, u64 x", [out, x])
+    fails("RACE in a warp: lane 0 writes .* lane 31 read", again.format(sync=""), "u64 out, u64 x", [out, x])
+
+
 # ---- races between blocks
 
 

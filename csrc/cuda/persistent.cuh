@@ -38,7 +38,7 @@ struct ExactTile {
     }
   }
 
-  // As a product of tensor cores leaves them. Nobody of the warp reads staged rows any more.
+  // As a product of tensor cores leaves them. Nobody of the warp reads staged rows any more: their place is free.
   __device__ __forceinline__ void add_up(float (&acc)[kMT][4]) const {
     const bool last_four = threadIdx.x & 2, last_two = threadIdx.x & 1;
 #pragma unroll
@@ -53,6 +53,7 @@ struct ExactTile {
         acc[a / 2][2 * (a % 2) + i] =
             (last_two ? four[i + 2] : four[i]) + __shfl_xor_sync(~0u, last_two ? four[i] : four[i + 2], 1);
     }
+    __syncwarp();
   }
 };
 

@@ -187,6 +187,7 @@ __device__ __forceinline__ void persistent_backward(const Params& given) {
     end_group();
     for (int left = int(p.steps) - 1; left >= 0; --left) {
       t += direction;
+      __syncwarp();  // all lanes have read what is overwritten
       copy_ahead(next, then, parity ^ 1);
       if (left > 3) timeline.copy_ahead(t + 3 * direction, offsets_to + (parity ^ 1) * kAhead);
       end_group();

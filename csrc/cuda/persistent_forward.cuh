@@ -171,6 +171,7 @@ __device__ __forceinline__ void persistent_forward(const Params& given) {
     end_group();
     for (int left = int(p.steps) - 1; left >= 0; --left) {
       t += direction;
+      __syncwarp();  // all lanes have read what is overwritten
       copy_ahead(next, parity ^ 1);
       if (left > 2) timeline.copy_ahead(t + 2 * direction, offsets_to + (parity ^ 1) * kOffsetsOfStep);
       end_group();

@@ -130,6 +130,7 @@ struct Executor {
                      kSharedPoison);
     if (simulator.options.shared_races && launch.threads > kLanes)
       b->shared_cells.assign((b->shared.size() + 3) / 4, 0);
+    if (simulator.options.shared_races && launch.threads > 1) b->lane_cells.assign((b->shared.size() + 3) / 4, {});
     b->live = launch.threads;
     b->warps.resize((launch.threads + kLanes - 1) / kLanes);
     const size_t bytes = (f.register_bytes + 255) / 256 * 256 + 256;

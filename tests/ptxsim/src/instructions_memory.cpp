@@ -331,7 +331,7 @@ void decode_atomic(Decoder& d) {
 void land(Warp& w, const AsyncCopy& copy, int lane) {
   const Instruction& I = w.launch->program->code[copy.pc];
   u8* target = &w.block->shared[copy.target];
-  shared_write_lands(w, copy.target, copy.bytes);
+  shared_write_lands(w, copy.target, copy.bytes, lane);
   if (copy.source_bytes) {
     check_late_read(w, I, copy.source, copy.source_bytes);
     memcpy(target, reinterpret_cast<const u8*>(copy.source), copy.source_bytes);

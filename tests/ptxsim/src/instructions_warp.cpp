@@ -507,6 +507,7 @@ void decode_wmma(Decoder& d) {
 // ---- control flow
 
 void nothing(Warp&, const Instruction&, u32) {}
+void sync_lanes(Warp& w, const Instruction&, u32) { w.syncs++; }
 
 void decode_sync(Decoder& d, Handler h, int member_mask_operand) {
   d.I.flow = Flow::WarpSync;
@@ -580,7 +581,7 @@ const Entry kWarpTable[] = {
     {"bar.warp.sync", "", "", "Parallel Synchronization and Communication: bar.warp.sync",
      [](Decoder& d) {
        d.all(Type::U32);
-       decode_sync(d, nothing, 0);
+       decode_sync(d, sync_lanes, 0);
      }},
     {"bar", "u32 pred", "cta sync arrive red popc and or aligned",
      "Parallel Synchronization and Communication: bar, barrier", decode_barrier},

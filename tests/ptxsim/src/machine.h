@@ -89,7 +89,7 @@ struct Options {
   bool torn = false;                  // 16-byte global accesses arrive in two halves
   bool check = true;                  // bounds of global memory
   bool races = true;                  // cross-block check
-  bool shared_races = true;           // the same among the warps of a block, in shared memory
+  bool shared_races = true;           // the same in shared memory, among the warps of a block and the lanes of a warp
   bool defer = true;                  // cp.async lands at its wait
   u64 limit = 0;                      // warp instructions before a launch is given up
   u64 resident = 264;                 // blocks simulated at a time in an ordinary launch
@@ -134,6 +134,7 @@ struct Warp {
   int pc = -1;                                  // of the instruction in progress, for messages
   u32 mask = 0;
   u32 carry = 0;
+  u32 syncs = 0;  // bar.warp.sync passed
   struct WarpClock* clock = nullptr;
   bool yielded = false, alternate = false;
 
@@ -144,6 +145,12 @@ struct Warp {
   bool load_half_done = false;
   int late_half = 0;
   u64 early[kLanes];
+};
+
+// 4 bytes of shared memory: which lanes of the warp that was there last touched it since those lanes synchronised.
+struct LaneCell {
+  u32 since = 0, readers = 0;
+  u8 warp = 0, writer = 0;  // lane + 1, or more than that: several
 };
 
 struct NamedBarrier {
@@ -158,6 +165,7 @@ struct Block {
   std::vector<Warp> warps;
   std::vector<u8> shared;
   std::vector<u64> shared_cells;  // who touched it since the last barrier; empty: not followed
+  std::vector<LaneCell> lane_cells;
   u32 barriers_opened = 1;
   NamedBarrier barriers[16];
   u32 live = 0;
@@ -227,7 +235,7 @@ void addresses(Warp&, const Operand&, u64* out);
 // Checks alignment, bounds and cross-block order, counts, and fills lanes.pointer. `bytes` per lane.
 void access(Warp&, const Instruction&, Access, Space, u32 mask, u32 bytes, u32 element, Lanes&, const char* what);
 u8* access_one(Warp&, const Instruction&, Access, Space, u64 address, u32 bytes, int lane, const char* what);
-void shared_write_lands(Warp&, u64 offset, u32 bytes);  // a copy that lands in shared memory
+void shared_write_lands(Warp&, u64 offset, u32 bytes, int lane);  // a copy that lands in shared memory
 void check_late_read(Warp&, const Instruction&, u64 address,
                      u32 bytes);  // cross-block check alone: a copy that lands
 void fence(Warp&);

@@ -245,6 +245,29 @@ void shared_meet(Warp& w, u64 offset, u32 bytes, bool store) {
   }
 }
 
+// ---- order between the lanes of a warp, which nothing but bar.warp.sync and a block's barrier makes (it is one for
+// all lanes here, whatever its mask). Here lanes run side by side, so that a result never shows a missing one.
+
+void lanes_meet(Warp& w, u64 offset, u32 bytes, bool store, int lane) {
+  const u32 since = w.block->barriers_opened + w.syncs, me = 1u << lane;
+  for (u64 i = offset >> 2, end = (offset + bytes + 3) >> 2; i < end; i++) {
+    LaneCell& cell = w.block->lane_cells[i];
+    if (cell.since != since || cell.warp != w.index) cell = {since, 0, u8(w.index), 0};
+    if (store) {
+      if (const u32 others = cell.readers & ~me)
+        fail("RACE in a warp: lane %d writes shared offset 0x%llx, which lane %d read with no bar.warp.sync since",
+             lane, (unsigned long long)(i << 2), __builtin_ctz(others));
+      cell.writer = !cell.writer || cell.writer == lane + 1 ? lane + 1 : kLanes + 1;
+    } else {
+      if (cell.writer && cell.writer != lane + 1)
+        fail("RACE in a warp: lane %d reads shared offset 0x%llx, which %s wrote with no bar.warp.sync since", lane,
+             (unsigned long long)(i << 2),
+             cell.writer > kLanes ? "several lanes" : ("lane " + std::to_string(cell.writer - 1)).c_str());
+      cell.readers |= me;
+    }
+  }
+}
+
 // ---- counting
 
 u32 count_distinct(const Lanes& lanes, u32 mask, u32 bytes) {
@@ -464,9 +487,13 @@ void access(Warp& w, const Instruction& I, Access kind, Space declared, u32 mask
       if (high + bytes > size)
         fail("%s of %u bytes at shared offset 0x%llx, the block has %llu bytes", what, bytes, (unsigned long long)high,
              (unsigned long long)size);
-      if (!w.block->shared_cells.empty() && kind != Access::Atomic && I.order == Order::Weak && bytes >= 4)
-        for (u32 m = mask; m; m &= m - 1)
-          shared_meet(w, lanes.address[__builtin_ctz(m)] & 0xffffffffull, bytes, kind == Access::Store);
+      if (!w.block->lane_cells.empty() && kind != Access::Atomic && I.order == Order::Weak && bytes >= 4)
+        for (u32 m = mask; m; m &= m - 1) {
+          const int lane = __builtin_ctz(m);
+          const u64 offset = lanes.address[lane] & 0xffffffffull;
+          if (!w.block->shared_cells.empty()) shared_meet(w, offset, bytes, kind == Access::Store);
+          lanes_meet(w, offset, bytes, kind == Access::Store, lane);
+        }
       if (w.launch->timing) w.launch->timing->shared_access(w, mask, bytes, lanes.address);
       if (kind == Access::Load) c.shared_ld_bytes += total;
       if (kind == Access::Store) {
@@ -520,8 +547,9 @@ u8* access_one(Warp& w, const Instruction& I, Access kind, Space space, u64 addr
   return lanes.pointer[lane];
 }
 
-void shared_write_lands(Warp& w, u64 offset, u32 bytes) {
+void shared_write_lands(Warp& w, u64 offset, u32 bytes, int lane) {
   if (!w.block->shared_cells.empty()) shared_meet(w, offset, bytes, true);
+  if (!w.block->lane_cells.empty()) lanes_meet(w, offset, bytes, true, lane);
 }
 
 void check_late_read(Warp& w, const Instruction& I, u64 address, u32 bytes) {
