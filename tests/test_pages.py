@@ -86,6 +86,16 @@ def test_the_readmes_small_calls_are_those_of_the_page():
     assert set(rows) < set((DOCS / "benchmarks.md").read_text().splitlines())
 
 
+def test_the_readmes_model_is_that_of_the_page():
+    flat = " ".join((ROOT / "README.md").read_text().split())
+    said = re.search(r"model of an H100 .*? \(bfloat16, (H=\d+), (B=\d+)\) takes (.*?) us \(L2: (.*?) us\)", flat)
+    lines = (DOCS / "kernels.md").read_text().splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("| kernel, bfloat16 | R 0.15"))
+    row = next(line for line in lines[head:] if line.startswith(f"| forward {said[2]} {said[1]} |"))
+    assert re.findall(r"\d\.\d+", said[3]) == re.findall(r"\d\.\d+", row)[:3]
+    assert re.findall(r"\d\.\d+", said[4]) == re.findall(r"R (\d\.\d+)", lines[head])
+
+
 def test_the_readme_can_be_read_on_pypi():
     """torch's range is the package's."""
     low = fusedrnn.build_info()["torch_supported"].removeprefix(">=").split(",")[0]
