@@ -264,7 +264,7 @@ def _of_backward(arguments) -> tuple[Gradients, Inputs, Saved, str, str, list[bo
     """
     cell, dy, dfinals, devery, *rest = arguments
     inputs, (y, gates, every, backend, algorithm, needs) = _inputs(cell, *rest[:15]), rest[15:]
-    states = 1 + len(inputs.states0)
+    states = len(CELLS[cell].states)
     for name, given, want in (
         ("dfinal_states", dfinals, states),
         ("devery_state", devery, states - 1),
@@ -274,7 +274,7 @@ def _of_backward(arguments) -> tuple[Gradients, Inputs, Saved, str, str, list[bo
         if len(given) != want:
             hint = " (was forward run with keep_gates and keep_states?)" if name == "every_state" else ""
             raise RuntimeError(f"fusedrnn::sequence_backward: {name} must have {want} entries, got {len(given)}{hint}")
-    if inputs.c0 is None:
+    if states == 1:
         needs = [*needs[:2], False, *needs[2:]]
     else:
         needs = [*needs[:3], *needs[1 + states : 6 + states], *needs[3 : 1 + states], *needs[6 + states :]]

@@ -699,6 +699,19 @@ ACCESS = {
 }
 
 
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_gradient_is_mapped_over_what_comes_from_above(name, backend):
+    """Nothing else is mapped, the states neither."""
+    need(backend)
+    layer = getattr(fusedrnn, name)(3, 4, backend=backend, algorithm="persistent" if backend == "cpu" else None)
+    x = torch.randn(5, 2, 3, requires_grad=True)
+    y = layer(x)[0]
+    grads = torch.randn(3, *y.shape)
+    one = lambda grad: torch.autograd.grad(y, x, grad, retain_graph=True)[0]
+    torch.testing.assert_close(torch.func.vmap(one)(grads), torch.stack([one(grad) for grad in grads]))
+
+
 @pytest.mark.parametrize("backend", [None, "cpu", "reference"])
 @pytest.mark.parametrize("access", ACCESS)
 @pytest.mark.parametrize("name, options", IN_PLACE, ids=str)
