@@ -45,15 +45,19 @@ class Kernel:
     dtype: torch.dtype = torch.bfloat16
     backend: str = "cuda"
     nanoseconds: float = 0
+    directions: int = 1  # of a launch
 
     def __str__(self) -> str:
         direction = "backward" if self.backward else "forward"
-        return f"{self.backend} {self.algorithm} {direction} {str(self.dtype)[6:]} B={self.batch} H={self.hidden}"
+        both = ", both directions" if self.directions == 2 else ""
+        return f"{self.backend} {self.algorithm} {direction} {str(self.dtype)[6:]} B={self.batch} H={self.hidden}{both}"
 
 
 GOALS = [
     Kernel("persistent", False, 16, 768, 225e3, 1.32e6, nanoseconds=1400),
     Kernel("persistent", True, 16, 768, 220e3, 4.92e6, nanoseconds=2000),
+    Kernel("persistent", False, 16, 768, 350e3, 2.64e6, nanoseconds=1700, directions=2),
+    Kernel("persistent", True, 16, 768, 375e3, 9.84e6, nanoseconds=2700, directions=2),
     Kernel("step", False, 16, 768, 300e3, 14.5e6),
     Kernel("step", False, 16, 768, 300e3, 14.5e6, backend="triton"),
     Kernel("persistent", False, 64, 1024, 0.9e6, 9.1e6, nanoseconds=3010),
@@ -63,7 +67,7 @@ GOALS = [
 
 def floor_bytes(kernel: Kernel, blocks: int) -> tuple[int, int]:
     """Bytes read and written by a persistent step that moves everything once (docs/kernels.md)."""
-    units, size = kernel.batch * kernel.hidden, kernel.dtype.itemsize
+    units, size = kernel.directions * kernel.batch * kernel.hidden, kernel.dtype.itemsize
     if kernel.backward:
         return blocks * 4 * units * size + 4 * units * size + units * size + units * 4, 4 * units * size
     return blocks * units * size + 4 * units * size, units * size + 4 * units * size + units * 4
@@ -95,11 +99,11 @@ def _counting(name: str):
     library = kernels.simulator
     launch = kernels.launch
 
-    def counted(name, params, tensors):
+    def counted(name, *calls):
         if name.startswith("persistent"):
-            launch(name, params, tensors)
+            launch(name, *calls)
         library.reset_counters()
-        launch(name, params, tensors)
+        launch(name, *calls)
         found.update(library.counters())
 
     with unittest.mock.patch.object(kernels, "launch", counted):
@@ -121,13 +125,21 @@ def _launches(kernel: Kernel, steps: int) -> dict[str, float]:
         draw(4 * hidden, hidden, scale=scale), draw(4 * hidden), draw(4 * hidden), None,
     ]  # fmt: skip
     with _counting(kernel.backend) as found:
-        inputs = Inputs(*given, None, None, False)
-        y, _, _, gates, cells = backend.forward(CELLS["lstm"], inputs, kernel.algorithm, True, True)
+        directions = [Inputs(*given, None, None, reverse) for reverse in (False, True)[: kernel.directions]]
+        cell, options = CELLS["lstm"], (kernel.algorithm, True, True)
+        if kernel.directions == 2:
+            outputs = backend.forward_both(cell, directions, *options)
+        else:
+            outputs = [backend.forward(cell, inputs, *options) for inputs in directions]
         if kernel.backward:
             found.clear()
             upstream = Gradients(draw(steps, batch, hidden), draw(batch, hidden), draw(batch, hidden), None)
-            saved = Saved(y, gates, cells)
-            backend.backward(CELLS["lstm"], upstream, inputs, saved, kernel.algorithm, [False] * 8)
+            kept = [Saved(y, gates, cells) for y, _, _, gates, cells in outputs]
+            if kernel.directions == 2:
+                both = [(upstream, inputs, saved, [False] * 8) for inputs, saved in zip(directions, kept)]
+                backend.backward_both(cell, both, kernel.algorithm)
+            else:
+                backend.backward(cell, upstream, directions[0], kept[0], kernel.algorithm, [False] * 8)
     return found
 
 
@@ -155,10 +167,10 @@ def _clocked(load_ns: int, store_ns: int):
     kernels, found = cuda._simulated(), {}
     library, launch = kernels.simulator, kernels.launch
 
-    def clocked(name, params, tensors):
+    def clocked(name, *calls):
         with cuda.simulator_options(clock=1, load_ns=load_ns, store_ns=store_ns):
             library.reset_counters()
-            launch(name, params, tensors)
+            launch(name, *calls)
         found.clear()
         found.update(library.counters() | library.clock())
 
@@ -175,7 +187,7 @@ def by_the_clock(kernel: Kernel, load_ns: int, store_ns: int) -> dict[str, float
     steps = more - few
     result = {key: (second[key] - first[key]) / steps for key in second if key != "waits"}
     result["mma_chain"] = second["mma_chain"]
-    result["mma_ideal"] = -(-kernel.batch // 8) * 4 * kernel.hidden**2 / 256
+    result["mma_ideal"] = kernel.directions * -(-kernel.batch // 8) * 4 * kernel.hidden**2 / 256
     share = steps * second["blocks"]
     result["waits"] = {key: (ns - first["waits"].get(key, 0)) / share for key, ns in second["waits"].items()}
     return result

@@ -59,7 +59,7 @@ def card(monkeypatch):
         def number_of(self, cell):
             return 0
 
-        def launch(self, name, params, tensors):
+        def launch(self, name, *calls):
             launches.append(name)
 
     launches = []
@@ -118,6 +118,19 @@ def test_a_graph_may_be_recorded(card, module, algorithm, cell, packed, reverse)
             grads = backward_and_forward(module, CELLS[cell], algorithm, packed, reverse, projected)
         assert c.launches
         assert all(t.device == CUDA for t in grads)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_graph_of_both_directions_may_be_recorded(card, packed):
+    both = [cuda.forward_both, cuda.backward_both]
+    module = SimpleNamespace(
+        forward=lambda cell, inputs, *options: both[0](cell, [inputs, inputs._replace(reverse=True)], *options)[0],
+        backward=lambda cell, *given: both[1](cell, [(*given[:3], given[4])] * 2, given[3])[0],
+    )
+    with card() as c:
+        grads = backward_and_forward(module, CELLS["lstm"], "persistent", packed, False)
+    assert c.launches == ["persistent_forward", "persistent_backward"]
+    assert all(t.device == CUDA for t in grads)
 
 
 @pytest.mark.parametrize("directions", [1, 2])

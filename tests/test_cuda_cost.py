@@ -51,8 +51,11 @@ def test_an_ordinary_step_by_the_model(kernel):
     cost = gpu_cost.by_the_clock(kernel, 200, 250)
     assert cost["ns"] <= kernel.nanoseconds
     assert cost["mma"] == cost["mma_ideal"], "nothing is multiplied before it has come"
-    if kernel.batch <= 16:
-        assert cost["most_rounds"] <= 3, "beside its polls a warp asks once, and perhaps again for what was missing"
+    if kernel.batch <= 16:  # backward asks a tile of 8 rows at a time, of which both directions have two a block
+        rounds = 4 if kernel.backward and kernel.directions == 2 else 3
+        assert cost["most_rounds"] <= rounds, (
+            "beside its polls a warp asks once, and perhaps again for what was missing"
+        )
     assert cost["mma_chain"] <= 8
     hbm = sum(ns for (_, _, reason), ns in cost["waits"].items() if reason == "first touch of HBM")
     assert hbm <= 10, "nothing waits for HBM in the middle of a sequence"

@@ -68,9 +68,10 @@ int cuFuncSetAttribute(const char*, int which, int value) {
   const std::lock_guard<std::mutex> held(lock);
   return allowed_shared = value, 0;
 }
-int cuLaunchKernel(const char* function, unsigned x, unsigned y, unsigned, unsigned threads, unsigned, unsigned,
+int cuLaunchKernel(const char* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned, unsigned,
                    unsigned, long stream, void**, void**) {
-  return note(std::string("launch ") + function + " " + std::to_string(x) + " " + std::to_string(y) + " " +
+  const std::string directions = z == 1 ? "" : "x" + std::to_string(z);
+  return note(std::string("launch ") + function + " " + std::to_string(x) + " " + std::to_string(y) + directions + " " +
               std::to_string(threads) + " on " + std::to_string(stream)), int(current % 10) != function[0] - '0';
 }
 int cuLaunchCooperativeKernel(const char* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned b,
@@ -189,7 +190,7 @@ def test_the_instance_fits_the_call(built, tmp_path):
         params = cuda._Forward(
             cell=cell, dtype=3, steps=1, batch=4, hidden=hidden, out=hidden, slice_rows=4, groups=2, units=units
         )
-        call = functools.partial(n.dll.fusedrnn_persistent_forward, n.kernels._handle, ctypes.byref(params))
+        call = functools.partial(n.dll.fusedrnn_persistent_forward, n.kernels._handle, ctypes.byref(params), 1)
         assert call(0, None) == 0, n.error()
         assert n.notes()[-2] == "cooperative"
         assert n.notes()[-1] == f"launch 1 persistent_forward_{name} {-(-hidden // units)} 2 256 on 0"
@@ -204,11 +205,20 @@ def test_the_instance_fits_the_call(built, tmp_path):
     assert n.error() == "persistent_forward has no kernel for this cell and dtype"
 
 
+def test_both_directions_are_one_launch(built, tmp_path):
+    n = Notes(built, tmp_path, ["sm_90.cubin"])
+    sizes = {"cell": 0, "dtype": 3, "steps": 1, "batch": 4, "hidden": 256, "out": 256, "slice_rows": 4, "groups": 1}
+    both = (cuda._Forward * 2)(*(cuda._Forward(**sizes, units=8, reverse=reverse) for reverse in (0, 1)))
+    call = n.dll.fusedrnn_persistent_forward
+    assert call(n.kernels._handle, both, 2, 0, None) == 0, n.error()
+    assert n.notes()[-2:] == ["cooperative", "launch 1 persistent_forward_Lstm_bfloat16_1_whole 32 1x2 256 on 0"]
+
+
 def persistent(n, rows, cell=0, hidden=256):
     params = cuda._Forward(
         cell=cell, dtype=3, steps=1, batch=64, hidden=hidden, out=hidden, slice_rows=rows, groups=1, units=8
     )
-    return n.dll.fusedrnn_persistent_forward(n.kernels._handle, ctypes.byref(params), 0, None)
+    return n.dll.fusedrnn_persistent_forward(n.kernels._handle, ctypes.byref(params), 1, 0, None)
 
 
 def test_shared_memory_beyond_48_kb_is_asked_for(built, tmp_path):

@@ -61,13 +61,13 @@ def card(monkeypatch, tmp_path):
 
 
 def plant(monkeypatch, change):
-    """A kernel of "cuda" that runs ``change(name, tensors)`` after each launch."""
+    """A kernel of "cuda" that runs ``change(name, tensors)`` after each launch, of both directions the last one's."""
     kernels = cuda._simulated()
     launch = kernels.launch
 
-    def planted(name, params, tensors):
-        launch(name, params, tensors)
-        change(name, tensors)
+    def planted(name, *calls):
+        launch(name, *calls)
+        change(name + " of both" * (len(calls) == 2), calls[-1][1])
 
     monkeypatch.setattr(kernels, "launch", planted)
 

@@ -359,6 +359,10 @@ struct FusedrnnKernels {
 namespace fusedrnn {
 namespace {
 
+struct Grid {
+  unsigned x, y, z = 1;
+};
+
 // Where a call's launches go: the device's context is current as long as this lives.
 class Queue {
  public:
@@ -382,17 +386,17 @@ class Queue {
   Queue(const Queue&) = delete;
   Queue& operator=(const Queue&) = delete;
 
-  void launch(int file, int instance, unsigned x, unsigned y, int shared, void* argument, int own = -1,
+  void launch(int file, int instance, const Grid& grid, int shared, void* argument, int own = -1,
               bool cooperative = false) {
     const Driver& driver = kernels_.driver;
     const Function function = kernels_.function(file, instance, shared, own);
     const char* name = kFiles[file].instances[instance].name;
     void* arguments[] = {argument};
-    kernels_.check(
-        cooperative
-            ? driver.cuLaunchCooperativeKernel(function, x, y, 1, kThreads, 1, 1, unsigned(shared), stream_, arguments)
-            : driver.cuLaunchKernel(function, x, y, 1, kThreads, 1, 1, unsigned(shared), stream_, arguments, nullptr),
-        name);
+    kernels_.check(cooperative ? driver.cuLaunchCooperativeKernel(function, grid.x, grid.y, grid.z, kThreads, 1, 1,
+                                                                  unsigned(shared), stream_, arguments)
+                               : driver.cuLaunchKernel(function, grid.x, grid.y, grid.z, kThreads, 1, 1,
+                                                       unsigned(shared), stream_, arguments, nullptr),
+                   name);
   }
 
   int32_t* fault() { return kernels_.fault(); }
@@ -436,7 +440,7 @@ void launch_step(Queue& queue, int file, int instance, int64_t across, int rows,
                  void* argument, int own = -1) {
   const int tiles = kFiles[file].instances[instance].size;
   // Rows are along x, which takes any number of blocks: recompute's gates are a step of all rows of a sequence.
-  queue.launch(file, instance, blocks(rows, tiles * 8), unsigned(across), tiles * shared_of_tile + shared, argument,
+  queue.launch(file, instance, {blocks(rows, tiles * 8), unsigned(across)}, tiles * shared_of_tile + shared, argument,
                own);
 }
 
@@ -543,8 +547,8 @@ void step_cell(Queue& queue, const FusedrnnCellStep& p) {
   now.inputs = at(p.step.inputs, first, size);
   now.of_state = now.of_cells = now.of_rows = p.step.rows * step.hidden;
   const int dtype = step.dtype == kTf32 ? int(kFloat32) : step.dtype;
-  queue.launch(kStepCell, pick(kStepCell, &cell, dtype, 1, [](int) { return false; }), blocks(p.count, kWarps),
-               blocks(step.hidden, 32), 0, &now, cell.own ? step.cell : -1);
+  queue.launch(kStepCell, pick(kStepCell, &cell, dtype, 1, [](int) { return false; }),
+               {blocks(p.count, kWarps), blocks(step.hidden, 32)}, 0, &now, cell.own ? step.cell : -1);
 }
 
 void step_backward(Queue& queue, const FusedrnnBackward& p) {
@@ -618,38 +622,52 @@ int pick_persistent(int file, const CellFacts& cell, int dtype, int64_t hidden, 
   return instance;
 }
 
-void persistent_forward(Queue& queue, const FusedrnnForward& p) {
-  const CellFacts& cell = queue.facts(p.cell);
-  FusedrnnOwnForward copy = own_part<FusedrnnOwnForward>(cell, p);
-  copy.plain = p;
-  copy.plain.fault = queue.fault();
-  const int file = p.units == kWideUnits ? kPersistentForwardWide : kPersistentForward;
-  const int row = forward_bytes_per_row(cell.accumulators, accumulator_size(p.dtype), p.units);
-  const int ahead = forward_ahead_bytes(p.slice_rows, cell.gates, element_size(p.dtype), p.units);
-  queue.launch(file, pick_persistent(file, cell, p.dtype, p.hidden / copy.heads, 1),
-               unsigned(across(p.hidden, copy.heads, p.units)), unsigned(p.groups),
-               2 * forward_buffer_bytes(p.slice_rows, row) + ahead, &copy, cell.own ? p.cell : -1, true);
+// Launches a kernel for some directions, whose parameters are those of a cell of one's own or the plain ones.
+template <typename Own, typename Plain>
+void launch_persistent(Queue& queue, int file, const CellFacts& cell, const Plain* params, int count, int parts,
+                       int shared) {
+  const Plain& p = params[0];
+  const int64_t heads = own_part<Own>(cell, p).heads;
+  const int units = file == kPersistentBackward ? kBackwardUnits : p.units;
+  Directions<Plain> plain{};
+  Directions<Own> own{};
+  for (int i = 0; i < count; ++i) {
+    if (cell.own) {
+      own.of[i] = reinterpret_cast<const Own*>(params)[i];
+      own.of[i].plain.fault = queue.fault();
+    } else {
+      plain.of[i] = params[i];
+      plain.of[i].fault = queue.fault();
+    }
+  }
+  queue.launch(file, pick_persistent(file, cell, p.dtype, p.hidden / heads, parts),
+               {unsigned(across(p.hidden, heads, units)), unsigned(p.groups), unsigned(count)}, shared,
+               cell.own ? static_cast<void*>(&own) : &plain, cell.own ? p.cell : -1, true);
 }
 
-void persistent_backward(Queue& queue, const FusedrnnBackward& p) {
+void persistent_forward(Queue& queue, const FusedrnnForward* params, int count) {
+  const FusedrnnForward& p = params[0];
   const CellFacts& cell = queue.facts(p.cell);
-  FusedrnnOwnBackward copy = own_part<FusedrnnOwnBackward>(cell, p);
-  copy.plain = p;
-  copy.plain.fault = queue.fault();
+  const int row = forward_bytes_per_row(cell.accumulators, accumulator_size(p.dtype), p.units);
+  const int ahead = forward_ahead_bytes(p.slice_rows, cell.gates, element_size(p.dtype), p.units);
+  launch_persistent<FusedrnnOwnForward>(queue, p.units == kWideUnits ? kPersistentForwardWide : kPersistentForward,
+                                        cell, params, count, 1, 2 * forward_buffer_bytes(p.slice_rows, row) + ahead);
+}
+
+void persistent_backward(Queue& queue, const FusedrnnBackward* params, int count) {
+  const FusedrnnBackward& p = params[0];
+  const CellFacts& cell = queue.facts(p.cell);
   const int size = element_size(p.dtype), wide = accumulator_size(p.dtype);
   const int shared = 2 * kBackwardSums * wide + backward_stage_bytes(cell.accumulators, size) +
                      backward_ahead_bytes(cell.saved, backward_states(cell.states), size, wide);
-  queue.launch(kPersistentBackward,
-               pick_persistent(kPersistentBackward, cell, p.dtype, p.hidden / copy.heads, cell.gates),
-               unsigned(across(p.hidden, copy.heads, kBackwardUnits)), unsigned(p.groups), shared, &copy,
-               cell.own ? p.cell : -1, true);
+  launch_persistent<FusedrnnOwnBackward>(queue, kPersistentBackward, cell, params, count, cell.gates, shared);
 }
 
-template <typename Params>
-int run(void (*call)(Queue&, const Params&), FusedrnnKernels* kernels, const Params* params, int device, void* stream) {
+template <typename Call>
+int run(FusedrnnKernels* kernels, int device, void* stream, const Call& call) {
   try {
     Queue queue(*kernels, device, stream);
-    call(queue, *params);
+    call(queue);
     return 0;
   } catch (const Failure& failure) {
     const std::string fault = kernels->fault_in_words();
@@ -694,19 +712,21 @@ FusedrnnKernels* fusedrnn_open(const char* driver, const char* folder) {
 }
 
 int fusedrnn_step_forward(FusedrnnKernels* kernels, const FusedrnnForward* params, int device, void* stream) {
-  return run(step_forward, kernels, params, device, stream);
+  return run(kernels, device, stream, [&](Queue& queue) { step_forward(queue, *params); });
 }
 int fusedrnn_step_backward(FusedrnnKernels* kernels, const FusedrnnBackward* params, int device, void* stream) {
-  return run(step_backward, kernels, params, device, stream);
+  return run(kernels, device, stream, [&](Queue& queue) { step_backward(queue, *params); });
 }
 int fusedrnn_step_cell(FusedrnnKernels* kernels, const FusedrnnCellStep* params, int device, void* stream) {
-  return run(step_cell, kernels, params, device, stream);
+  return run(kernels, device, stream, [&](Queue& queue) { step_cell(queue, *params); });
 }
-int fusedrnn_persistent_forward(FusedrnnKernels* kernels, const FusedrnnForward* params, int device, void* stream) {
-  return run(persistent_forward, kernels, params, device, stream);
+int fusedrnn_persistent_forward(FusedrnnKernels* kernels, const FusedrnnForward* params, int count, int device,
+                                void* stream) {
+  return run(kernels, device, stream, [&](Queue& queue) { persistent_forward(queue, params, count); });
 }
-int fusedrnn_persistent_backward(FusedrnnKernels* kernels, const FusedrnnBackward* params, int device, void* stream) {
-  return run(persistent_backward, kernels, params, device, stream);
+int fusedrnn_persistent_backward(FusedrnnKernels* kernels, const FusedrnnBackward* params, int count, int device,
+                                 void* stream) {
+  return run(kernels, device, stream, [&](Queue& queue) { persistent_backward(queue, params, count); });
 }
 
 int fusedrnn_cooperative(FusedrnnKernels* kernels, int device) {

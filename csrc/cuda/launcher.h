@@ -21,8 +21,12 @@ FUSEDRNN_API FusedrnnKernels* fusedrnn_open(const char* driver, const char* fold
 FUSEDRNN_API int fusedrnn_step_forward(FusedrnnKernels*, const FusedrnnForward*, int device, void* stream);
 FUSEDRNN_API int fusedrnn_step_backward(FusedrnnKernels*, const FusedrnnBackward*, int device, void* stream);
 FUSEDRNN_API int fusedrnn_step_cell(FusedrnnKernels*, const FusedrnnCellStep*, int device, void* stream);
-FUSEDRNN_API int fusedrnn_persistent_forward(FusedrnnKernels*, const FusedrnnForward*, int device, void* stream);
-FUSEDRNN_API int fusedrnn_persistent_backward(FusedrnnKernels*, const FusedrnnBackward*, int device, void* stream);
+// count: 1, or 2 for an array with both directions of a layer, which have everything but pointers and `reverse` in
+// common.
+FUSEDRNN_API int fusedrnn_persistent_forward(FusedrnnKernels*, const FusedrnnForward*, int count, int device,
+                                             void* stream);
+FUSEDRNN_API int fusedrnn_persistent_backward(FusedrnnKernels*, const FusedrnnBackward*, int count, int device,
+                                              void* stream);
 // Whether a device of that number can launch blocks that wait for each other.
 FUSEDRNN_API int fusedrnn_cooperative(FusedrnnKernels*, int device);
 // Which packet never came, if a persistent kernel gave up; it traps, and its context is dead, so that the call that

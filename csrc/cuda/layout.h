@@ -160,4 +160,11 @@ using ForwardOf = FusedrnnForward;
 using BackwardOf = FusedrnnBackward;
 #endif
 
+// The arguments of a kernel of persistent: one direction of a layer, or both, of which blockIdx.z is one. It reads them
+// from the constant bank at an offset that is in a register.
+template <typename Params>
+struct Directions {
+  Params of[2];
+};
+
 }  // namespace fusedrnn

@@ -58,7 +58,7 @@ __device__ __forceinline__ float encode(float x) {
 
 // A packet that never came: says where, and ends the launch. "Line" of the message is the step.
 __device__ __forceinline__ void give_up(int32_t* fault, int64_t step, int packet) {
-  fault[0] = int32_t(blockIdx.x + blockIdx.y * gridDim.x);
+  fault[0] = int32_t(blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z));
   fault[1] = int32_t(step);
   fault[2] = packet;
   fault[3] = 1;

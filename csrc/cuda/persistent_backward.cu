@@ -4,7 +4,8 @@
 namespace fusedrnn {
 
 template <typename Cell, typename Type, int kChunks, bool kWhole, typename Params>
-__device__ __forceinline__ void persistent_backward(const Params& given) {
+__device__ __forceinline__ void persistent_backward(const Directions<Params>& all) {
+  const Params& given = all.of[blockIdx.z];
   const FusedrnnBackward& p = plain(given);
   using Math = Arithmetic<Type>;
   using Scalar = typename Math::Scalar;
@@ -385,9 +386,10 @@ __device__ __forceinline__ void persistent_backward(const Params& given) {
 }  // namespace fusedrnn
 
 // Left to choose how many blocks share a multiprocessor, the compiler spills to fit one more.
-#define FUSEDRNN_KERNEL(Cell, dtype, size, rows)                                                               \
-  extern "C" __global__ void __launch_bounds__(fusedrnn::kThreads, 1)                                          \
-      persistent_backward_##Cell##_##dtype##_##size##_##rows(const __grid_constant__ fusedrnn::BackwardOf p) { \
-    fusedrnn::persistent_backward<fusedrnn::Cell, fusedrnn::dtypes::dtype, size, fusedrnn::rows>(p);           \
+#define FUSEDRNN_KERNEL(Cell, dtype, size, rows)                                                     \
+  extern "C" __global__ void __launch_bounds__(fusedrnn::kThreads, 1)                                \
+      persistent_backward_##Cell##_##dtype##_##size##_##rows(                                        \
+          const __grid_constant__ fusedrnn::Directions<fusedrnn::BackwardOf> p) {                    \
+    fusedrnn::persistent_backward<fusedrnn::Cell, fusedrnn::dtypes::dtype, size, fusedrnn::rows>(p); \
   }
 FUSEDRNN_PERSISTENT_BACKWARD(FUSEDRNN_KERNEL)

@@ -23,7 +23,8 @@ __device__ __forceinline__ Piece gather(Scalar x) {
 }
 
 template <typename Cell, typename Type, int kUnits, int kChunks, bool kWhole, typename Params>
-__device__ __forceinline__ void persistent_forward(const Params& given) {
+__device__ __forceinline__ void persistent_forward(const Directions<Params>& all) {
+  const Params& given = all.of[blockIdx.z];
   const FusedrnnForward& p = plain(given);
   using Math = Arithmetic<Type>;
   using Scalar = typename Math::Scalar;
@@ -40,13 +41,15 @@ __device__ __forceinline__ void persistent_forward(const Params& given) {
   constexpr int kPart = Math::kExact ? 2 : kChunks <= 6 ? kChunks : kChunks / 2;
   constexpr bool kLate = kOverlap || Math::kExact;  // gates are stored after all packets: what the registers allow
   constexpr int kElements = forward_rows(kUnits) * kUnits / kThreads, kStride = kThreads / kUnits;
-  // Where weights leave few registers, the compiler may compute addresses again.
+  // Where weights leave few registers, the compiler may compute addresses again, and what both directions have in
+  // common is read from the first: its place takes no register.
   constexpr bool kTight = kFull && Math::kExact, kKeepsBias = !kTight;
+  const FusedrnnForward& common = plain(all.of[kTight ? 0 : blockIdx.z]);
   const auto keep = [](auto value) { return kTight ? value : fusedrnn::keep(value); };
   extern __shared__ __align__(16) unsigned char shared[];
 
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const Share<kPer, kWhole, kUnits> share(given);
+  const Share<kPer, kWhole, kUnits> share(all.of[kTight ? 0 : blockIdx.z]);
   const uint32_t hidden = share.hidden, pitch = share.pitch;  // unsigned: half of a product of 64 bits is zero
   const int length = share.length, pieces = length / kPer, piece0 = 4 * warp + (lane & 3);
   const Inbox<kWhole, kChunks> inbox{Inbox<kWhole, kChunks>::count(piece0, pieces)};
@@ -91,7 +94,7 @@ __device__ __forceinline__ void persistent_forward(const Params& given) {
   Accumulator parameters[kParameterSlots<Cell>];
   const Scalar* inputs_at = nullptr;
   if constexpr (kOwn) {
-    of_state = p.batch * hidden, of_rows = given.rows * hidden;
+    of_state = common.batch * hidden, of_rows = given.rows * hidden;
     inputs_at = static_cast<const Scalar*>(given.inputs);
 #pragma unroll
     for (int k = 0; k < Cell::kParameters; ++k)
@@ -102,12 +105,12 @@ __device__ __forceinline__ void persistent_forward(const Params& given) {
   const int with_resets = keep(int(p.resets != nullptr));
   const int sums_out = keep(Sums::lane_place()), sums_in = keep(Sums::place(my_row, 0, own));
   const int from_run = sums_out - warp * kUnits;  // beyond the beginning of what a warp has of a row
-  const int buffer_sums = forward_buffer_bytes(p.slice_rows, Sums::kBytesPerRow) / int(sizeof(Sum));
+  const int buffer_sums = forward_buffer_bytes(common.slice_rows, Sums::kBytesPerRow) / int(sizeof(Sum));
   int parity = 0;  // of the step
 
   // Copied ahead: [2][gate][row][unit], [2][row] resets, [2][warp] offsets. A row's lanes copy a packet each.
   constexpr int kPackets = kUnits / kPer;  // of a gate
-  const int stage_rows = (p.slice_rows + 7) & ~7, stage_size = stage_rows * kGates * kUnits;
+  const int stage_rows = (common.slice_rows + 7) & ~7, stage_size = stage_rows * kGates * kUnits;
   Scalar* const stage = reinterpret_cast<Scalar*>(all_sums + 2 * buffer_sums);
   int32_t* const reset_stage = reinterpret_cast<int32_t*>(stage + 2 * stage_size);
   unsigned char* const offset_stage =
@@ -138,10 +141,10 @@ __device__ __forceinline__ void persistent_forward(const Params& given) {
     }
   };
 
-  for (int64_t first = int64_t(blockIdx.y) * p.slice_rows; first < p.batch;
-       first += int64_t(gridDim.y) * p.slice_rows) {
-    const int limit = int(p.batch - first < p.slice_rows ? p.batch - first : p.slice_rows);
-    const Timeline timeline{p.offsets_device, p.batch, first, limit};
+  for (int64_t first = int64_t(blockIdx.y) * common.slice_rows; first < common.batch;
+       first += int64_t(gridDim.y) * common.slice_rows) {
+    const int limit = int(common.batch - first < common.slice_rows ? common.batch - first : common.slice_rows);
+    const Timeline timeline{p.offsets_device, common.batch, first, limit};
     const int64_t in_slice = keep(int64_t(my_row) * hidden + unit), in_batch = first * hidden + in_slice;
     Accumulator carried[kElements][kSlots<Cell>];  // h, c and other states
 #pragma unroll
@@ -162,14 +165,14 @@ __device__ __forceinline__ void persistent_forward(const Params& given) {
         keep(reinterpret_cast<const char*>(static_cast<const Scalar*>(p.y) + share.head_place + piece0 * kPer));
 
     const int direction = keep(p.reverse ? -1 : 1);
-    int t = p.reverse ? int(p.steps) - 1 : 0;
+    int t = p.reverse ? int(common.steps) - 1 : 0;
     StepRows before, now = timeline.at(t), next;
-    if (p.steps > 1) next = timeline.at(t + direction);
+    if (common.steps > 1) next = timeline.at(t + direction);
     __syncwarp();
     copy_ahead(now, parity);
-    if (p.steps > 2) timeline.copy_ahead(t + 2 * direction, offsets_to + parity * kOffsetsOfStep);
+    if (common.steps > 2) timeline.copy_ahead(t + 2 * direction, offsets_to + parity * kOffsetsOfStep);
     end_group();
-    for (int left = int(p.steps) - 1; left >= 0; --left) {
+    for (int left = int(common.steps) - 1; left >= 0; --left) {
       t += direction;
       __syncwarp();  // all lanes have read what is overwritten
       copy_ahead(next, parity ^ 1);

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -183,13 +184,20 @@ class _Kernels:
                 self.simulator.set_registers(simulator(".build").registers_of(path.read_text(), 90))
             self.dll.fusedrnn_add_code(self._handle, number, kernel.encode(), str(path).encode())
 
-    def launch(self, name: str, params: ctypes.Structure, tensors: dict[str, Tensor | None]) -> None:
-        """Fills in the pointers and launches on the current stream of the tensors' device."""
-        for field, tensor in tensors.items():
-            setattr(params, field, None if tensor is None or tensor.numel() == 0 else tensor.data_ptr())
-        function = functools.partial(getattr(self.dll, f"fusedrnn_{name}"), self._handle, ctypes.byref(params))
+    def launch(self, name: str, *calls: tuple[ctypes.Structure, dict[str, Tensor | None]]) -> None:
+        """Fills in the pointers and launches on the current stream of the tensors' device: one direction of a layer, of
+        persistent perhaps both.
+        """
+        for params, tensors in calls:
+            for field, tensor in tensors.items():
+                setattr(params, field, None if tensor is None or tensor.numel() == 0 else tensor.data_ptr())
+        params, tensors = calls[0]
+        arguments = [ctypes.byref(params)]
+        if name.startswith("persistent"):
+            arguments = [(type(params) * len(calls))(*(each for each, _ in calls)), len(calls)]
+        function = functools.partial(getattr(self.dll, f"fusedrnn_{name}"), self._handle, *arguments)
         device = tensors["y" if "y" in tensors and tensors["y"] is not None else "dgates"].device
-        used = [t for t in tensors.values() if t is not None and t.numel() > 0]
+        used = [t for _, tensors in calls for t in tensors.values() if t is not None and t.numel() > 0]
         while True:
             if self.simulator is not None:
                 with self.simulator.registered(*used):
@@ -224,9 +232,9 @@ def _launchers(path: Path) -> ctypes.CDLL:
         ("add_code", integer, [pointer, integer, text, text]),
         ("cooperative", integer, [pointer, integer]),
         ("fault", text, [pointer]),
-        *((f"{a}_{d}", integer, [pointer, pointer, integer, pointer])
-          for a in ("step", "persistent") for d in ("forward", "backward")),
-        ("step_cell", integer, [pointer, pointer, integer, pointer]),
+        *((f"step_{what}", integer, [pointer, pointer, integer, pointer]) for what in ("forward", "backward", "cell")),
+        *((f"persistent_{what}", integer, [pointer, pointer, integer, integer, pointer])
+          for what in ("forward", "backward")),
     ):  # fmt: skip
         function = getattr(dll, f"fusedrnn_{name}")
         function.restype, function.argtypes = result, arguments
@@ -349,7 +357,7 @@ def chip(device: torch.device) -> Chip:
 
 def _refused(device: torch.device, chosen: Plan, error: _RefusedError) -> None:
     """A launch of the plan was refused: the next one is made for a device that holds fewer blocks."""
-    blocks = chosen.grid[0] * chosen.grid[1]
+    blocks = chosen.grid[0] * chosen.grid[1] * chosen.directions
     _resident[device.type, device.index] = blocks - 1
     warnings.warn(
         f"{error}. fusedrnn plans for less than {blocks} blocks at once from now on, or one launch a step, which "
@@ -441,6 +449,7 @@ def plan_for(
     backward: bool,
     steps: int | None = None,
     heads: int = 1,
+    directions: int = 1,
 ) -> Plan:
     """The plan on a device of this machine. Raises RuntimeError if the algorithm asked for cannot run."""
     problem = Problem(
@@ -453,100 +462,165 @@ def plan_for(
         tf32=_dtype_id(dtype) == _TF32,
         steps=steps,
         heads=heads,
+        directions=directions,
     )
     return plan(problem, chip(device), algorithm)
 
 
-def _plan_of(cell: Cell, inputs: Inputs, algorithm: str, backward: bool, steps: int) -> Plan:
+def _plan_of(cell: Cell, inputs: Inputs, algorithm: str, backward: bool, directions: int = 1) -> Plan:
     x, h0, heads = inputs.x, inputs.h0, inputs.heads
     hidden, proj = inputs.w_hh.shape[0] // len(cell.gates), 0 if inputs.w_hr is None else h0.shape[1]
-    return plan_for(cell, h0.shape[0], x.shape[-1], hidden, proj, x.dtype, x.device, algorithm, backward, steps, heads)
+    return plan_for(
+        cell, h0.shape[0], x.shape[-1], hidden, proj, x.dtype, x.device, algorithm, backward, _steps(inputs), heads,
+        directions,
+    )  # fmt: skip
+
+
+def _steps(inputs: Inputs) -> int:
+    return inputs.x.shape[0] if inputs.batch_sizes is None else inputs.batch_sizes.shape[0]
+
+
+def _fields(cell: Cell, inputs: Inputs, chosen: Plan) -> tuple[_Kernels, dict[str, int], dict[str, Tensor | None]]:
+    """What launches, the fields of a call that are no pointers, and the tensors of a cell of one's own."""
+    x, h0 = inputs.x, inputs.h0
+    kernels, number = _kernels_for(cell, inputs)
+    own_fields, own_tensors = _of_own(cell, inputs, x.shape[:-1].numel())
+    fields = own_fields | {
+        "cell": number, "dtype": _dtype_id(x.dtype), "reverse": inputs.reverse, "steps": _steps(inputs),
+        "batch": h0.shape[0], "hidden": inputs.w_hh.shape[0] // len(cell.gates), "out": h0.shape[1],
+        "slice_rows": chosen.slice_rows, "groups": chosen.groups, "units": chosen.units,
+        "poll_limit": _POLL_LIMIT if kernels.simulator is None else _POLL_LIMIT_SIMULATED,
+    }  # fmt: skip
+    return kernels, fields, own_tensors
+
+
+class _Outputs(NamedTuple):
+    """What forward writes beside y; of several states c_n and cells are stacks."""
+
+    h_n: Tensor
+    c_n: Tensor
+    gates: Tensor
+    cells: Tensor
+
+
+def _forward_outputs(cell: Cell, inputs: Inputs, keep_gates: bool, keep_cells: bool) -> _Outputs:
+    x, h0, others = inputs.x, inputs.h0, len(cell.states) - 1
+    rows, hidden = x.shape[:-1].numel(), inputs.w_hh.shape[0] // len(cell.gates)
+    return _Outputs(
+        torch.empty_like(h0, memory_format=torch.contiguous_format),
+        empty_stack(x, others, h0.shape[0], hidden),
+        x.new_empty((rows, hidden * len(cell.saved)) if keep_gates and cell.saved else (0,)),
+        empty_stack(x, others * keep_cells, rows, hidden, dtype=accumulation_dtype(x.dtype)),
+    )
+
+
+def _forward_results(cell: Cell, inputs: Inputs, y: Tensor, outputs: _Outputs, keep_cells: bool) -> tuple[Tensor, ...]:
+    """What forward returns."""
+    lead, others = inputs.x.shape[:-1], max(len(cell.states) - 1, 1)
+    hidden, (h_n, c_n, gates, cells) = inputs.w_hh.shape[0] // len(cell.gates), outputs
+    finals = apart(c_n, others)
+    every = [t.view(*lead, hidden) if t.dim() == 2 else t for t in (apart(cells, others) if keep_cells else [cells])]
+    gates = gates.view(*lead, gates.shape[1]) if gates.dim() == 2 else gates
+    return y.view(*lead, inputs.h0.shape[1]), h_n, finals[0], gates, every[0], *finals[1:], *every[1:]
 
 
 def forward(cell: Cell, inputs: Inputs, algorithm: str, keep_gates: bool, keep_cells: bool) -> tuple[Tensor, ...]:
     """See the op ``fusedrnn::sequence``."""
     _check(algorithm)
     check_kernels("cuda", cell)
-    x, h0, _, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, resets, reverse = inputs.plain
+    x, h0, _, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, resets, _ = inputs.plain
     batch, out = h0.shape
-    hidden = w_hh.shape[0] // len(cell.gates)
+    hidden, others = w_hh.shape[0] // len(cell.gates), len(cell.states) - 1
     x_rows = rows_of(x)
-    rows = x_rows.shape[0]
-    steps = x.shape[0] if batch_sizes is None else batch_sizes.shape[0]
-    acc_dtype = accumulation_dtype(x.dtype)
-    lead = x.shape[:-1]
-
-    gates = x.new_empty((rows, hidden * len(cell.saved)) if keep_gates and cell.saved else (0,))
-    others, heads = len(cell.states) - 1, inputs.heads
-    cells = empty_stack(x, others * keep_cells, rows, hidden, dtype=acc_dtype)
-    h_n = torch.empty_like(h0, memory_format=torch.contiguous_format)
-    c_n = empty_stack(x, others, batch, hidden)
     if batch == 0:
-        y = x.new_empty(rows, out)
+        outputs = _forward_outputs(cell, inputs, keep_gates, keep_cells)
+        return _forward_results(cell, inputs, x.new_empty(x_rows.shape[0], out), outputs, keep_cells)
+    chosen = _plan_of(cell, inputs, algorithm, False)
+    if chosen.algorithm == "persistent":
+        try:
+            return _persistent_forward(cell, [inputs], chosen, keep_gates, keep_cells)[0]
+        except _RefusedError as error:
+            if algorithm != "auto":
+                raise
+            _refused(x.device, chosen, error)
+            return forward(cell, inputs, algorithm, keep_gates, keep_cells)
+    outputs = _forward_outputs(cell, inputs, keep_gates, keep_cells)
+    kernels, fields, own_tensors = _fields(cell, inputs, chosen)
+    tensors = {
+        **outputs._asdict(), **own_tensors, "c0": stacked(inputs.states0),
+        "resets": None if resets is None else resets.contiguous(),
+        "b_ih": None if b_ih is None else b_ih.contiguous(), "b_hh": None if b_hh is None else b_hh.contiguous(),
+    }  # fmt: skip
+    if chosen.products:
+        fields = {name: fields[name] for name in ("cell", "dtype", "hidden")}
+        y = _step_of_many_rows(kernels, fields, inputs, tensors)
+        if w_hr is not None:
+            outputs.h_n.copy_(y)
     else:
-        chosen = _plan_of(cell, inputs, algorithm, False, steps)
-        kernels, number = _kernels_for(cell, inputs)
-        fields, own_tensors = _of_own(cell, inputs, rows)
-        params = (_OwnForward if fields else _Forward)(
-            **fields, cell=number, dtype=_dtype_id(x.dtype), reverse=reverse, steps=steps, batch=batch,
-            input=x_rows.shape[1], hidden=hidden, out=out, slice_rows=chosen.slice_rows, groups=chosen.groups,
-            units=chosen.units,
-            poll_limit=_POLL_LIMIT if kernels.simulator is None else _POLL_LIMIT_SIMULATED,
-        )  # fmt: skip
-        outputs = {"h_n": h_n, "c_n": c_n, "gates": gates, "cells": cells, **own_tensors}
-        state0 = {
-            "c0": stacked(inputs.states0),
-            "resets": None if resets is None else resets.contiguous(),
-        }
-        bias = None if b_hh is None else b_hh.contiguous()
-        if chosen.algorithm == "persistent":
-            length = _round_up(hidden // heads, _per_packet(x.dtype))  # of a head
-            pitch = heads * length
-            y = _mailbox(x, rows, pitch)
-            w_in, b_in, gates_of = w_ih, b_ih, (-1, hidden)
-            if pitch != hidden:
-                w_in = _padded_heads(w_ih.unflatten(0, gates_of).mT, heads, length).mT.flatten(0, 1)
-                b_in = None if b_ih is None else _padded_heads(b_ih.unflatten(0, gates_of), heads, length).flatten()
-            hoisted = product(x_rows, w_in.t(), b_in)
-            if resets is not None:
-                state0["resets"] = resets.to(torch.int32).contiguous()
-            tensors = {
-                "x": hoisted, "h0": _padded_heads(h0, heads, length), **state0, "w_hh": _padded(w_hh, length),
-                "b_hh": bias, "y": y, **outputs, "offsets_device": _offsets(batch_sizes, x.device),
-            }  # fmt: skip
-            try:
-                kernels.launch("persistent_forward", params, tensors)
-            except _RefusedError as error:
-                if algorithm != "auto":
-                    raise
-                _refused(x.device, chosen, error)
-                return forward(cell, inputs, algorithm, keep_gates, keep_cells)
-            if pitch != hidden:
-                y = y.view(rows, heads, length)[:, :, : hidden // heads].reshape(rows, hidden).contiguous()
-        elif chosen.products:
-            fields = {"cell": number, "dtype": _dtype_id(x.dtype), "hidden": hidden}
-            biases = {"b_ih": None if b_ih is None else b_ih.contiguous(), "b_hh": bias}
-            y = _step_of_many_rows(kernels, fields, inputs, state0 | outputs | biases)
-            if w_hr is not None:
-                h_n.copy_(y)
-        else:
-            y = x.new_empty(rows, out)
-            on_host = _offsets(batch_sizes, torch.device("cpu"))
-            tensors = {
-                "x": x_rows.contiguous(), "h0": h0.contiguous(), **state0, "w_ih": w_ih.contiguous(),
-                "w_hh": w_hh.contiguous(), "b_ih": None if b_ih is None else b_ih.contiguous(), "b_hh": bias,
-                "w_hr": None if w_hr is None else w_hr.contiguous(), "y": y, **outputs, "offsets_host": on_host,
-                "zeros": None if resets is None else x.new_zeros(out),
-                "state": None if keep_cells else empty_stack(x, others, batch, hidden, dtype=acc_dtype),
-                "unprojected": None if w_hr is None else x.new_empty(batch, hidden),
-            }  # fmt: skip
-            kernels.launch("step_forward", params, tensors)
-    finals = apart(c_n, max(others, 1))
-    every = [
-        t.view(*lead, hidden) if t.dim() == 2 else t for t in (apart(cells, max(others, 1)) if keep_cells else [cells])
-    ]
-    gates = gates.view(*lead, gates.shape[1]) if gates.dim() == 2 else gates
-    return y.view(*lead, out), h_n, finals[0], gates, every[0], *finals[1:], *every[1:]
+        y = x.new_empty(x_rows.shape[0], out)
+        tensors |= {
+            "x": x_rows.contiguous(), "h0": h0.contiguous(), "w_ih": w_ih.contiguous(), "w_hh": w_hh.contiguous(),
+            "w_hr": None if w_hr is None else w_hr.contiguous(), "y": y,
+            "offsets_host": _offsets(batch_sizes, torch.device("cpu")),
+            "zeros": None if resets is None else x.new_zeros(out),
+            "state": None if keep_cells else empty_stack(x, others, batch, hidden, dtype=accumulation_dtype(x.dtype)),
+            "unprojected": None if w_hr is None else x.new_empty(batch, hidden),
+        }  # fmt: skip
+        params = (_OwnForward if "heads" in fields else _Forward)(**fields, input=x_rows.shape[1])
+        kernels.launch("step_forward", (params, tensors))
+    return _forward_results(cell, inputs, y, outputs, keep_cells)
+
+
+def forward_both(
+    cell: Cell, both: Sequence[Inputs], algorithm: str, keep_gates: bool, keep_cells: bool
+) -> list[tuple[Tensor, ...]]:
+    """``forward`` of both directions of a layer, whose sizes are equal: in one launch where the plan has it so."""
+    x, batch = both[0].x, both[0].h0.shape[0]
+    chosen = _plan_of(cell, both[0], algorithm, False, len(both)) if batch > 0 else None
+    if chosen is None or chosen.directions == 1:
+        return [forward(cell, inputs, algorithm, keep_gates, keep_cells) for inputs in both]
+    try:
+        return _persistent_forward(cell, both, chosen, keep_gates, keep_cells)
+    except _RefusedError as error:
+        if algorithm != "auto":
+            raise
+        _refused(x.device, chosen, error)
+        return forward_both(cell, both, algorithm, keep_gates, keep_cells)
+
+
+def _persistent_forward(
+    cell: Cell, directions: Sequence[Inputs], chosen: Plan, keep_gates: bool, keep_cells: bool
+) -> list[tuple[Tensor, ...]]:
+    """What forward returns, of directions that are launched together."""
+    calls, written = [], []
+    for inputs in directions:
+        x, h0, _, w_ih, w_hh, b_ih, b_hh, _, batch_sizes, resets, _ = inputs.plain
+        kernels, fields, own_tensors = _fields(cell, inputs, chosen)
+        outputs = _forward_outputs(cell, inputs, keep_gates, keep_cells)
+        x_rows, hidden, heads = rows_of(x), fields["hidden"], inputs.heads
+        length = _round_up(hidden // heads, _per_packet(x.dtype))  # of a head
+        pitch = heads * length
+        y = _mailbox(x, x_rows.shape[0], pitch)
+        w_in, b_in, gates_of = w_ih, b_ih, (-1, hidden)
+        if pitch != hidden:
+            w_in = _padded_heads(w_ih.unflatten(0, gates_of).mT, heads, length).mT.flatten(0, 1)
+            b_in = None if b_ih is None else _padded_heads(b_ih.unflatten(0, gates_of), heads, length).flatten()
+        tensors = {
+            "x": product(x_rows, w_in.t(), b_in), "h0": _padded_heads(h0, heads, length),
+            "c0": stacked(inputs.states0), "w_hh": _padded(w_hh, length),
+            "b_hh": None if b_hh is None else b_hh.contiguous(),
+            "resets": None if resets is None else resets.to(torch.int32).contiguous(), "y": y, **outputs._asdict(),
+            **own_tensors, "offsets_device": _offsets(batch_sizes, x.device),
+        }  # fmt: skip
+        calls.append(((_OwnForward if "heads" in fields else _Forward)(**fields, input=x_rows.shape[1]), tensors))
+        written.append((y, outputs))
+    kernels.launch("persistent_forward", *calls)
+    found = []
+    for inputs, (y, outputs) in zip(directions, written):
+        if pitch != hidden:
+            y = y.view(-1, heads, length)[:, :, : hidden // heads].reshape(-1, hidden).contiguous()
+        found.append(_forward_results(cell, inputs, y, outputs, keep_cells))
+    return found
 
 
 def _step_of_many_rows(
@@ -561,7 +635,7 @@ def _step_of_many_rows(
     params = _CellStep(**fields, steps=1, batch=h0.shape[0], out=h0.shape[1], rows=h0.shape[0], heads=inputs.heads)
     for rows, of_x, of_h in products_of_rows(inputs):
         params.first, params.count = rows.start, rows.stop - rows.start
-        kernels.launch("step_cell", params, tensors | {"x_product": of_x, "h_product": of_h})
+        kernels.launch("step_cell", (params, tensors | {"x_product": of_x, "h_product": of_h}))
     return y if w_hr is None else product(y, w_hr.t())
 
 
@@ -578,96 +652,155 @@ def _transposed(w_hh: Tensor, hidden: int, heads: int) -> Tensor:
     return w_hh.view(-1, heads, units, units).permute(1, 3, 0, 2).reshape(hidden, -1, units)
 
 
+class _BackwardOutputs(NamedTuple):
+    """What backward writes beside dgates; of several states dc0 is a stack."""
+
+    dc0: Tensor
+    dparameters: Tensor
+    dinputs: Tensor
+    dh_direct: Tensor | None
+
+
+def _backward_outputs(cell: Cell, inputs: Inputs) -> _BackwardOutputs:
+    x, batch, hidden = inputs.x, inputs.h0.shape[0], inputs.w_hh.shape[0] // len(cell.gates)
+    rows = x.shape[:-1].numel()
+    return _BackwardOutputs(
+        empty_stack(x, len(cell.states) - 1, batch, hidden),
+        x.new_empty(len(cell.parameters), rows, hidden),
+        x.new_empty(len(cell.inputs), rows, hidden),
+        x.new_empty(batch, hidden, dtype=accumulation_dtype(x.dtype)) if cell.has_direct else None,
+    )
+
+
+def _backward_call(
+    cell: Cell, grads: Gradients, inputs: Inputs, saved: Saved, chosen: Plan, outputs: _BackwardOutputs
+) -> tuple[_Kernels, ctypes.Structure, dict[str, Tensor | None]]:
+    """What launches, and what step and persistent are given alike."""
+    kernels, fields, own_tensors = _fields(cell, inputs, chosen)
+    tensors = {
+        "dh_n": None if grads.dh_n is None else grads.dh_n.contiguous(),
+        "dc_n": stacked((grads.dc_n, *grads.dothers_n)), "gates": saved.gates.contiguous(),
+        "cells": stacked((saved.cells, *saved.others)), "c0": stacked(inputs.states0), "h0": inputs.h0.contiguous(),
+        "dc0": outputs.dc0, "dh_direct": outputs.dh_direct, "dcells": stacked((grads.dcells, *grads.dothers)),
+        **own_tensors,
+    }  # fmt: skip
+    if own_tensors:
+        tensors |= {"dparameters": outputs.dparameters, "dinputs": outputs.dinputs}
+    return kernels, (_OwnBackward if own_tensors else _Backward)(**fields), tensors
+
+
 def backward(
     cell: Cell, grads: Gradients, inputs: Inputs, saved: Saved, algorithm: str, needs: Sequence[bool]
 ) -> tuple[Tensor, ...]:
     """See the op ``fusedrnn::sequence_backward``."""
     _check(algorithm)
     check_kernels("cuda", cell)
-    x, h0, _, _, w_hh, _, _, w_hr, batch_sizes, resets, reverse = inputs.plain
-    y, gates, cells = saved[:3]
-    dy, dh_n, heads, others = grads.dy, grads.dh_n, inputs.heads, len(cell.states) - 1
-    batch, out = h0.shape
-    hidden = w_hh.shape[0] // len(cell.gates)
-    count = len(cell.accumulators)
-    y_rows = rows_of(y).contiguous()
-    rows = y_rows.shape[0]
-    steps = x.shape[0] if batch_sizes is None else batch_sizes.shape[0]
-    acc_dtype = accumulation_dtype(x.dtype)
-    dc0 = empty_stack(x, others, batch, hidden)
-    dparameters = x.new_empty(len(cell.parameters), rows, hidden)
-    dinputs = x.new_empty(len(cell.inputs), rows, hidden)
-    dh_direct = x.new_empty(batch, hidden, dtype=acc_dtype) if cell.has_direct else None
-    dgates = x.new_empty(rows, count * hidden)
+    x, w_hh, w_hr, heads = inputs.x, inputs.w_hh, inputs.w_hr, inputs.heads
+    batch, out = inputs.h0.shape
+    rows, hidden = x.shape[:-1].numel(), w_hh.shape[0] // len(cell.gates)
+    chosen = _plan_of(cell, inputs, algorithm, True) if batch > 0 else None
+    if chosen is not None and chosen.algorithm == "persistent":
+        try:
+            return _persistent_backward(cell, [(grads, inputs, saved, needs)], chosen)[0]
+        except _RefusedError as error:
+            if algorithm != "auto":
+                raise
+            _refused(x.device, chosen, error)
+            return backward(cell, grads, inputs, saved, algorithm, needs)
+    outputs = _backward_outputs(cell, inputs)
+    dgates = x.new_empty(rows, len(cell.accumulators) * hidden)
     dy_total = None if w_hr is None else x.new_empty(rows, out)
-    if batch > 0:
-        chosen = _plan_of(cell, inputs, algorithm, True, steps)
-        kernels, number = _kernels_for(cell, inputs)
-        fields, own_tensors = _of_own(cell, inputs, rows)
-        if fields:
-            own_tensors |= {"dparameters": dparameters, "dinputs": dinputs}
-        params = (_OwnBackward if fields else _Backward)(
-            **fields, cell=number, dtype=_dtype_id(x.dtype), reverse=reverse, steps=steps, batch=batch,
-            hidden=hidden, out=out, slice_rows=chosen.slice_rows, groups=chosen.groups,
-            units=chosen.units,
-            poll_limit=_POLL_LIMIT if kernels.simulator is None else _POLL_LIMIT_SIMULATED,
-        )  # fmt: skip
-        tensors = {
-            "dy": None if dy is None else rows_of(dy).contiguous(),
-            "dh_n": None if dh_n is None else dh_n.contiguous(),
-            "dc_n": stacked((grads.dc_n, *grads.dothers_n)), "gates": gates.contiguous(),
-            "cells": stacked((cells, *saved.others)), "c0": stacked(inputs.states0), "h0": h0.contiguous(),
-            "y": y_rows, "dc0": dc0,
-            "dh_direct": dh_direct, "resets": None if resets is None else resets.contiguous(),
-            "dcells": stacked((grads.dcells, *grads.dothers)), **own_tensors,
+    if chosen is not None:
+        kernels, params, tensors = _backward_call(cell, grads, inputs, saved, chosen, outputs)
+        dy, resets = grads.dy, inputs.resets
+        tensors |= {
+            "dy": None if dy is None else rows_of(dy).contiguous(), "y": rows_of(saved.y).contiguous(),
+            "resets": None if resets is None else resets.contiguous(),
+            "w_hh_t": dense(_transposed(w_hh, hidden, heads)), "dgates": dgates, "dy_total": dy_total,
+            "w_hr_t": None if w_hr is None else w_hr.t().contiguous(),
+            "offsets_host": _offsets(inputs.batch_sizes, torch.device("cpu")),
+            "state": empty_stack(x, len(cell.states) - 1, batch, hidden, dtype=accumulation_dtype(x.dtype)),
         }  # fmt: skip
-        if chosen.algorithm == "persistent":
-            length = _round_up(hidden // heads, _per_packet(x.dtype))
-            pitch = heads * length
-            box = _mailbox(x, rows, count * pitch)
-            tensors |= {
-                "dy": None if dy is None else _padded_heads(rows_of(dy), heads, length),
-                "y": _padded_heads(y_rows, heads, length),
-                "resets": None if resets is None else resets.to(torch.int32).contiguous(),
-                "w_hh_t": _padded(_transposed(w_hh, hidden, heads), length), "dgates": box,
-                "offsets_device": _offsets(batch_sizes, x.device),
-            }  # fmt: skip
-            try:
-                kernels.launch("persistent_backward", params, tensors)
-            except _RefusedError as error:
-                if algorithm != "auto":
-                    raise
-                _refused(x.device, chosen, error)
-                return backward(cell, grads, inputs, saved, algorithm, needs)
-            if pitch != hidden or heads > 1:
-                of_heads = box.view(rows, heads, count, length)[..., : hidden // heads]
-                dgates = of_heads.transpose(1, 2).reshape(rows, -1)
-            else:
-                dgates = box
-        else:
-            on_host = _offsets(batch_sizes, torch.device("cpu"))
-            tensors |= {
-                "w_hh_t": dense(_transposed(w_hh, hidden, heads)), "dgates": dgates, "dy_total": dy_total,
-                "w_hr_t": None if w_hr is None else w_hr.t().contiguous(), "offsets_host": on_host,
-                "state": empty_stack(x, others, batch, hidden, dtype=acc_dtype),
-            }  # fmt: skip
-            kernels.launch("step_backward", params, tensors)
-    need_h0 = needs[1]
+        kernels.launch("step_backward", (params, tensors))
+    return _backward_results(cell, inputs, saved, dgates, dy_total, outputs, needs)
+
+
+# What backward is given of a direction.
+_Backwards = tuple[Gradients, Inputs, Saved, Sequence[bool]]
+
+
+def backward_both(cell: Cell, both: Sequence[_Backwards], algorithm: str) -> list[tuple[Tensor, ...]]:
+    """``backward`` of both directions of a layer, whose sizes are equal: in one launch where the plan has it so."""
+    inputs = both[0][1]
+    chosen = _plan_of(cell, inputs, algorithm, True, len(both)) if inputs.h0.shape[0] > 0 else None
+    if chosen is None or chosen.directions == 1:
+        return [backward(cell, *given, algorithm, needs) for *given, needs in both]
+    try:
+        return _persistent_backward(cell, both, chosen)
+    except _RefusedError as error:
+        if algorithm != "auto":
+            raise
+        _refused(inputs.x.device, chosen, error)
+        return backward_both(cell, both, algorithm)
+
+
+def _persistent_backward(cell: Cell, directions: Sequence[_Backwards], chosen: Plan) -> list[tuple[Tensor, ...]]:
+    """What backward returns, of directions that are launched together."""
+    calls, written = [], []
+    for grads, inputs, saved, _ in directions:
+        x, w_hh, heads, count = inputs.x, inputs.w_hh, inputs.heads, len(cell.accumulators)
+        rows, hidden = x.shape[:-1].numel(), w_hh.shape[0] // len(cell.gates)
+        length = _round_up(hidden // heads, _per_packet(x.dtype))  # of a head
+        outputs = _backward_outputs(cell, inputs)
+        kernels, params, tensors = _backward_call(cell, grads, inputs, saved, chosen, outputs)
+        box = _mailbox(x, rows, count * heads * length)
+        tensors |= {
+            "dy": None if grads.dy is None else _padded_heads(rows_of(grads.dy), heads, length),
+            "y": _padded_heads(rows_of(saved.y), heads, length),
+            "resets": None if inputs.resets is None else inputs.resets.to(torch.int32).contiguous(),
+            "w_hh_t": _padded(_transposed(w_hh, hidden, heads), length), "dgates": box,
+            "offsets_device": _offsets(inputs.batch_sizes, x.device),
+        }  # fmt: skip
+        calls.append((params, tensors))
+        written.append((box, outputs))
+    kernels.launch("persistent_backward", *calls)
+    found = []
+    for (_, inputs, saved, needs), (dgates, outputs) in zip(directions, written):
+        if heads * length != hidden or heads > 1:
+            of_heads = dgates.view(rows, heads, count, length)[..., : hidden // heads]
+            dgates = of_heads.transpose(1, 2).reshape(rows, -1)
+        found.append(_backward_results(cell, inputs, saved, dgates, None, outputs, needs))
+    return found
+
+
+def _backward_results(
+    cell: Cell,
+    inputs: Inputs,
+    saved: Saved,
+    dgates: Tensor,
+    dy_total: Tensor | None,
+    outputs: _BackwardOutputs,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """The gradients, from those of the gates."""
+    x, w_hh, batch_sizes, resets, reverse = inputs.x, inputs.w_hh, inputs.batch_sizes, inputs.resets, inputs.reverse
+    batch, rows, hidden = inputs.h0.shape[0], dgates.shape[0], w_hh.shape[0] // len(cell.gates)
     dh0 = x.new_empty(0)
-    if need_h0:
+    if needs[1]:
         start = _started(dgates, batch, batch_sizes, reverse)
-        dh0 = recurrent_product(gate_columns(start, cell.h_acc, hidden), w_hh, heads)
+        dh0 = recurrent_product(gate_columns(start, cell.h_acc, hidden), w_hh, inputs.heads)
         if resets is not None:
             dh0 = dh0.masked_fill(_started(resets.reshape(-1, 1), batch, batch_sizes, reverse), 0)
-        if dh_direct is not None:
-            dh0 = (dh0 + dh_direct).to(x.dtype)
+        if outputs.dh_direct is not None:
+            dh0 = (dh0 + outputs.dh_direct).to(x.dtype)
     h = None
-    if w_hr is not None and needs[7]:
-        saved_o = gates.reshape(rows, hidden, len(cell.saved))[..., -1].to(acc_dtype)  # only the LSTM projects
-        h = (saved_o * rows_of(cells).tanh()).to(x.dtype)
-    dc0, *dothers = apart(dc0, max(others, 1))
-    more = dothers, [*dparameters], [t.clone() for t in dinputs]
-    return weight_gradients(cell, inputs, y, dgates, h, dy_total, needs, dh0, dc0, *more)
+    if dy_total is not None and needs[7]:
+        saved_o = saved.gates.reshape(rows, hidden, len(cell.saved))[..., -1]  # only the LSTM projects
+        saved_o = saved_o.to(accumulation_dtype(x.dtype))
+        h = (saved_o * rows_of(saved.cells).tanh()).to(x.dtype)
+    dc0, *dothers = apart(outputs.dc0, max(len(cell.states) - 1, 1))
+    more = dothers, [*outputs.dparameters], [t.clone() for t in outputs.dinputs]
+    return weight_gradients(cell, inputs, saved.y, dgates, h, dy_total, needs, dh0, dc0, *more)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """Which CUDA algorithm runs, on what grid, and why: pure functions of frozen data, testable without a GPU."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fusedrnn.backends.common import MANY_ROWS
 from fusedrnn.cells import CELLS
@@ -22,6 +22,9 @@ MOST_CHUNKS = {
 MOST_CHUNKS_WIDE = {"16-bit": 4, "tf32": 4, "float32": 0}
 # Persistent fills a mailbox and multiplies x by W_ih before its own launch.
 FEW_STEPS = 2
+# What a step takes beside its rows, in the time of a row: by the simulator's clock 1.42, 1.87 and 2.98 us for 8, 16 and
+# 32 rows a block (LSTM, bfloat16, H = 1024), and more where H is smaller.
+LATENCY_ROWS = 11
 # Slices that a group of blocks takes one after another before step is the better plan.
 MOST_ROUNDS = 4
 # Shared memory of the backward kernel: two buffers of partial sums, then the staged packets of an accumulator.
@@ -53,8 +56,8 @@ CHIP_LIMITS = {
 
 @dataclass(frozen=True)
 class Problem:
-    """One direction of one layer. dtype is its name without "torch."; tf32 whether float32 may be rounded to it; steps
-    where they are known."""
+    """A layer. dtype is its name without "torch."; tf32 whether float32 may be rounded to it; steps where they are
+    known; directions that one launch could take."""
 
     cell: str
     dtype: str
@@ -65,6 +68,7 @@ class Problem:
     tf32: bool = False
     steps: int | None = None
     heads: int = 1
+    directions: int = 1
 
     @property
     def depth(self) -> int:
@@ -74,10 +78,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class Plan:
-    """grid is (blocks along units, groups of batch slices).
+    """grid is (blocks along units, groups of batch slices) of a direction.
 
     Group i takes slices i, i + groups, ... of slice_rows rows. units: of a block. products: the products of the one
-    step are torch's, before the launch.
+    step are torch's, before the launch. directions: of a launch.
     """
 
     algorithm: str
@@ -88,6 +92,7 @@ class Plan:
     units: int
     why: str
     products: bool = False
+    directions: int = 1
 
 
 def _one_gap(h_acc: tuple[int, ...]) -> bool:
@@ -105,7 +110,7 @@ def _persistent(problem: Problem, chip: Chip) -> Plan | str:
     if problem.backward:
         return _with_units(problem, chip, BACKWARD_UNITS)
     narrow, wide = (_with_units(problem, chip, units) for units in (FORWARD_UNITS, WIDE_UNITS))
-    if isinstance(wide, str):
+    if isinstance(wide, str) and (isinstance(narrow, Plan) or "registers" in wide):
         return narrow
     if isinstance(narrow, str):
         return wide
@@ -138,9 +143,10 @@ def _with_units(problem: Problem, chip: Chip, units: int) -> Plan | str:
         of = "H" if problem.heads == 1 else "units of a head"
         return f"a block's slice of W_hh does not fit in registers: {arithmetic} fits up to {of} = {limit}"
     blocks = problem.heads * -(-problem.depth // units)
-    most_groups = chip.multiprocessors // blocks
+    most_groups = chip.multiprocessors // (blocks * problem.directions)
     if most_groups == 0:
-        return f"{blocks} blocks must be resident at once, {chip.name} has {chip.multiprocessors} multiprocessors"
+        needed = f"{blocks} blocks" if problem.directions == 1 else f"{problem.directions} x {blocks} blocks"
+        return f"{needed} must be resident at once, {chip.name} has {chip.multiprocessors} multiprocessors"
     most_rows = MOST_ROWS[problem.backward, units]
     # Two buffers of a row's partial sums; accumulators are kept in pairs.
     sums = 2 * WARPS * units * (accumulators + accumulators % 2) * 4
@@ -150,7 +156,8 @@ def _with_units(problem: Problem, chip: Chip, units: int) -> Plan | str:
         most_rows = min(most_rows, (chip.shared_per_block - 2 * OFFSETS) // row // 8 * 8)
     groups = min(most_groups, -(-problem.batch // 8))
     # Thinner slices keep more of the chip at work once H is large.
-    while blocks * groups < 48 and problem.hidden >= 512 and groups < min(most_groups, problem.batch):
+    most_groups = min(most_groups, problem.batch)
+    while blocks * groups * problem.directions < 48 and problem.hidden >= 512 and groups < most_groups:
         groups += 1
     slice_rows = -(-problem.batch // groups)
     if slice_rows > most_rows:
@@ -169,11 +176,31 @@ def _with_units(problem: Problem, chip: Chip, units: int) -> Plan | str:
     if shared > chip.shared_per_block:
         return f"a block needs {shared} bytes of shared memory, {chip.name} has {chip.shared_per_block}"
     slices = -(-problem.batch // slice_rows)
+    times = "" if problem.directions == 1 else f" x {problem.directions} directions in one launch"
     why = (
-        f"W_hh stays in registers: {blocks} x {groups} blocks on {chip.multiprocessors} multiprocessors, "
+        f"W_hh stays in registers: {blocks} x {groups} blocks{times} on {chip.multiprocessors} multiprocessors, "
         f"{slices} slices of {slice_rows} rows"
     )
-    return Plan("persistent", (blocks, groups), slice_rows, groups, shared, units, why)
+    grid = blocks, groups
+    return Plan("persistent", grid, slice_rows, groups, shared, units, why, directions=problem.directions)
+
+
+def _time(chosen: Plan, batch: int) -> int:
+    """Of a step of all slices, in the time that a row takes: a step has a part that does not depend on its rows."""
+    rounds = -(-batch // (chosen.slice_rows * chosen.groups))
+    return rounds * (LATENCY_ROWS + -(-chosen.slice_rows // 8) * 8)
+
+
+def _both(problem: Problem, chip: Chip, one: Plan) -> Plan:
+    """The plan of both directions of a layer: in one launch, or as ``one`` has it one after the other."""
+    found = _persistent(problem, chip)
+    if isinstance(found, Plan):
+        if _time(found, problem.batch) <= 2 * _time(one, problem.batch):
+            return found
+        rounds = -(-problem.batch // (found.slice_rows * found.groups))
+        words = f"{rounds} rounds of {found.slice_rows}" if rounds > 1 else found.slice_rows
+        found = f"one launch with {words} rows a block takes longer, by a model"
+    return replace(one, why=f"{one.why}; one direction after the other: {found}")
 
 
 def plan(problem: Problem, chip: Chip, algorithm: str = "auto") -> Plan:
@@ -187,9 +214,9 @@ def plan(problem: Problem, chip: Chip, algorithm: str = "auto") -> Plan:
     elif algorithm == "auto" and problem.steps is not None and problem.steps <= FEW_STEPS:
         why = f"one launch a step: for T = {problem.steps} persistent takes as many with what comes before it"
     else:
-        found = _persistent(problem, chip)
+        found = _persistent(replace(problem, directions=1), chip)
         if isinstance(found, Plan):
-            return found
+            return found if problem.directions == 1 else _both(problem, chip, found)
         if algorithm == "persistent":
             raise RuntimeError(f"algorithm 'persistent' was asked for but cannot run: {found}")
         why = f"one launch a step: {found}"
