@@ -78,7 +78,8 @@ class Pass:
         algorithm: None if the backend cannot run; ``why`` is then the reason.
         why: what led to the algorithm.
         others: (algorithm, why it is not taken) for the others of this backend.
-        grid: blocks (Triton: programs) of a launch; threads: of a block, on a CPU those of the team.
+        grid: blocks (Triton: programs) of a launch, where both directions of a layer are one launch the third number is
+            2; threads: of a block, on a CPU those of the team.
         registers: of a thread, read from the compiled kernel; registers_why: where from, or why it is not known.
         shared_bytes: shared memory of a block; Triton's is planning's estimate.
         launches: of our kernels and of torch's, in a sequence, without matrix products outside of the loop.
@@ -365,9 +366,11 @@ def _others(plan: Callable[[str], object], algorithms: tuple[str, ...], taken: s
     return tuple(found)
 
 
-def _cuda(z: _Sizes, backward: bool, algorithm: str, chip: cuda_plan.Chip, peaks: Peaks | None, capability) -> Pass:
+def _cuda(
+    z: _Sizes, backward: bool, algorithm: str, chip: cuda_plan.Chip, peaks: Peaks | None, capability, directions: int
+) -> Pass:
     dtype = str(z.dtype).removeprefix("torch.")
-    problem = cuda_plan.Problem(z.cell.name, dtype, z.B, z.H, z.projected, backward, z.tf32, z.T)
+    problem = cuda_plan.Problem(z.cell.name, dtype, z.B, z.H, z.projected, backward, z.tf32, z.T, directions=directions)
     plan = functools.partial(cuda_plan.plan, problem, chip)
     chosen = plan(algorithm)
     step = chosen.algorithm == "step"
@@ -390,7 +393,8 @@ def _cuda(z: _Sizes, backward: bool, algorithm: str, chip: cuda_plan.Chip, peaks
     bound, bound_why = _bound(z, backward, flops, outside, grid[0] * grid[1], step, chip, peaks)
     return Pass(
         "cuda", backward, chosen.algorithm, chosen.why,
-        _others(plan, BACKEND_ALGORITHMS["cuda"], chosen.algorithm), grid, 32 * cuda_plan.WARPS, registers,
+        _others(plan, BACKEND_ALGORITHMS["cuda"], chosen.algorithm),
+        grid if chosen.directions == 1 else (*grid, chosen.directions), 32 * cuda_plan.WARPS, registers,
         registers_why, shared, z.T * (2 if z.projected else 1) if step else 1, read, written, flops, outside, None,
         bound, bound_why,
     )  # fmt: skip
@@ -520,6 +524,7 @@ def _of_layer(layer: torch.nn.Module, given: dict) -> dict:
         "dtype": weight.dtype,
         "asked": (layer.backend, layer.algorithm),
         "device": weight.device,
+        "recompute": getattr(layer, "recompute", False),
     }
 
 
@@ -600,7 +605,7 @@ def explain(
             backend.
         RuntimeError: the device is not here.
     """
-    asked = None
+    asked, recompute = None, False
     if not isinstance(cell, str):
         given = {"input_size": (input_size, None), "hidden_size": (hidden_size, None), "proj_size": (proj_size, 0),
                  "num_layers": (num_layers, 1), "bidirectional": (bidirectional, False),
@@ -608,7 +613,7 @@ def explain(
         own = _of_layer(cell, given)
         input_size, hidden_size, proj_size = own["input_size"], own["hidden_size"], own["proj_size"]
         num_layers, bidirectional, dtype = own["num_layers"], own["bidirectional"], own["dtype"]
-        cell, asked = own["cell"], own["asked"]
+        cell, asked, recompute = own["cell"], own["asked"], own["recompute"]
         device = own["device"] if device is None and chip is None else device
     for name, value in (("input_size", input_size), ("hidden_size", hidden_size)):
         if value is None:
@@ -647,6 +652,8 @@ def explain(
     def sizes_of(inputs: int) -> _Sizes:
         return _Sizes(CELLS[cell], steps, batch, inputs, hidden_size, proj_size or hidden_size, dtype, tf32, training)
 
+    at_once = 2 if bidirectional and not recompute else 1
+
     def passes(z: _Sizes) -> tuple[Pass, ...]:
         found = []
         for backend in ("cuda", "triton", "cpu"):
@@ -659,7 +666,7 @@ def explain(
                     if reason is not None:
                         found.append(Pass(backend, backward, None, reason))
                     elif backend == "cuda":
-                        found.append(_cuda(z, backward, algorithm, limits, peaks, capability))
+                        found.append(_cuda(z, backward, algorithm, limits, peaks, capability, at_once))
                     elif backend == "triton":
                         found.append(_triton(z, backward, algorithm, gpu, peaks))
                     else:
@@ -715,7 +722,8 @@ def _lines(one: Pass) -> list[str]:
         grid = " x ".join(map(str, one.grid))
         launches = "1 launch" if one.launches == 1 else f"{one.launches} launches"
         lines += [
-            f"{indent}{launches} of {grid} blocks of {one.threads} threads",
+            f"{indent}{launches} of {grid} blocks of {one.threads} threads"
+            + (", the third number are directions; what follows is of one" if len(one.grid) == 3 else ""),
             f"{indent}{_si(one.shared_bytes)}B of shared memory a block; registers a thread: {registers}",
             f"{indent}a step reads {_si(one.read_bytes)}B and writes {_si(one.written_bytes)}B",
         ]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.utils import rnn as rnn_utils
 
-from fusedrnn import _build, ops, planning, trials
+from fusedrnn import _build, ops, pair, planning, trials
 from fusedrnn.autograd import CallFunction, CellFunction, recorded
 from fusedrnn.backends import reference
 from fusedrnn.backends.common import Inputs, neighbours, sizes_on
@@ -253,11 +253,9 @@ def recurrence_of_states(
 
     An empty tensor stands for the c of a cell of one state, and for states that were not kept.
     """
-    given, wanted = inputs, keep_cells
+    given, wanted, mine = inputs, keep_cells, _my_recorders()
     if padding is not None:
         inputs, keep_cells = padding.before(inputs), True
-    mine = [callback for thread, callback in _recorders if thread == threading.get_ident()] if _recorders else []
-    others = len(inputs.others)
     tensors = ops.differentiable(inputs) if inputs.special else inputs[:8]
     if _has_tangent(tensors):
         backend = "reference"
@@ -265,15 +263,33 @@ def recurrence_of_states(
     elif inputs.special:
         outputs = _any_cell(cell, inputs, backend, algorithm, recompute and not mine, bool(mine), keep_cells, tensors)
     elif _may_need_gradient(tensors):
-        if not torch.compiler.is_compiling() and any(t is not None and t.is_inference() for t in inputs[:10]):
-            inputs = inputs._replace(**{name: _savable(getattr(inputs, name)) for name in Inputs._fields[:10]})
-        outputs = recorded(*inputs.plain, cell.name, backend, algorithm, recompute and not mine, keep_cells)
+        outputs = recorded(*_savable(inputs).plain, cell.name, backend, algorithm, recompute and not mine, keep_cells)
     else:
         outputs = ops.sequence(cell.name, *inputs.plain, backend, algorithm, bool(mine), bool(mine) or keep_cells)
+    return _after(cell, given, outputs, backend, wanted, mine, layer, padding)
+
+
+def _my_recorders() -> list[Callable]:
+    """The callbacks of this thread's ``recording`` blocks."""
+    return [callback for thread, callback in _recorders if thread == threading.get_ident()] if _recorders else []
+
+
+def _after(
+    cell: Cell,
+    given: Inputs,
+    outputs: Sequence[Tensor],
+    backend: str,
+    keep_cells: bool,
+    mine: list[Callable],
+    layer: int,
+    padding: Padding | None,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """What recurrence_of_states returns, from what the op did, after the callbacks."""
+    others = len(given.others)
     y, h_n, c_n, gates, cells = outputs[:5]
     finals, every = [h_n, c_n, *outputs[5 : 5 + others]], [cells, *outputs[5 + others :]]
     if padding is not None:
-        y, finals, gates, every = padding.after(given, y, finals, gates, every, bool(mine), wanted or bool(mine))
+        y, finals, gates, every = padding.after(given, y, finals, gates, every, bool(mine), keep_cells or bool(mine))
     for callback in mine:
         callback(
             cell,
@@ -282,10 +298,44 @@ def recurrence_of_states(
             y.detach(),
             ops.gates_in_torch_order(gates, cell.name, backend).detach() if cell.saved else None,
             every[0].detach() if cell.has_cell_state else None,
-            inputs.batch_sizes,
+            given.batch_sizes,
             None if padding is None else padding.lengths,
         )
     return y, finals, every
+
+
+def layer_of_states(
+    cell: Cell,
+    directions: Sequence[Inputs],
+    backend: str,
+    algorithm: str,
+    recompute: bool,
+    keep_cells: bool,
+    layer: int,
+    padding: Padding | None,
+) -> list[tuple[Tensor, list[Tensor], list[Tensor]]]:
+    """recurrence_of_states of every direction of a layer; a backend may take two together, see fusedrnn.pair."""
+    if not _goes_as_a_pair(directions, backend, algorithm, recompute):
+        options = backend, algorithm, recompute, keep_cells, layer, padding
+        return [recurrence_of_states(cell, inputs, *options) for inputs in directions]
+    mine, wanted, both = _my_recorders(), keep_cells, directions
+    if padding is not None:
+        both, keep_cells = [padding.before(inputs) for inputs in directions], True
+    if _may_need_gradient([t for inputs in both for t in inputs[:8]]):
+        outputs = pair.recorded_pair(cell.name, [_savable(inputs) for inputs in both], algorithm, keep_cells)
+    else:
+        outputs = pair.run(cell.name, both, algorithm, bool(mine), bool(mine) or keep_cells)
+    return [_after(cell, given, o, backend, wanted, mine, layer, padding) for given, o in zip(directions, outputs)]
+
+
+def _goes_as_a_pair(directions: Sequence[Inputs], backend: str, algorithm: str, recompute: bool) -> bool:
+    if len(directions) != 2 or backend != "cuda" or algorithm == "step" or recompute:
+        return False
+    if directions[0].special or directions[0].w_hr is not None:
+        return False
+    if not torch.compiler.is_compiling() and torch.jit.is_tracing():
+        return False
+    return not (_under_transform() or any(_has_tangent(inputs[:8]) for inputs in directions))
 
 
 def _any_cell(cell, inputs, backend, algorithm, recompute, keep_gates, keep_states, tensors) -> tuple[Tensor, ...]:
@@ -299,9 +349,11 @@ def _any_cell(cell, inputs, backend, algorithm, recompute, keep_gates, keep_stat
     return CellFunction.apply(dataclasses.replace(call, keep_states=keep_states), *ops.packed(inputs))
 
 
-def _savable(t: Tensor | None) -> Tensor | None:
-    """``t`` such that autograd can keep it: of an inference tensor a copy."""
-    return t.clone() if t is not None and t.is_inference() else t
+def _savable(inputs: Inputs) -> Inputs:
+    """The inputs such that autograd can keep them: of an inference tensor a copy."""
+    if torch.compiler.is_compiling() or not any(t is not None and t.is_inference() for t in inputs[:10]):
+        return inputs
+    return Inputs(*(t.clone() if t is not None and t.is_inference() else t for t in inputs[:10]), *inputs[10:])
 
 
 _NO_VIEW = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
@@ -522,24 +574,22 @@ def _stack(
     all_h: list[Tensor] = []
     all_c: list[Tensor] = []
     for layer in range(num_layers):
-        ys = []
+        both = []
         for direction in range(directions):
             k = layer * directions + direction
             w_ih, w_hh, *rest = weights[k * per : (k + 1) * per]
             b_ih, b_hh = rest[:2] if bias else (None, None)
             w_hr = rest[-1] if projection else None
-            given = Inputs(
-                x, h0[k], None if c0 is None else c0[k], w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, masks[direction],
-                direction == 1,
-            )  # fmt: skip
-            y, h, c, cells = recurrence(
-                cell, given, runs, chosen.algorithm, recompute, return_all_states, layer, padding
-            )
-            ys.append(y)
-            h_n.append(h)
-            c_n.append(c)
-            all_h.append(y)
-            all_c.append(cells)
+            of_c = None if c0 is None else c0[k]
+            of_weights = w_ih, w_hh, b_ih, b_hh, w_hr
+            both.append(Inputs(x, h0[k], of_c, *of_weights, batch_sizes, masks[direction], direction == 1))
+        found = layer_of_states(cell, both, runs, chosen.algorithm, recompute, return_all_states, layer, padding)
+        ys = [y for y, _, _ in found]
+        for _, finals, every in found:
+            h_n.append(finals[0])
+            c_n.append(finals[1])
+            all_c.append(every[0])
+        all_h += ys
         x = ys[0] if directions == 1 else torch.cat(ys, -1)
         if dropout and training and layer + 1 < num_layers:
             x = F.dropout(x, dropout)

@@ -283,7 +283,7 @@ class Layer(RecurrentLayer):
         finals: list[Sequence[Tensor]] = []
         every: list[Sequence[Tensor]] = []
         for layer in range(self.num_layers):
-            ys = []
+            both = []
             for direction in range(directions):
                 k = layer * directions + direction
                 w_ih, w_hh, *rest = weights[k * per : (k + 1) * per]
@@ -291,15 +291,23 @@ class Layer(RecurrentLayer):
                 b_ih, b_hh = rest[:2] if self.bias else (None, None)
                 w_hr = rest[-1] if self.proj_size else None
                 h0, c0, *others = (*(s[k] for s in states), None)[: max(n, 2)]
-                given = Inputs(
-                    x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, masks[direction], direction == 1,
-                    tuple(others), parameters, tuple(t[k] for t in inputs), self.heads,
-                )  # fmt: skip
-                done = None if below is None else ops.sequence_of_states(cell.name, given, *below[k])
-                y, ends, all_states = done or functional.recurrence_of_states(
-                    cell, given, runs, algorithm, self.recompute, return_all_states, layer, padding
+                of_weights = w_ih, w_hh, b_ih, b_hh, w_hr
+                own_inputs = tuple(t[k] for t in inputs)
+                more = tuple(others), parameters, own_inputs, self.heads
+                both.append(Inputs(x, h0, c0, *of_weights, batch_sizes, masks[direction], direction == 1, *more))
+            done = [None]
+            if below is not None:
+                packed = below[layer * directions :]
+                done = [ops.sequence_of_states(cell.name, given, *of) for given, of in zip(both, packed)]
+            if None in done:
+                done = [None]
+                found = functional.layer_of_states(
+                    cell, both, runs, algorithm, self.recompute, return_all_states, layer, padding
                 )
-                ys.append(y)
+            else:
+                found = done
+            ys = [y for y, _, _ in found]
+            for y, ends, all_states in found:
                 finals.append(ends[:n])
                 every.append([y, *all_states[: n - 1]])
             x = ys[0] if directions == 1 else torch.cat(ys, -1)
@@ -311,7 +319,7 @@ class Layer(RecurrentLayer):
             states_of = states_of if time_first else tuple(s.transpose(1, 2) for s in states_of)
         if padding is not None and padding_value != 0:
             x = padding.cut(x, padding_value)
-        if lead == 1 and done is not None:
+        if lead == 1 and done[0] is not None:
             ends = [state.unsqueeze_(0) for state in finals[0]]  # nobody else has them
         else:
             ends = [functional._together([*s]) for s in zip(*finals)]

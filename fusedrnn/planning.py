@@ -381,7 +381,9 @@ def plan(layer: torch.nn.Module, batch: int, *, steps: int | None = None, backwa
     """What a fusedrnn layer runs for a batch of that size, and why; computes nothing.
 
     Args:
-        layer: a layer or cell of fusedrnn; its first layer and direction are planned, on the device of its parameters.
+        layer: a layer or cell of fusedrnn; its first layer is planned, on the device of its parameters: one direction,
+            or both where they are one launch (under transforms of torch.func, and in gradients that are to be
+            differentiated, they are two).
         batch: the batch size B.
         steps: the length T; where it is given, what fusedrnn.tune found for it counts, and that few steps take `step`
             and, on the CPU, read weights where they lie. Without it a long sequence is planned.
@@ -433,6 +435,14 @@ def plan(layer: torch.nn.Module, batch: int, *, steps: int | None = None, backwa
         return choice
     if isinstance(layer, torch.nn.RNNCellBase) and choice.algorithm == "auto":
         choice = replace(choice, algorithm="step")
+    directions, alone = {}, ""
+    if choice.backend == "cuda" and getattr(layer, "bidirectional", False):
+        if len(cell.states) > 2 or cell.parameters or cell.inputs or heads != 1:
+            alone = f"; one direction after the other: {cell.name} with heads={heads}"
+        elif layer.recompute:
+            alone = "; one direction after the other: recompute"
+        else:
+            directions = {"directions": 2}
     details = importlib.import_module(f"fusedrnn.backends.{choice.backend}").plan_for(
         cell,
         batch,
@@ -445,8 +455,10 @@ def plan(layer: torch.nn.Module, batch: int, *, steps: int | None = None, backwa
         backward,
         steps,
         heads,
+        **directions,
     )
-    return replace(choice, algorithm=details.algorithm, why=f"{choice.why}; {details.why}", details=details)
+    why = f"{choice.why}; {details.why}{alone if details.algorithm == 'persistent' else ''}"
+    return replace(choice, algorithm=details.algorithm, why=why, details=details)
 
 
 def _on_cpu(choice: Choice, layer, cell, batch: int, weight: torch.Tensor, steps: int | None, backward: bool) -> Choice:

@@ -180,9 +180,9 @@ def nothing_built(monkeypatch):
 @pytest.fixture
 def ran(monkeypatch):
     """What computed: "torch" or the op's backend."""
-    found, recurrence, theirs = [], functional.recurrence, functional._torch_layers
+    found, recurrence, theirs = [], functional.recurrence_of_states, functional._torch_layers
     run = lambda cell, inputs, backend, *rest: (found.append(backend), recurrence(cell, inputs, backend, *rest))[1]
-    monkeypatch.setattr(functional, "recurrence", run)
+    monkeypatch.setattr(functional, "recurrence_of_states", run)
     monkeypatch.setattr(functional, "_torch_layers", lambda *a: (found.append("torch"), theirs(*a))[1])
     return found
 

@@ -263,17 +263,17 @@ def fast(card, monkeypatch):
         run()
         return slow.get(ran[0], 1.0)
 
-    ran, recurrence, theirs = [], functional.recurrence, functional._torch_layers
+    ran, layer, theirs = [], functional.layer_of_states, functional._torch_layers
 
-    def ours(cell, inputs, backend, algorithm, *rest):
+    def ours(cell, directions, backend, algorithm, *rest):
         ran.append((backend, algorithm))
-        return recurrence(cell, inputs, backend, algorithm, *rest)
+        return layer(cell, directions, backend, algorithm, *rest)
 
     def torchs(*arguments):
         ran.append(("torch", "auto"))
         return theirs(*arguments)
 
-    monkeypatch.setattr(functional, "recurrence", ours)
+    monkeypatch.setattr(functional, "layer_of_states", ours)
     monkeypatch.setattr(functional, "_torch_layers", torchs)
     monkeypatch.setattr(trials, "seconds_of", seconds_of)
     return slow, ran
