@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fusedrnn.backends import cuda
-from fusedrnn.backends.common import allow_tf32
+from fusedrnn.backends.common import MANY_ROWS, Inputs, allow_tf32
 from fusedrnn.cells import CELL_OF_MODE, CELLS, Cell
 from fusedrnn.ops import BACKEND_ALGORITHMS
 
@@ -29,6 +29,8 @@ TUNE_VARIABLE = "FUSEDRNN_TUNE"
 ON_GPU = ("cuda", "triton")
 # T, B, I, H of the problem that kernels are checked with: no size a multiple of a tile, more than one block of units.
 CHECKED = (4, 5, 7, 37)
+# The same of one step of so many rows that its products are torch's, and a kernel of its own the cell's.
+MANY = (1, MANY_ROWS, 3, 37)
 
 
 def applies(device: torch.device) -> bool:
@@ -137,19 +139,46 @@ def _difference(cell: str, dtype: torch.dtype, backend: str, algorithm: str, dev
     from fusedrnn import selftest
 
     math = "tf32" if tf32 else str(dtype).removeprefix("torch.")
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        tensors, _ = selftest._tensors(cell, (*CHECKED, None), dtype, device)
-        try:
-            got = selftest._run(cell, tensors, None, False, backend, algorithm)
-        except Exception as error:  # whatever a driver or a compiler says of a card that nobody has seen
-            words = str(error).splitlines()[0] if str(error) else type(error).__name__
-            return "" if f"algorithm '{algorithm}'" in words and "cannot run" in words else f"it fails: {words}"
-        want = _by_torch(CELLS[cell], tensors)
-    if not all(t.isfinite().all() for t in got):
-        return "it gives NaN or infinity"
-    worst = max(((a - b).abs().max() / b.abs().max().clamp_min(1e-30)).item() for a, b in zip(got, want, strict=True))
-    allowed = selftest.ULPS * selftest.ROUNDOFF[math]
-    return "" if worst <= allowed else f"it differs from torch's op by {worst:.2e}, {allowed:.1e} is rounding"
+    for size in (CHECKED, MANY) if algorithm == "step" else (CHECKED,):
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            tensors, _ = selftest._tensors(cell, (*size, None), dtype, device)
+            try:
+                got = selftest._run(cell, tensors, None, False, backend, algorithm)
+                paired = backend == "cuda" and algorithm == "persistent"
+                differs = paired and not _pair_agrees(cell, tensors, got, algorithm)
+            except Exception as error:  # whatever a driver or a compiler says of a card that nobody has seen
+                words = str(error).splitlines()[0] if str(error) else type(error).__name__
+                return "" if f"algorithm '{algorithm}'" in words and "cannot run" in words else f"it fails: {words}"
+            want = _by_torch(CELLS[cell], tensors)
+        if not all(t.isfinite().all() for t in got):
+            return "it gives NaN or infinity"
+        pairs = zip(got, want, strict=True)
+        worst = max(((a - b).abs().max() / b.abs().max().clamp_min(1e-30)).item() for a, b in pairs)
+        allowed = selftest.ULPS * selftest.ROUNDOFF[math]
+        if worst > allowed:
+            rows = f" for {size[1]} rows of one step" if size == MANY else ""
+            return f"it differs from torch's op by {worst:.2e}{rows}, {allowed:.1e} is rounding"
+        if differs:
+            return "both directions in one launch are not what each is alone"
+    return ""
+
+
+def _pair_agrees(cell: str, tensors: list[Tensor | None], forwards: list[Tensor], algorithm: str) -> bool:
+    """Whether both directions of a layer at once have the bits of each alone, of which that of forwards is known."""
+    from fusedrnn import pair, selftest
+
+    want = [*forwards, *selftest._run(cell, tensors, None, True, "cuda", algorithm)]
+    leaves = [[None if t is None else t.detach().requires_grad_() for t in tensors] for _ in range(2)]
+    both = [Inputs(*given, None, None, reverse) for given, reverse in zip(leaves, (False, True))]
+    got = []
+    for outputs, given in zip(pair.recorded_pair(cell, both, algorithm, False), leaves):
+        outputs = [t for t in outputs[:3] if t.numel()]
+        upstream = [torch.cos(t.detach()) for t in outputs]
+        got.append((outputs, [t for t in given if t is not None], upstream))
+    outputs, given, upstream = ([t for one in got for t in one[k]] for k in range(3))
+    grads = iter(torch.autograd.grad(outputs, given, upstream))
+    got = [t for outputs, given, _ in got for t in (*outputs, *(next(grads) for _ in given))]
+    return all(torch.equal(a.detach().double().cpu(), b) for a, b in zip(got, want, strict=True))
 
 
 def _by_torch(cell: Cell, tensors: list[Tensor | None]) -> list[Tensor]:

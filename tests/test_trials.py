@@ -82,6 +82,16 @@ def wrong_backward(name, tensors):
         tensors["dgates"].mul_(1.5)
 
 
+def wrong_pair(name, tensors):
+    if name.endswith("of both"):
+        tensors["y" if "forward" in name else "dgates"].mul_(1.5)
+
+
+def wrong_cell(name, tensors):
+    if name == "step_cell":
+        tensors["y"].mul_(1.5)
+
+
 def broken(name, tensors):
     raise RuntimeError("CUDA_ERROR_INVALID_PTX (218)\nof a driver that nobody has seen")
 
@@ -136,6 +146,8 @@ def test_what_is_right_passes_in_every_dtype(card, cell, dtype):
     [
         (wrong_forward, r"cuda step in float32: it differs from torch's op by \d\.\d\de-01"),
         (wrong_backward, r"cuda persistent in float32: it differs from torch's op"),
+        (wrong_pair, r"cuda persistent in float32: both directions in one launch are not what each is alone"),
+        (wrong_cell, r"cuda step in float32: it differs from torch's op by \d\.\d\de-01 for 512 rows of one step"),
         (broken, r"cuda step in float32: it fails: CUDA_ERROR_INVALID_PTX \(218\) \[card A\]"),
         (not_a_number, "cuda step in float32: it gives NaN or infinity"),
     ],
