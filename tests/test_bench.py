@@ -20,7 +20,7 @@ import torch
 from fusedrnn import _build
 from fusedrnn.__main__ import main
 from fusedrnn.benchmarks import calls as small_calls
-from fusedrnn.benchmarks import measure, problems, providers, quantized, results, runner
+from fusedrnn.benchmarks import measure, problems, providers, quantized, results, roof, runner
 from fusedrnn.benchmarks import report as report_module
 from fusedrnn.benchmarks.problems import Problem
 from fusedrnn.benchmarks.results import COLUMNS, Environment, Results, Row
@@ -76,6 +76,35 @@ def a_row(**values) -> Row:
              "time": "2026-01-01T00:00:00+00:00", "load": "0.10", "peak_flops": 1e11,
              "peak_bandwidth": 1e10, "peaks_from": "measured"}  # fmt: skip
     return Row(**dataclasses.asdict(environment) | about | values)
+
+
+def test_roof(tmp_path, capsys):
+    """The best of ours by the best of the others; behind is who reaches neither that nor the roof."""
+    times = {"torch.nn": 9e-3, "fusedrnn:frozen": 2e-3, "onnxruntime": 3e-3, "openvino": 2.5e-3}
+    flops = a_row().problem.flops("forward")
+    slow = {"provider": "fusedrnn:frozen", "B": 32, "median": 4 * flops * 2 / 1e12, "peak_flops": 1e12}
+    rows = [a_row(provider=name, median=t) for name, t in times.items()] + [
+        a_row(**slow), a_row(provider="openvino", B=32, median=slow["median"] * 0.5),
+        a_row(provider="fusedrnn:frozen", B=64, status="unavailable"), a_row(provider="openvino", B=64),
+    ]  # fmt: skip
+    lines, quotients, failed = roof.table(rows)
+    assert quotients == pytest.approx([1.25, 0.5])
+    assert failed == 1
+    assert [line.rsplit("|", 2)[1].strip() for line in lines[2:]] == ["", "behind"]
+    products = roof.roof(a_row(**slow)) / slow["median"]
+    assert products >= 0.25 - 1e-9  # the products alone; reading W_hh may take longer
+    assert roof.read_rate(1 << 20) > 1e8
+    path = tmp_path / "results.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, results.COLUMNS)
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: "" if v is None else v for k, v in dataclasses.asdict(row).items()})
+    assert roof.main([str(path)]) == 1
+    assert "0.79 in the geometric mean; 1 are behind" in capsys.readouterr().out
+    path.write_text(path.read_text().splitlines()[0] + "\n")
+    with pytest.raises(SystemExit):
+        roof.main([str(path)])
 
 
 def some_rows() -> list[Row]:
