@@ -23,7 +23,7 @@ def inputs_of(cell: str) -> tuple[str, ...]:
 
 def outputs_of(cell: str, states: bool) -> tuple[str, ...]:
     """What a call returns, and a gradient may come through; with ``states`` every state after h as well."""
-    others = CELLS[cell].states[1:]
+    others = ("c", *CELLS[cell].states[2:])[: len(CELLS[cell].states) - 1]  # whatever the second one is called
     finals, every = [f"{state}_n" for state in others], [f"every_{state}" for state in others]
     return ("y", "h_n", *finals, *("cells" if name == "every_c" else name for name in every if states))
 
