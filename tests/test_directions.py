@@ -192,15 +192,13 @@ def test_what_takes_step_takes_it_for_each_direction():
         assert chosen.algorithm == "step"
 
 
-def test_a_plan_and_an_explanation_say_it():
-    chosen = H100
+def test_an_explanation_says_it():
     layer = fusedrnn.LSTM(8, 512, bidirectional=True, dtype=torch.bfloat16)
     text = str(fusedrnn.explain(layer, steps=100, batch=16, chip="h100-sxm"))
     assert "1 launch of 32 x 2 x 2 blocks of 256 threads, the third number are directions" in text
     recomputing = fusedrnn.LSTM(8, 512, bidirectional=True, dtype=torch.bfloat16, recompute=True)
     text = str(fusedrnn.explain(recomputing, steps=100, batch=16, chip="h100-sxm"))
     assert "1 launch of 64 x 2 blocks" in text
-    assert chosen.name == "h100-sxm"
 
 
 @simulated
