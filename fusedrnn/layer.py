@@ -163,6 +163,8 @@ class Layer(RecurrentLayer):
         return None
 
     def _pack(self) -> list | None:
+        if self._quantized is not None:
+            return None  # a call takes them in float32
         weight = self._parameters["weight_hh_l0"]
         chosen = self._choose(weight.dtype, weight.device).backend
         return self._panels(self.cell.cell.name, self.heads) if chosen == "cpu" else None

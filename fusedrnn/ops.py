@@ -279,7 +279,9 @@ def _of_backward(arguments) -> tuple[Gradients, Inputs, Saved, str, str, list[bo
     else:
         needs = [*needs[:3], *needs[1 + states : 6 + states], *needs[3 : 1 + states], *needs[6 + states :]]
     dh_n, dc_n = (*dfinals, None)[:2]
-    cells = every[0] if every else y.new_empty(0, dtype=accumulation_dtype(y.dtype))
+    # In y's place may be the dimension that vmap maps, or None: there is none of the others either.
+    nothing = y.new_empty(0, dtype=accumulation_dtype(y.dtype)) if isinstance(y, Tensor) else None
+    cells = every[0] if every else nothing
     grads = Gradients(dy, dh_n, dc_n, (*devery, None)[0], tuple(dfinals[2:]), tuple(devery[1:]))
     return grads, inputs, Saved(y, gates, cells, tuple(every[1:])), backend, algorithm, needs
 
