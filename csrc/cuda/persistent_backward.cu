@@ -136,7 +136,7 @@ __device__ __forceinline__ void persistent_backward(const Directions<Params>& al
   };
 
   for (int64_t first = int64_t(blockIdx.y) * p.slice_rows; first < p.batch;
-       first += int64_t(gridDim.y) * p.slice_rows) {
+       first += int64_t(Math::kExact ? p.groups : int(gridDim.y)) * p.slice_rows) {
     const int limit = int(p.batch - first < p.slice_rows ? p.batch - first : p.slice_rows);
     const Timeline timeline{p.offsets_device, p.batch, first, limit};
     const int64_t in_slice = keep(int64_t(row) * hidden + unit), in_batch = first * hidden + in_slice;

@@ -42,7 +42,7 @@ __device__ __forceinline__ void persistent_forward(const Directions<Params>& all
   constexpr bool kLate = kOverlap || Math::kExact;  // gates are stored after all packets: what the registers allow
   constexpr int kElements = forward_rows(kUnits) * kUnits / kThreads, kStride = kThreads / kUnits;
   // Where weights leave few registers, the compiler may compute addresses again, and what both directions have in
-  // common is read from the first: its place takes no register.
+  // common is read from the first: its place takes no register. Which step it is follows from how many are left.
   constexpr bool kTight = kFull && Math::kExact, kKeepsBias = !kTight;
   const FusedrnnForward& common = plain(all.of[kTight ? 0 : blockIdx.z]);
   const auto keep = [](auto value) { return kTight ? value : fusedrnn::keep(value); };
@@ -142,7 +142,7 @@ __device__ __forceinline__ void persistent_forward(const Directions<Params>& all
   };
 
   for (int64_t first = int64_t(blockIdx.y) * common.slice_rows; first < common.batch;
-       first += int64_t(gridDim.y) * common.slice_rows) {
+       first += int64_t(kTight ? common.groups : int(gridDim.y)) * common.slice_rows) {
     const int limit = int(common.batch - first < common.slice_rows ? common.batch - first : common.slice_rows);
     const Timeline timeline{p.offsets_device, common.batch, first, limit};
     const int64_t in_slice = keep(int64_t(my_row) * hidden + unit), in_batch = first * hidden + in_slice;
@@ -172,13 +172,16 @@ __device__ __forceinline__ void persistent_forward(const Directions<Params>& all
     copy_ahead(now, parity);
     if (common.steps > 2) timeline.copy_ahead(t + 2 * direction, offsets_to + parity * kOffsetsOfStep);
     end_group();
+    const auto step_at = [&](int left) { return p.reverse ? left : int(common.steps) - 1 - left; };
     for (int left = int(common.steps) - 1; left >= 0; --left) {
       t += direction;
       __syncwarp();  // all lanes have read what is overwritten
       copy_ahead(next, parity ^ 1);
-      if (left > 2) timeline.copy_ahead(t + 2 * direction, offsets_to + (parity ^ 1) * kOffsetsOfStep);
+      if (left > 2)
+        timeline.copy_ahead(kTight ? step_at(left - 3) : t + 2 * direction, offsets_to + (parity ^ 1) * kOffsetsOfStep);
       end_group();
 
+      const int step = kTight ? step_at(left) : t - direction;
       const char* const h_at = keep(y_at + before.offset * row_bytes);
       const int last_row = now.rows - 1;
       const auto aim = [&](Flight<kPart>& f, int row) {
@@ -201,9 +204,9 @@ __device__ __forceinline__ void persistent_forward(const Directions<Params>& all
         unrolled<kChunks / kPart>([&](auto portion) {
           constexpr int begin = decltype(portion)::value * kPart, next = (begin + kPart) % kChunks;
           if constexpr (n == 2)
-            inbox.template settle<begin>(p, t - direction, flights[0], flights[kTiles - 1]);
+            inbox.template settle<begin>(p, step, flights[0], flights[kTiles - 1]);
           else
-            inbox.template settle<begin>(p, t - direction, flights[0]);
+            inbox.template settle<begin>(p, step, flights[0]);
           if constexpr (next == 0)
 #pragma unroll
             for (int i = 0; i < n; ++i)
@@ -259,7 +262,7 @@ __device__ __forceinline__ void persistent_forward(const Directions<Params>& all
       };
       if (now.rows > 0) {
         aim(flights[0], lane >> 2);
-        inbox.first(flights[0], p, t - direction);
+        inbox.first(flights[0], p, step);
         if (kTiles > 1 && now.rows > 8) {
           aim(flights[kTiles - 1], 8 + (lane >> 2));
           unrolled<kPart>([&](auto index) {
