@@ -26,6 +26,8 @@ CASES = [
     Case(T=7, B=5, I=6, H=20, lengths=(7, 7, 4, 2, 1), states=True, resets=True, heads=4),
     Case(T=7, B=3, I=4, H=17, lengths=(7, 5, 2), states=True, resets=True, reverse=True),
     Case(T=5, B=3, I=6, H=10, strided=True, heads=2),
+    Case(T=9, B=23, I=3, H=10, states=True, heads=2),  # rows enough to go over the gradient of W_hh twice
+    Case(T=9, B=23, I=3, H=10, states=True, reverse=True, heads=2),
     Case(T=5, B=9, I=3, H=8, resets=True, reverse=True, strided=True),
 ]
 TRITON_CASES = [

@@ -16,9 +16,9 @@ struct Blocks {
   static constexpr int kTileColumns = kVectors * kWidth;
   // A panel of A stays in the first-level cache, those of kColumns columns of B in the second-level one.
   static constexpr int64_t kDepth = 256, kColumns = 256;
-  // So many elements of A are packed at once, for all columns; sums of so many rows wait in memory while the depth goes
-  // on.
-  static constexpr int64_t kPacked = 2048 * 1024, kRows = 2048;
+  // So many elements of A are packed at once, for all columns; so many rows at most, and fewer where their sums wait in
+  // memory while the depth goes on.
+  static constexpr int64_t kPacked = 2048 * 1024, kRows = 2048, kRowsOfSums = 512;
   // Floats of a panel. A line more than it holds: panels a power of two apart would push each other out of the cache.
   static constexpr int64_t panel(int vectors, int64_t depth) { return (depth * vectors + 1) * kWidth; }
 };
@@ -99,14 +99,16 @@ class ProductRun {
  public:
   explicit ProductRun(const Product& problem)
       : p(problem),
-        row_parts(parts_of_rows()),
-        column_parts(problem.threads / row_parts),
-        rows_at_once(min(max(Blocks::kPacked / p.depth, 8 * Blocks::kTileRows), Blocks::kRows)),
+        row_parts(p.count > 1 ? 1 : parts_of_rows()),
+        column_parts(p.count > 1 ? 1 : problem.threads / row_parts),
+        once(divide_up(p.columns, column_parts * Blocks::kTileColumns) <= kPanels),
+        rows_at_once(min(once ? Blocks::kRows : max(Blocks::kPacked / p.depth, 8 * Blocks::kTileRows),
+                         p.depth > Blocks::kDepth ? Blocks::kRowsOfSums : Blocks::kRows)),
         most_rows(min(divide_up(p.rows, row_parts), rows_at_once) + Blocks::kTileRows),
         most_columns(min(divide_up(p.columns, column_parts * Blocks::kTileColumns) + 1, kPanels) *
                      Blocks::kTileColumns),
         most_depth(min(p.depth, Blocks::kDepth)),
-        a_size(divide_up(most_rows, Blocks::kTileRows) * depth_blocks() * Blocks::panel(1, most_depth)),
+        a_size(divide_up(most_rows, Blocks::kTileRows) * (once ? 1 : depth_blocks()) * Blocks::panel(1, most_depth)),
         b_size(divide_up(most_columns, Blocks::kTileColumns) * Blocks::panel(Blocks::kVectors, most_depth)),
         sums_size(p.depth > Blocks::kDepth ? most_rows * kPanels * Blocks::kVectors : 0),
         a_panels(p.threads * a_size),
@@ -116,14 +118,19 @@ class ProductRun {
   void run() {
     in_parallel(is_crowded() ? 1 : p.threads, [this](int thread, int threads) {
       // Fewer threads than asked for take the parts in turn.
-      for (int64_t part = thread; part < row_parts * column_parts; part += threads) multiply(part, thread);
+      const int64_t parts = row_parts * column_parts;
+      for (int64_t part = thread; part < p.count * parts; part += threads) {
+        multiply(operands(part / parts), part % parts, thread);
+      }
     });
   }
 
  private:
   static constexpr int64_t kPanels = Blocks::kColumns / Blocks::kTileColumns;
   const Product& p;
-  const int64_t row_parts, column_parts, rows_at_once, most_rows, most_columns, most_depth, a_size, b_size, sums_size;
+  const int64_t row_parts, column_parts;
+  const bool once;  // a block of A meets one block of columns, and is packed just before
+  const int64_t rows_at_once, most_rows, most_columns, most_depth, a_size, b_size, sums_size;
   Buffer<float> a_panels, b_panels;  // of each thread
   Buffer<Vec<float>> all_sums;       // of each thread: [tile][panel of columns][row of the tile][kVectors]
 
@@ -138,7 +145,17 @@ class ProductRun {
     return best;
   }
 
-  void multiply(int64_t part, int thread) {
+  // Where the operands of one of the products begin.
+  struct Operands {
+    const E *a, *b;
+    E* c;
+  };
+  Operands operands(int64_t which) const {
+    return {static_cast<const E*>(p.a) + which * p.a_next, static_cast<const E*>(p.b) + which % p.b_count * p.b_next,
+            static_cast<E*>(p.c) + which * p.c_next};
+  }
+
+  void multiply(const Operands& of, int64_t part, int thread) {
     const int64_t i = part / column_parts, j = part % column_parts;
     const int64_t row_end = p.rows * (i + 1) / row_parts;
     const int64_t panels = divide_up(p.columns, Blocks::kTileColumns);
@@ -146,30 +163,33 @@ class ProductRun {
     for (int64_t row = p.rows * i / row_parts; row < row_end; row += rows_at_once) {
       const int64_t rows = min(rows_at_once, row_end - row);
       const int64_t each = divide_up(rows, divide_up(rows, Blocks::kTileRows));
-      for (int64_t k = 0; k < p.depth; k += Blocks::kDepth) {
-        pack_panels<1>(a_panel(thread, rows, each, k), each, static_cast<const E*>(p.a) + row * p.a_row + k * p.a_depth,
-                       p.a_row, p.a_depth, rows, min(Blocks::kDepth, p.depth - k));
-      }
+      const auto pack = [&](int64_t k) {
+        pack_panels<1>(a_panel(thread, rows, each, k), each, of.a + row * p.a_row + k * p.a_depth, p.a_row, p.a_depth,
+                       rows, min(Blocks::kDepth, p.depth - k));
+      };
+      for (int64_t k = 0; k < p.depth && !once; k += Blocks::kDepth) pack(k);
       for (int64_t c = panels * j / column_parts * Blocks::kTileColumns; c < column_end; c += Blocks::kColumns) {
         const int64_t columns = min(Blocks::kColumns, column_end - c);
         for (int64_t k = 0; k < p.depth; k += Blocks::kDepth) {
-          block(row, rows, each, c, columns, k, min(Blocks::kDepth, p.depth - k), thread);
+          if (once) pack(k);
+          block(of, row, rows, each, c, columns, k, min(Blocks::kDepth, p.depth - k), thread);
         }
       }
     }
   }
 
   float* a_panel(int thread, int64_t rows, int64_t each, int64_t k) const {
-    return a_panels + thread * a_size + divide_up(rows, each) * (k / Blocks::kDepth) * Blocks::panel(1, most_depth);
+    const int64_t blocks = once ? 0 : k / Blocks::kDepth;
+    return a_panels + thread * a_size + divide_up(rows, each) * blocks * Blocks::panel(1, most_depth);
   }
 
   // The rows and columns of a block of the depth.
-  void block(int64_t row, int64_t rows, int64_t each, int64_t column, int64_t columns, int64_t k, int64_t depth,
-             int thread) {
+  void block(const Operands& of, int64_t row, int64_t rows, int64_t each, int64_t column, int64_t columns, int64_t k,
+             int64_t depth, int thread) {
     constexpr int kVectors = Blocks::kVectors;
     float* const b = b_panels + thread * b_size;
-    pack_panels<kVectors>(b, Blocks::kTileColumns, static_cast<const E*>(p.b) + k * p.b_depth + column * p.b_column,
-                          p.b_column, p.b_depth, columns, depth);
+    pack_panels<kVectors>(b, Blocks::kTileColumns, of.b + k * p.b_depth + column * p.b_column, p.b_column, p.b_depth,
+                          columns, depth);
     const bool whole = p.depth <= Blocks::kDepth, last = k + depth == p.depth;
     Vec<float>* sums = all_sums + thread * sums_size;
     const float* tile = a_panel(thread, rows, each, k);
@@ -180,14 +200,14 @@ class ProductRun {
         Vec<float>* const to = whole ? few : sums;
         multiply_tile_of<Blocks::kTileRows>(
             count, to, tile, b + j / Blocks::kTileColumns * Blocks::panel(kVectors, depth), depth, k > 0);
-        if (last) write(to, row + r, count, column + j, min(Blocks::kTileColumns, columns - j));
+        if (last) write(of.c, to, row + r, count, column + j, min(Blocks::kTileColumns, columns - j));
       }
     }
   }
 
-  void write(const Vec<float>* sums, int64_t row, int64_t rows, int64_t column, int64_t columns) const {
+  void write(E* c, const Vec<float>* sums, int64_t row, int64_t rows, int64_t column, int64_t columns) const {
     for (int64_t r = 0; r < rows; ++r) {
-      E* const to = static_cast<E*>(p.c) + (row + r) * p.c_row + column;
+      E* const to = c + (row + r) * p.c_row + column;
       for (int v = 0; v < Blocks::kVectors && v * Blocks::kWidth < columns; ++v) {
         const int64_t some = columns - v * Blocks::kWidth;
         const Vec<float> sum = sums[r * Blocks::kVectors + v];

@@ -119,6 +119,10 @@ struct Product {
   int64_t c_row;
   int threads;  // at most
   bool add;     // C += A B, in float32 only
+  // So many products of these sizes, side by side; from one to the next so many elements. Of B there are `b_count`,
+  // in turn.
+  int64_t count = 1, b_count = 1;
+  int64_t a_next = 0, b_next = 0, c_next = 0;
 };
 
 // to = from times scale, row by row.

@@ -369,23 +369,46 @@ Tensor previous_rows(const Problem& s, const Tensor& h0, const Tensor& y, const 
   return result;
 }
 
+// Whether products of that dtype are our own kernels' whatever their size.
+bool multiplies_here(int32_t dtype) { return dtype == kFloat && (!host_multiplies(Dtype::kFloat32) || is_forked()); }
+
+// For each gate and head its columns of dgates^T times those of the head in `started`, or added to what is there.
+void products_of_heads(const Problem& s, const Tensor& result, const Matrix& dgates, const Matrix& started, bool add) {
+  const int64_t units = s.hidden / s.heads, blocks = s.cell.gates * s.heads;
+  if (multiplies_here(dgates.dtype()) && dgates.column_stride == 1 && started.column_stride == 1 && dgates.rows > 0) {
+    const bool alone = in_parallel_region() || dgates.rows * dgates.columns * units < 65536;
+    kernels().product({Dtype::kFloat32, units, units, dgates.rows, dgates.data(), 1, dgates.row_stride, started.data(),
+                       started.row_stride, 1, result.writable(), units, alone ? 1 : torch_threads(), add, blocks,
+                       s.heads, units, units, units * units});
+    return;
+  }
+  for (int64_t block = 0; block < blocks; ++block) {
+    product_out(matrix(result).narrow_rows(block * units, units), dgates.narrow_columns(block * units, units).t(),
+                started.narrow_columns(block % s.heads * units, units), add);
+  }
+}
+
 // dgates^T times what each step started from, for each head its own. In 16 bits one GEMM over a copy: adding two would
 // round twice.
 Tensor recurrent_gradient(const Problem& s, const Matrix& dgates, const Tensor& h0, const Tensor& y,
                           const Tensor& resets, bool reverse) {
+  const int64_t inner = s.rows - s.batch;
+  const bool dense = s.lead.size() == 2 && !resets;
   if (s.heads > 1) {
-    const Tensor started = previous_rows(s, h0, y, resets, reverse);
     const int64_t units = s.hidden / s.heads;
     Tensor result = Tensor::empty({s.cell.gates * s.hidden, units}, dgates.dtype());
-    for (int64_t block = 0; block < s.cell.gates * s.heads; ++block) {
-      product_out(matrix(result).narrow_rows(block * units, units), dgates.narrow_columns(block * units, units).t(),
-                  matrix(started).narrow_columns(block % s.heads * units, units));
+    // To go over the result twice takes less than a copy of y where it is the smaller one.
+    if (dense && multiplies_here(dgates.dtype()) && s.rows > 4 * s.cell.gates * units && inner > 0) {
+      products_of_heads(s, result, dgates.narrow_rows(reverse ? inner : 0, s.batch), matrix(h0), false);
+      products_of_heads(s, result, dgates.narrow_rows(reverse ? 0 : s.batch, inner),
+                        Matrix::rows_of(y).narrow_rows(reverse ? s.batch : 0, inner), true);
+    } else {
+      const Tensor started = previous_rows(s, h0, y, resets, reverse);
+      products_of_heads(s, result, dgates, matrix(started), false);
     }
     return result;
   }
-  const bool dense = s.lead.size() == 2;
-  const int64_t inner = s.rows - s.batch;
-  if (dense && !resets && bytes_of(dgates.dtype()) > 2 && s.rows > 0) {
+  if (dense && bytes_of(dgates.dtype()) > 2 && s.rows > 0) {
     Tensor result = product(dgates.narrow_rows(reverse ? inner : 0, s.batch).t(), matrix(h0));
     if (inner == 0) return result;
     const Matrix y_rows = Matrix::rows_of(y).narrow_rows(reverse ? s.batch : 0, inner);
