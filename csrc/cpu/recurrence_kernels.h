@@ -404,7 +404,10 @@ struct Skeleton {
   // f(block), there and back in turn: what the last step used last is still in the cache.
   template <typename F>
   FUSEDRNN_INLINE static void sweep(Range blocks, int64_t s, F f) {
-    for (int64_t i = blocks.begin; i < blocks.end; ++i) f(s & 1 ? blocks.end - 1 - (i - blocks.begin) : i);
+    for (int64_t i = 0; i < blocks.end - blocks.begin; ++i) f(of_sweep(blocks, s, i));
+  }
+  FUSEDRNN_INLINE static int64_t of_sweep(Range blocks, int64_t s, int64_t i) {
+    return s & 1 ? blocks.end - 1 - i : blocks.begin + i;
   }
   void barrier_of_step(int thread, int threads) {
     if (!waits_for_no_one(threads)) barrier.wait(thread, threads);
@@ -801,37 +804,54 @@ struct ForwardRun : Skeleton<Cell, E, W> {
       if (!gates_x) x[i] = x_row(this->offset(t) + first + i * stride);
     }
     if (!this->direct) prepare_rows(before, count, out, thread);
-    this->sweep(units, s, [&](int64_t block) {
-      const Place at = place_of(block);
-      // The cell reads a line here and a line there, which no prefetcher foresees.
-      for (int64_t i = 0; i < count && gates_x; ++i) {
-        const int64_t row = this->offset(t) + first + i * stride;
-        for (int g = 0; g < kG; ++g) __builtin_prefetch(gates_x + (row * kG + g) * hidden + at.unit);
+    // The cell of one row would wait for its own arithmetic: the products of some blocks come first, then their cells,
+    // side by side.
+    V sums[kGroup * kG], sums_x[kGroup * kG];
+    const int64_t all = units.end - units.begin, some = max(int64_t{1}, 8 / max(int64_t{1}, count));
+    for (int64_t k = 0; k < all; k += some) {
+      const int64_t end = min(all, k + some);
+      int64_t at = 0;
+      for (int64_t j = k; j < end; ++j, at += count * kG) {
+        multiply_block(t, thread, Base::of_sweep(units, s, j), before, x, first, stride, count, sums + at, sums_x + at);
       }
-      V sums[kGroup * kG], sums_x[kGroup * kG];
-      if (!gates_x) {
-        if (kWide && p.panels_ih) {
-          multiply_panel(sums_x, x, count, 0, input_panel_of(block), p.input, thread);
-        } else {
-          all_gates(sums_x, x, 0, count, p.w_ih, at, p.input);
+      at = 0;
+      for (int64_t j = k; j < end; ++j) {
+        const Place place = place_of(Base::of_sweep(units, s, j));
+        for (int64_t i = 0; i < count; ++i, at += kG) {
+          apply_cell(t, s, first + i * stride, place, before[i], sums_x + at, sums + at);
         }
-        scale_gates(sums_x, count, p.scale_ih, at);
       }
-      if (p.gates_h) {
-        for (int64_t i = 0; i < count * kG; ++i) {
-          const int64_t column = ((first + i / kG * stride) * kG + i % kG) * hidden + at.unit;
-          sums[i] = load<C>(static_cast<const E*>(p.gates_h) + column, at.count);
-        }
-      } else if (this->direct) {
-        all_gates(sums, before, at.head * head_out, count, p.w_hh, at, head_out);
+    }
+  }
+
+  // The matmul of all gates of a block of units: h W_hh^T, and x W_ih^T where it is not there yet.
+  FUSEDRNN_INLINE void multiply_block(int64_t t, int thread, int64_t block, const O* const* before, const O* const* x,
+                                      int64_t first, int64_t stride, int64_t count, V* sums, V* sums_x) const {
+    const Place at = place_of(block);
+    // The cell reads a line here and a line there, which no prefetcher foresees.
+    for (int64_t i = 0; i < count && gates_x; ++i) {
+      const int64_t row = this->offset(t) + first + i * stride;
+      for (int g = 0; g < kG; ++g) __builtin_prefetch(gates_x + (row * kG + g) * hidden + at.unit);
+    }
+    if (!gates_x) {
+      if (kWide && p.panels_ih) {
+        multiply_panel(sums_x, x, count, 0, input_panel_of(block), p.input, thread);
       } else {
-        multiply_panel(sums, before, count, at.head * head_out, panel_of(block), head_out, thread);
+        all_gates(sums_x, x, 0, count, p.w_ih, at, p.input);
       }
-      scale_gates(sums, count, p.scale_hh, at);
-      for (int64_t i = 0; i < count; ++i) {
-        apply_cell(t, s, first + i * stride, at, before[i], sums_x + i * kG, sums + i * kG);
+      scale_gates(sums_x, count, p.scale_ih, at);
+    }
+    if (p.gates_h) {
+      for (int64_t i = 0; i < count * kG; ++i) {
+        const int64_t column = ((first + i / kG * stride) * kG + i % kG) * hidden + at.unit;
+        sums[i] = load<C>(static_cast<const E*>(p.gates_h) + column, at.count);
       }
-    });
+    } else if (this->direct) {
+      all_gates(sums, before, at.head * head_out, count, p.w_hh, at, head_out);
+    } else {
+      multiply_panel(sums, before, count, at.head * head_out, panel_of(block), head_out, thread);
+    }
+    scale_gates(sums, count, p.scale_hh, at);
   }
 
   void apply_cell(int64_t t, int64_t s, int64_t b, const Place& at, const O* before, const V* sums_x, const V* sums) {
