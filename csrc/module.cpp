@@ -275,55 +275,6 @@ PyObject* call_sequence(PyObject* const* a) {
   return tuple_of({&out.y, &out.h_n, &out.c_n, &out.gates, &out.cells}).release();
 }
 
-// The same of any cell, without what is kept for backward: (cell, x, states, w_ih, w_hh, b_ih, b_hh, w_hr, parameters,
-// inputs, batch_sizes, resets, reverse, heads, w_hh packed and w_ih packed, or None), the groups as tuples: y, then the
-// final states.
-PyObject* call_sequence_of_states(PyObject* const* a) {
-  require_plain();
-  Arguments held(Recorded::kRefused);
-  const auto all = [&](PyObject* tuple) {
-    std::vector<Tensor> found;
-    const Py_ssize_t count = PyTuple_Size(tuple);
-    if (count < 0) throw PythonError();
-    for (Py_ssize_t k = 0; k < count; ++k) found.push_back(held.take(PyTuple_GetItem(tuple, k)));
-    return found;
-  };
-  Inputs in;
-  in.x = held.take(a[1]);
-  std::vector<Tensor> states = all(a[2]);
-  Tensor* const first[] = {&in.h0, &in.c0};
-  for (size_t k = 0; k < states.size(); ++k) {
-    if (k < 2) {
-      *first[k] = std::move(states[k]);
-    } else {
-      in.more.states.push_back(std::move(states[k]));
-    }
-  }
-  Tensor* const weights[] = {&in.w_ih, &in.w_hh, &in.b_ih, &in.b_hh, &in.w_hr};
-  for (int k = 0; k < 5; ++k) *weights[k] = held.take(a[3 + k]);
-  in.more.parameters = all(a[8]);
-  in.more.inputs = all(a[9]);
-  in.batch_sizes = held.take(a[10]);
-  in.resets = held.take(a[11]);
-  in.reverse = is_true(a[12]);
-  in.heads = integer(a[13]);
-  in.panels = held.take(a[14]);
-  in.panels_ih = held.take(a[15]);
-  for (const auto& [panels, w] : {std::pair(&in.panels, &in.w_hh), std::pair(&in.panels_ih, &in.w_ih)}) {
-    require(*w && (!*panels || panels->numel() >= w->numel() * w->element_size()));
-  }
-  const std::string_view cell = text(a[0]);
-  Outputs out;
-  {
-    const WithoutGil released;
-    out = sequence(cell, in, false, false);
-  }
-  std::vector<const Tensor*> found = {&out.y, &out.h_n};
-  if (out.c_n.numel()) found.push_back(&out.c_n);
-  for (const Tensor& t : out.more_n) found.push_back(&t);
-  return tuple_of(found).release();
-}
-
 // (cell, dy, dh_n, dc_n, dcells, the ten inputs, reverse, y, gates, cells, needs): the eight gradients.
 PyObject* call_sequence_backward(PyObject* const* a) {
   require_plain();
@@ -466,6 +417,77 @@ Tensor reshaped(Tensor&& t, Sizes sizes) {
   AtenTensorHandle view = nullptr;
   FUSEDRNN_TORCH(aoti_torch__reinterpret_tensor(t.handle(), sizes.count, sizes.data, strides.data(), 0, &view));
   return Tensor::own(view);
+}
+
+// The same of any cell, without what is kept for backward: (cell, x, states, w_ih, w_hh, b_ih, b_hh, w_hr, parameters,
+// inputs, batch_sizes, resets, reverse, heads, w_hh packed and w_ih packed, or None), the groups as tuples: y, then the
+// final states. Of dense x states may be [1, B, H] as a layer has them, or none, which is zeros; so are the final ones.
+PyObject* call_sequence_of_states(PyObject* const* a) {
+  require_plain();
+  Arguments held(Recorded::kRefused);
+  const auto all = [&](PyObject* tuple) {
+    std::vector<Tensor> found;
+    const Py_ssize_t count = PyTuple_Size(tuple);
+    if (count < 0) throw PythonError();
+    for (Py_ssize_t k = 0; k < count; ++k) found.push_back(held.take(PyTuple_GetItem(tuple, k)));
+    return found;
+  };
+  const std::string_view cell = text(a[0]);
+  Inputs in;
+  in.x = held.take(a[1]);
+  std::vector<Tensor> states = all(a[2]);
+  Tensor* const weights[] = {&in.w_ih, &in.w_hh, &in.b_ih, &in.b_hh, &in.w_hr};
+  for (int k = 0; k < 5; ++k) *weights[k] = held.take(a[3 + k]);
+  in.more.parameters = all(a[8]);
+  in.more.inputs = all(a[9]);
+  in.batch_sizes = held.take(a[10]);
+  in.resets = held.take(a[11]);
+  in.reverse = is_true(a[12]);
+  in.heads = integer(a[13]);
+  in.panels = held.take(a[14]);
+  in.panels_ih = held.take(a[15]);
+  for (const auto& [panels, w] : {std::pair(&in.panels, &in.w_hh), std::pair(&in.panels_ih, &in.w_ih)}) {
+    require(*w && (!*panels || panels->numel() >= w->numel() * w->element_size()));
+  }
+  const auto [gates, has_c] = gates_and_c(cell);
+  const bool of_layer = states.empty() || (states[0] && states[0].dim() == 3);
+  if (of_layer) {
+    require(in.x && in.x.dim() == 3 && in.w_hh.dim() == 2);
+    const int64_t batch = in.x.size(1), hidden = in.w_hh.size(0) / gates;
+    const auto count = static_cast<size_t>(counts_of(cell).states);
+    require(states.empty() || states.size() == count);
+    for (size_t k = 0; k < count; ++k) {
+      const int64_t size = k ? hidden : in.w_hh.size(1) * in.heads;
+      if (states.size() <= k) {
+        states.push_back(zeros_of({batch, size}, in.x.dtype()));
+      } else {
+        require(fits(states[k], {1, batch, size}, in.x));
+        states[k] = states[k].select(0);
+      }
+    }
+  }
+  Tensor* const first[] = {&in.h0, &in.c0};
+  for (size_t k = 0; k < states.size(); ++k) {
+    if (k < 2) {
+      *first[k] = std::move(states[k]);
+    } else {
+      in.more.states.push_back(std::move(states[k]));
+    }
+  }
+  Outputs out;
+  {
+    const WithoutGil released;
+    out = sequence(cell, in, false, false);
+  }
+  std::vector<Tensor*> finals = {&out.h_n};
+  if (has_c) finals.push_back(&out.c_n);
+  for (Tensor& t : out.more_n) finals.push_back(&t);
+  std::vector<const Tensor*> found = {&out.y};
+  for (Tensor* t : finals) {
+    if (of_layer) *t = reshaped(std::move(*t), {1, t->size(0), t->size(1)});
+    found.push_back(t);
+  }
+  return tuple_of(found).release();
 }
 
 // Another tensor of torch in the memory of `t`.

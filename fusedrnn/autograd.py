@@ -255,7 +255,7 @@ class CellFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(call, *tensors):
-        return ops.run(dataclasses.replace(call, keep_states=True), *tensors)
+        return ops.run(call, *tensors, keep_states=True)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -287,6 +287,24 @@ class CellFunction(torch.autograd.Function):
         # Every state is an output of forward, whatever was asked for.
         call = dataclasses.replace(call, keep_states=True)
         return batching.cell(CellFunction.apply, call, info, in_dims[1:], *tensors)
+
+
+class EagerCellFunction(torch.autograd.Function):
+    """CellFunction where no transform of torch.func is on, as EagerRecurrenceFunction is; y is saved as it is."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        outputs = CellFunction.forward(*arguments)
+        CellFunction.setup_context(ctx, arguments, outputs)
+        return outputs
+
+    backward = CellFunction.backward
+
+
+def recorded_cell(call: ops.Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """What ops.run returns, for autograd; not to be compiled."""
+    eager = torch._C._functorch.peek_interpreter_stack() is None
+    return (EagerCellFunction if eager else CellFunction).apply(call, *tensors)
 
 
 class CellBackwardFunction(torch.autograd.Function):
@@ -330,7 +348,7 @@ class CellBackwardFunction(torch.autograd.Function):
 def apply_cell(cell: str, inputs: Inputs, backend: str, algorithm: str, recompute: bool, keep_states: bool) -> tuple:
     """What ops.run returns, recorded for autograd."""
     call = ops.Call.of(cell, inputs, backend, algorithm, not recompute, keep_states)
-    return CellFunction.apply(call, *ops.packed(inputs))
+    return recorded_cell(call, *ops.packed(inputs))
 
 
 def apply_cell_backward(cell: str, grads, inputs: Inputs, saved, backend: str, algorithm: str, needs) -> tuple:

@@ -1,7 +1,6 @@
 """Recurrent layers as functions: layers, directions, dropout between layers, packed sequences."""
 
 import contextlib
-import dataclasses
 import functools
 import threading
 import warnings
@@ -15,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils import rnn as rnn_utils
 
 from fusedrnn import _build, ops, pair, planning, trials
-from fusedrnn.autograd import CallFunction, CellFunction, recorded
+from fusedrnn.autograd import CallFunction, recorded, recorded_cell
 from fusedrnn.backends import reference
 from fusedrnn.backends.common import Inputs, neighbours, sizes_on
 from fusedrnn.cells import CELLS, Cell
@@ -342,11 +341,11 @@ def _any_cell(cell, inputs, backend, algorithm, recompute, keep_gates, keep_stat
     """What ops.run returns, recorded for autograd where a gradient may be asked for."""
     gradient = _may_need_gradient(tensors)
     keep_gates = not recompute if gradient else keep_gates
-    call = ops.Call.of(cell.name, inputs, backend, algorithm, keep_gates, keep_states or keep_gates)
+    call = ops.Call.of(cell.name, inputs, backend, algorithm, keep_gates, keep_states)
     if torch.compiler.is_compiling() or not gradient:
         # Compiled, it is the op that has the gradient: Dynamo does not look into it.
-        return ops.run(call, *ops.packed(inputs))
-    return CellFunction.apply(dataclasses.replace(call, keep_states=keep_states), *ops.packed(inputs))
+        return ops.run(call, *ops.packed(inputs), keep_states=keep_gates)
+    return recorded_cell(call, *ops.packed(inputs))
 
 
 def _savable(inputs: Inputs) -> Inputs:

@@ -160,7 +160,29 @@ class Layer(RecurrentLayer):
         return tuple(s.index_select(1, permutation) for s in hx)
 
     def _direct(self, input, hx, resets=None):
-        return None
+        """What forward returns of one sequence on the CPU that nobody wants a gradient of; None where that does not
+        apply.
+        """
+        if torch.is_grad_enabled() or type(input) is not Tensor or input.dim() != 3 or type(self) is not Layer:
+            return None
+        if self.num_layers > 1 or self.bidirectional or resets is not None or functional._recorders:
+            return None
+        cell, kept = self.cell.cell, self.__dict__.get("_packed", ((None, None),))
+        states = () if hx is None else (hx,) if len(cell.states) == 1 else hx
+        x, (w_ih, w_hh, *rest) = input.transpose(0, 1) if self.batch_first else input, self._weights()
+        fits = type(states) is tuple and x.shape[2] == self.input_size and w_ih is not None and x.dtype == w_ih.dtype
+        if not fits or cell.inputs or x.shape[0] == 0 or self._choose(x.dtype, x.device).backend != "cpu":
+            return None
+        w_hr = rest.pop(2 * self.bias) if self.proj_size else None
+        b_ih, b_hh = (*rest[: 2 * self.bias], None, None)[:2]
+        found = ops.sequence_of_layer(
+            cell.name, x, states, w_ih, w_hh, b_ih, b_hh, w_hr, tuple(rest[2 * self.bias :]), (), None, None, False,
+            self.heads, *kept[0],
+        )  # fmt: skip
+        if found is None:
+            return None
+        y, *finals = found
+        return y.transpose(0, 1) if self.batch_first else y, tuple(finals) if len(finals) > 1 else finals[0]
 
     def _pack(self) -> list | None:
         if self._quantized is not None:
@@ -208,6 +230,10 @@ class Layer(RecurrentLayer):
         for name in self.cell.inputs:
             if name not in inputs:
                 raise TypeError(f"Layer.forward() needs {name}=, an input of the cell {self.cell.name}")
+        if lengths is None and not (return_all_states or inputs):
+            found = self._direct(input, hx, resets)
+            if found is not None:
+                return found
         given = {name: inputs[name] for name in self.cell.inputs}
         return self._checked(input, hx, resets, return_all_states, lengths, padding_value, given)
 

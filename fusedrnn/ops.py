@@ -592,13 +592,13 @@ def _op_inputs(inputs: Inputs) -> tuple:
     )  # fmt: skip
 
 
-def run(call: Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+def run(call: Call, *tensors: Tensor | None, keep_states: bool = False) -> tuple[Tensor, ...]:
     """One direction of one layer of any cell: y, h_n, c_n, gates, cells, then of the states after c the final ones and
-    all that are kept. Nothing is recorded for autograd, unless it is compiled.
+    all that are kept, by the call or by ``keep_states``. Nothing is recorded for autograd, unless it is compiled.
     """
     y, finals, gates, every = _call(
         sequence_op, call.cell, *_op_inputs(call.unpacked(tensors)), call.backend, call.algorithm, call.keep_gates,
-        call.keep_states,
+        keep_states or call.keep_states,
     )  # fmt: skip
     c_n = finals[1] if len(finals) > 1 else y.new_empty(0)
     cells = every[0] if every else y.new_empty(0, dtype=accumulation_dtype(y.dtype))
@@ -671,15 +671,18 @@ def sequence_of_states(
     """y, the final states and no other ones of one direction on the CPU, W_hh and W_ih packed or not; None where
     somebody looks on or wants a gradient.
     """
-    fast = _below_the_dispatcher()
-    if fast is None:
-        return None
     states = (inputs.h0, *inputs.states0)
-    found = fast.sequence_of_states(
+    found = sequence_of_layer(
         cell, inputs.x, states, *inputs[3:8], inputs.parameters, inputs.inputs, inputs.batch_sizes, inputs.resets,
         inputs.reverse, inputs.heads, panels, panels_ih,
     )  # fmt: skip
     return None if found is None else (found[0], [*found[1:]], [])
+
+
+def sequence_of_layer(*arguments) -> tuple[Tensor, ...] | None:
+    """The same by the arguments of ``_C.sequence_of_states`` (csrc/module.cpp): y, then the final states."""
+    fast = _below_the_dispatcher()
+    return None if fast is None else fast.sequence_of_states(*arguments)
 
 
 def sequence_backward_arguments(

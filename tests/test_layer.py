@@ -13,7 +13,7 @@ import torch
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fusedrnn
-from fusedrnn import _build, compiled, planning, printing, remembered, zoo
+from fusedrnn import _build, compiled, ops, planning, printing, remembered, zoo
 from fusedrnn.definition import Definition
 
 ZOO = {name: value for name, value in vars(zoo).items() if isinstance(value, Definition)}
@@ -315,6 +315,59 @@ def test_inputs_of_a_cell_reach_a_graph_of_fx_and_who_answers_for_a_tensor(optio
     assert torch.equal(graph(x, mask), want)
     for a, b in ((Answers(x), mask), (x, Answers(mask)), (Answers(x), Answers(mask))):
         assert torch.equal(model(a, b), want)
+
+
+@pytest.mark.parametrize("batch_first", [False, True], ids=["", "batch_first"])
+@pytest.mark.parametrize(
+    "name, options",
+    [("slstm", {"heads": 2}), ("mgu", {"bias": False}), ("peephole_lstm", {}), ("lstm", {"proj_size": 3})],
+)
+def test_a_call_without_gradients_is_one_of_c(name, options, batch_first, monkeypatch):
+    """And returns and raises what the long way does."""
+    layer = fusedrnn.Layer(ZOO[name], 5, 6, batch_first=batch_first, **options)
+    calls, found = [], []
+    short = ops.sequence_of_layer
+
+    def noted(*arguments):
+        calls.append(short(*arguments))
+        return calls[-1]
+
+    monkeypatch.setattr(ops, "sequence_of_layer", noted)
+
+    def both(x, hx=None):
+        answers = [layer(x, hx)]
+        monkeypatch.setattr(fusedrnn.Layer, "_direct", lambda *given: None)
+        answers.append(layer(x, hx))
+        monkeypatch.undo()
+        monkeypatch.setattr(ops, "sequence_of_layer", noted)
+        for y, states in answers:
+            found.append([y, *(states if isinstance(states, tuple) else (states,))])
+        for a, b in zip(*found[-2:], strict=True):
+            assert (a.shape, a.stride()) == (b.shape, b.stride())
+            assert torch.equal(a, b)
+        return answers[0][1]
+
+    with torch.no_grad():
+        x = torch.randn(4, 3, 5)
+        states = both(x)
+        assert calls[0] is not None
+        both(x, states)
+        fusedrnn.freeze(layer)
+        both(x[:, :1].contiguous(), None)
+        both(torch.randn(3, 4, 5)[:0] if batch_first else x[:, :0])
+        assert None not in calls
+        for wrong in (x[..., :4], x.double(), x[:0] if not batch_first else x[:, :0]):
+            with pytest.raises((RuntimeError, ValueError), match=r"input_size|dtype|sequence length"):
+                layer(wrong)
+        many = states if isinstance(states, tuple) else (states,)
+        small = tuple(s[:, :1] for s in many)
+        with pytest.raises(RuntimeError, match=r"Expected hidden.* size"):
+            layer(x, small if len(small) > 1 else small[0])
+        assert layer(x[0])[0].shape[0] == 3  # unbatched
+    fusedrnn.unfreeze(layer)
+    before = len(calls)
+    assert layer(x)[0].requires_grad
+    assert len(calls) == before
 
 
 def test_nested_input_and_an_input_of_the_cell():

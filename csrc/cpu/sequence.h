@@ -52,7 +52,7 @@ FUSEDRNN_API std::pair<int64_t, bool> gates_and_c(std::string_view cell);
 struct Counts {
   int64_t states, parameters, inputs;
 };
-Counts counts_of(std::string_view cell);
+FUSEDRNN_API Counts counts_of(std::string_view cell);
 
 // W_hh [G*H, P / heads] of a cell as the kernels of this processor want it: bytes that Inputs::panels takes. The same
 // of W_ih [G*H, I] of one head, in float32 or `quantized`, for Inputs::panels_ih.
