@@ -35,7 +35,8 @@ if int(setuptools.__version__.split(".")[0]) < 77:
     )
 
 ROOT = Path(__file__).resolve().parent
-CAPABILITIES = ("portable", "avx2", "avx512", "amx") if platform.machine() in ("x86_64", "AMD64") else ("portable",)
+X86 = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
+CAPABILITIES = X86 if platform.machine() in ("x86_64", "AMD64") else ("portable",)
 if platform.machine() in ("aarch64", "arm64"):
     CAPABILITIES = ("portable", "neon")
 if sys.platform != "linux":  # whose permission the tile registers need
@@ -43,7 +44,7 @@ if sys.platform != "linux":  # whose permission the tile registers need
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 # GCC 12 takes the undefined pass-through operands of its own intrinsics for a fault.
 AVX512 = [*AVX2, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-Wno-uninitialized"]
-CAPABILITY_FLAGS = {"recurrence_avx2.cpp": AVX2, "recurrence_avx512.cpp": AVX512, "recurrence_amx.cpp": AVX512}
+CAPABILITY_FLAGS = {f"recurrence_{c}.cpp": AVX2 if c == "avx2" else AVX512 for c in X86[1:]}
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
          "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi", "-Wno-maybe-uninitialized",
          "-Wno-unknown-warning-option"]  # fmt: skip

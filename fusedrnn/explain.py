@@ -442,9 +442,13 @@ def _cpu(z: _Sizes, backward: bool) -> Pass:
     tiles = capability == "amx" and z.dtype is torch.bfloat16
     rows = z.T * z.B
     direct = rows <= (8 if tiles else 64) and (not backward or 4 * z.B >= z.T)
-    lanes = {"amx": 64, "avx512": 64, "avx2": 32}.get(capability, 16) // z.acc
-    if capability == "amx":
-        capability = "amx: bfloat16 tiles" if tiles and not direct else "avx512"
+    lanes = {"portable": 16, "neon": 16, "avx2": 32}.get(capability, 64) // z.acc
+    if tiles and not direct:
+        capability = "amx: bfloat16 tiles"
+    elif capability == "avx512_bf16" and z.dtype is torch.bfloat16 and not direct:
+        capability = "avx512: dot products of bfloat16"
+    elif capability in ("avx512_bf16", "amx"):
+        capability = "avx512"
     wide = capability == "portable" and z.dtype is torch.float16
     weights = z.G * _blocks(z.H, 2 * lanes) * 2 * lanes * z.P * (z.acc if wide else z.s)
     cache = _own_cache_bytes()

@@ -330,7 +330,7 @@ NO_16_BIT_UNITS = {
     "MKL_ENABLE_INSTRUCTIONS": "AVX512",
 }
 ONE_BY_ONE = [
-    *({"FUSEDRNN_CPU_CAPABILITY": name} for name in ("portable", "avx2", "avx512")),
+    *({"FUSEDRNN_CPU_CAPABILITY": name} for name in ("portable", "avx2", "avx512", "avx512_bf16")),
     *({"ATEN_CPU_CAPABILITY": name} for name in ("default", "avx2")),
     *({"ONEDNN_MAX_CPU_ISA": name} for name in ("SSE41", "AVX2", "AVX512_CORE", "AVX512_CORE_BF16")),
     *({"MKL_ENABLE_INSTRUCTIONS": name} for name in ("SSE4_2", "AVX2", "AVX512")),
@@ -383,6 +383,7 @@ def test_products_of_the_host_on_a_processor_that_would_not_take_them():
         # bfloat16 units: the host's products, which use them
         ("amx", True, None, None, "host"),
         ("avx512", True, None, None, "host"),
+        ("avx512_bf16", True, None, None, "host"),
         ("amx", True, "ALL", None, "host"),
         ("amx", True, "AVX512_CORE_AMX", None, "host"),
         ("avx512", True, "AVX512_CORE_BF16", None, "host"),

@@ -44,6 +44,16 @@ bool has_f16c() {
 }
 #endif
 
+bool has_bfloat16() {
+#if defined(__x86_64__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kAvx512Bf16 = 1u << 5;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kAvx512Bf16);
+#else
+  return false;
+#endif
+}
+
 // Ascending.
 const Candidate* candidates(int* count) {
 #if defined(__x86_64__)
@@ -53,7 +63,7 @@ const Candidate* candidates(int* count) {
                                  __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
 #endif
 #ifdef FUSEDRNN_HAS_AMX
-  static const bool has_amx = has_avx512 && has_tiles();
+  static const bool has_amx = has_avx512 && has_bfloat16() && has_tiles();
 #endif
   static const Candidate table[] = {
       {&portable::kernels, true},
@@ -65,6 +75,9 @@ const Candidate* candidates(int* count) {
 #endif
 #ifdef FUSEDRNN_HAS_AVX512
       {&avx512::kernels, has_avx512},
+#endif
+#ifdef FUSEDRNN_HAS_AVX512_BF16
+      {&avx512_bf16::kernels, has_avx512 && has_bfloat16()},
 #endif
 #ifdef FUSEDRNN_HAS_AMX
       {&amx::kernels, has_amx},
@@ -92,16 +105,6 @@ const Kernels& choose() {
   return *best;
 }
 
-bool has_bfloat16() {
-#if defined(__x86_64__)
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  constexpr unsigned kAvx512Bf16 = 1u << 5;
-  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kAvx512Bf16);
-#else
-  return false;
-#endif
-}
-
 bool is_intel() {
 #if defined(__x86_64__)
   unsigned a = 0, b = 0, c = 0, d = 0;
@@ -124,7 +127,7 @@ bool host_multiplies(const Processor& processor, Dtype dtype, const char* forced
   }
   if (forced) return strcmp(forced, "host") == 0;
   const std::string_view capability(processor.capability);
-  const bool avx512 = capability == "avx512" || capability == "amx";
+  const bool avx512 = capability.starts_with("avx512") || capability == "amx";
   if (dtype == Dtype::kFloat32) return processor.intel || !(avx512 || capability == "avx2");
   if (dtype != Dtype::kBfloat16 || !processor.bfloat16) return false;
   // Without these instructions oneDNN splits an infinity into infinity - infinity.
@@ -166,6 +169,9 @@ const char* compiled_capabilities() {
 #endif
 #ifdef FUSEDRNN_HAS_AVX512
          " avx512"
+#endif
+#ifdef FUSEDRNN_HAS_AVX512_BF16
+         " avx512_bf16"
 #endif
 #ifdef FUSEDRNN_HAS_AMX
          " amx"

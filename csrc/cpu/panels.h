@@ -1,8 +1,12 @@
-// Matrices repacked into panels, [depth][vectors][W lanes]: what a kernel streams once from front to back.
+// Matrices repacked into panels, [depth][vectors][W lanes]: what a kernel streams once from front to back. Of bfloat16
+// two of the depth stand side by side, [depth / 2][vectors][W lanes][2], zeros behind an odd depth: one load gives both.
 #pragma once
 
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
+
+#include <type_traits>
 
 #include "recurrence.h"
 #include "simd.h"
@@ -38,17 +42,45 @@ class Buffer {
   T* data_ = nullptr;
 };
 
-// One vector of a panel of weight^T: lane j at depth k is weight[j][k]; lanes beyond `count` are zero.
-// Consecutive depths are `step` elements apart in the panel.
+template <typename P>
+constexpr bool kPairs = std::is_same_v<P, Bfloat16>;
+template <typename P>
+FUSEDRNN_INLINE constexpr int64_t padded_depth(int64_t depth) {
+  return kPairs<P> ? divide_up(depth, 2) * 2 : depth;
+}
+
+// Vector v of `vectors` of a panel of weight^T: lane j at depth k is weight[j][k]; lanes beyond `count` are zero.
+FUSEDRNN_COLD inline void pack_rows_in_pairs(Bfloat16* panel, int vectors, int v, const Bfloat16* weight,
+                                             int64_t stride, int64_t count, int64_t depth) {
+  constexpr int kWidth = Vec<float>::kWidth, kBoth = 2 * kWidth;
+  panel += v * kBoth;
+  for (int64_t k = 0; k < depth; k += kBoth) {
+    const int64_t width = min(kBoth, depth - k);
+    // Pairs move as one float.
+    Vec<float> tile[kWidth];
+    for (int j = 0; j < kWidth; ++j) {
+      Bfloat16 padded[kBoth] = {};
+      if (j < count) memcpy(padded, weight + j * stride + k, static_cast<size_t>(width) * sizeof(Bfloat16));
+      tile[j] = load(reinterpret_cast<const float*>(padded));
+    }
+    transpose<1, kWidth>(tile);
+    for (int64_t j = 0; j < divide_up(width, 2); ++j) {
+      store(reinterpret_cast<float*>(panel + (k / 2 + j) * vectors * kBoth), tile[j]);
+    }
+  }
+}
 template <typename C, typename P, typename E>
-FUSEDRNN_COLD void pack_rows(P* panel, int64_t step, const E* weight, int64_t stride, int64_t count, int64_t depth) {
+FUSEDRNN_COLD void pack_rows(P* panel, int vectors, int v, const E* weight, int64_t stride, int64_t count,
+                             int64_t depth) {
+  if constexpr (kPairs<P>) return pack_rows_in_pairs(panel, vectors, v, weight, stride, count, depth);
   constexpr int kWidth = Vec<C>::kWidth;
+  panel += v * kWidth;
   for (int64_t k = 0; k < depth; k += kWidth) {
     const int64_t width = min(kWidth, depth - k);
     Vec<C> tile[kWidth];
     for (int j = 0; j < kWidth; ++j) tile[j] = j < count ? load<C>(weight + j * stride + k, width) : Vec<C>(C(0));
     transpose<1, kWidth>(tile);
-    for (int64_t j = 0; j < width; ++j) store_exact(panel + (k + j) * step, tile[j]);
+    for (int64_t j = 0; j < width; ++j) store_exact(panel + (k + j) * vectors * kWidth, tile[j]);
   }
 }
 
@@ -56,11 +88,17 @@ FUSEDRNN_COLD void pack_rows(P* panel, int64_t step, const E* weight, int64_t st
 template <int kVectors, typename C, typename P, typename E>
 FUSEDRNN_COLD void pack_columns(P* panel, const E* weight, int64_t stride, int64_t count, int64_t depth) {
   constexpr int kWidth = Vec<C>::kWidth;
-  for (int64_t k = 0; k < depth; ++k) {
+  const auto part = [&](int64_t k, int v) {
+    const int64_t left = count - v * kWidth;
+    return left > 0 && k < depth ? load<C>(weight + k * stride + v * kWidth, left) : Vec<C>(C(0));
+  };
+  for (int64_t k = 0; k < depth; k += 1 + kPairs<P>) {
     for (int v = 0; v < kVectors; ++v) {
-      const int64_t left = count - v * kWidth;
-      const Vec<C> x = left > 0 ? load<C>(weight + k * stride + v * kWidth, left) : Vec<C>(C(0));
-      store_exact(panel + (k * kVectors + v) * kWidth, x);
+      if constexpr (kPairs<P>) {
+        store_pair(panel + (k * kVectors + 2 * v) * kWidth, {part(k, v), part(k + 1, v)});
+      } else {
+        store_exact(panel + (k * kVectors + v) * kWidth, part(k, v));
+      }
     }
   }
 }

@@ -180,7 +180,10 @@ extern const Kernels kernels;
 namespace avx512 {
 extern const Kernels kernels;
 }
-namespace amx {  // bfloat16 in tile registers, else as avx512
+namespace avx512_bf16 {  // bfloat16 in dot products, else as avx512
+extern const Kernels kernels;
+}
+namespace amx {  // bfloat16 in tile registers, else as avx512_bf16
 extern const Kernels kernels;
 }
 

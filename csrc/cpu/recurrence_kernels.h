@@ -7,7 +7,8 @@
 // Either way a thread only ever touches its own part of the carried c and dc.
 // Where too few steps follow to pay for the repacking, the weights are read where they lie: dot products along their
 // rows in forward, sums of their rows in backward.
-// With FUSEDRNN_TILES the products with W_hh run in the tile registers of AMX; only bfloat16 is compiled then.
+// With FUSEDRNN_TILES the products with W_hh run in the tile registers of AMX, with FUSEDRNN_DOTS in the dot products of
+// AVX512-BF16; only bfloat16 is compiled then.
 #pragma once
 
 #include <sched.h>
@@ -22,7 +23,8 @@
 #include "recurrence.h"
 #include "simd.h"
 #include "tiles.h"
-#if !FUSEDRNN_TILES && !defined(FUSEDRNN_CELL)
+#define FUSEDRNN_ONLY_BFLOAT16 (FUSEDRNN_TILES || FUSEDRNN_DOTS)
+#if !FUSEDRNN_ONLY_BFLOAT16 && !defined(FUSEDRNN_CELL)
 #include "product.h"
 #endif
 
@@ -37,10 +39,10 @@ struct Compute<double> {
   using Type = double;
 };
 
-// What the rows that W_hh multiplies are: with tiles those of the tensors, else widened.
+// What the rows that W_hh multiplies are: those of the tensors, or widened.
 constexpr bool kTiles = FUSEDRNN_TILES;
 template <typename E>
-using Operand = std::conditional_t<kTiles, E, typename Compute<E>::Type>;
+using Operand = std::conditional_t<FUSEDRNN_ONLY_BFLOAT16, E, typename Compute<E>::Type>;
 // What panels of weights hold: half the bytes, where widening takes an instruction or two.
 #if FUSEDRNN_VECTOR_BYTES > 16 || defined(FUSEDRNN_NEON)
 constexpr bool kWidensHalf = true;
@@ -98,6 +100,35 @@ constexpr int max_rows() {
 #endif
 }
 
+// How many sums of a product run side by side, of which one would wait for its own previous addition.
+template <int kRows, int kVectors>
+constexpr int kWays = kRows * kVectors >= 8 ? 1 : (kRows * kVectors >= 4 ? 2 : 4);
+
+template <int kSets, int kRows, int kVectors, typename C>
+FUSEDRNN_INLINE void begin_sums(Vec<C> (&acc)[kSets][kRows][kVectors], const Vec<C>* sums) {
+  FUSEDRNN_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    FUSEDRNN_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      acc[0][r][v] = sums[r * kVectors + v];
+      FUSEDRNN_UNROLL
+      for (int w = 1; w < kSets; ++w) acc[w][r][v] = Vec<C>(C(0));
+    }
+  }
+}
+template <int kSets, int kRows, int kVectors, typename C>
+FUSEDRNN_INLINE void end_sums(Vec<C>* sums, Vec<C> (&acc)[kSets][kRows][kVectors]) {
+  FUSEDRNN_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    FUSEDRNN_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      FUSEDRNN_UNROLL
+      for (int w = 1; w < kSets; ++w) acc[0][r][v].v += acc[w][r][v].v;
+      sums[r * kVectors + v] = acc[0][r][v];
+    }
+  }
+}
+
 template <int kRows, int kVectors, typename C, typename E>
 FUSEDRNN_INLINE void multiply_depth(Vec<C> (&acc)[kRows][kVectors], const C* const (&x)[kRows], int64_t k,
                                     const E* panel) {
@@ -112,58 +143,110 @@ FUSEDRNN_INLINE void multiply_depth(Vec<C> (&acc)[kRows][kVectors], const C* con
 }
 
 // sums[r][v] += sum over k < depth of rows[r][skip + k] * panel[k][v]; depths are kStep elements apart, or `step` where
-// that is 0. With few rows several sums run side by side, because one alone would wait for its own previous addition.
+// that is 0.
 template <int kRows, int kVectors, int kStep, typename C, typename E>
 FUSEDRNN_COLD void multiply(Vec<C>* sums, const C* const* rows, int64_t skip, const E* panel, int64_t step,
                             int64_t depth) {
   if constexpr (kStep > 0) step = kStep;
-  constexpr int kWays = kRows * kVectors >= 8 ? 1 : (kRows * kVectors >= 4 ? 2 : 4);
+  constexpr int kAtOnce = kWays<kRows, kVectors>;
   // Local, so that they live in registers.
-  Vec<C> acc[kWays][kRows][kVectors];
+  Vec<C> acc[kAtOnce][kRows][kVectors];
   const C* x[kRows];
+  begin_sums(acc, sums);
   FUSEDRNN_UNROLL
-  for (int r = 0; r < kRows; ++r) {
-    x[r] = rows[r] + skip;
-    FUSEDRNN_UNROLL
-    for (int v = 0; v < kVectors; ++v) {
-      acc[0][r][v] = sums[r * kVectors + v];
-      FUSEDRNN_UNROLL
-      for (int w = 1; w < kWays; ++w) acc[w][r][v] = Vec<C>(C(0));
-    }
-  }
+  for (int r = 0; r < kRows; ++r) x[r] = rows[r] + skip;
   int64_t k = 0;
-  for (; k + kWays <= depth; k += kWays, panel += kWays * step) {
+  for (; k + kAtOnce <= depth; k += kAtOnce, panel += kAtOnce * step) {
     FUSEDRNN_UNROLL
-    for (int w = 0; w < kWays; ++w) multiply_depth(acc[w], x, k + w, panel + w * step);
+    for (int w = 0; w < kAtOnce; ++w) multiply_depth(acc[w], x, k + w, panel + w * step);
   }
   for (; k < depth; ++k, panel += step) multiply_depth(acc[0], x, k, panel);
+  end_sums(sums, acc);
+}
+
+// acc += a pair of the depth, of the panel and of a row, the second of it zero where `odd` is.
+template <int kRows, int kVectors, int kSets>
+FUSEDRNN_INLINE void multiply_pair(Vec<float> (&acc)[kSets][kRows][kVectors], int set, const float* const (&x)[kRows],
+                                   int64_t k, const Bfloat16* panel, bool odd) {
+  constexpr int kBoth = 2 * Vec<float>::kWidth;
+  FUSEDRNN_UNROLL
+  for (int v = 0; v < kVectors; ++v) {
+    const Vec<float> weight = load_pair(panel + v * kBoth).even;
+    FUSEDRNN_UNROLL
+    for (int r = 0; r < kRows; ++r) acc[set % kSets][r][v].v += weight.v * x[r][k];
+  }
+  if (odd) return;
+  FUSEDRNN_UNROLL
+  for (int v = 0; v < kVectors; ++v) {
+    const Vec<float> weight = load_pair(panel + v * kBoth).odd;
+    FUSEDRNN_UNROLL
+    for (int r = 0; r < kRows; ++r) acc[(set + 1) % kSets][r][v].v += weight.v * x[r][k + 1];
+  }
+}
+#if FUSEDRNN_DOTS
+// Intel 64 and IA-32 Architectures Software Developer's Manual, VDPBF16PS. As an intrinsic it needs a flag that not all
+// compilers have.
+template <int kRows, int kVectors, int kSets>
+FUSEDRNN_INLINE void multiply_pair(Vec<float> (&acc)[kSets][kRows][kVectors], int set,
+                                   const Bfloat16* const (&x)[kRows], int64_t k, const Bfloat16* panel, bool odd) {
+  constexpr int kBoth = 2 * Vec<float>::kWidth;
+  __m512i weight[kVectors];
+  FUSEDRNN_UNROLL
+  for (int v = 0; v < kVectors; ++v) weight[v] = _mm512_loadu_si512(panel + v * kBoth);
   FUSEDRNN_UNROLL
   for (int r = 0; r < kRows; ++r) {
+    int32_t both = 0;
+    odd ? memcpy(&both, x[r] + k, sizeof(Bfloat16)) : memcpy(&both, x[r] + k, sizeof(both));
+    const __m512i pair = _mm512_set1_epi32(both);
     FUSEDRNN_UNROLL
     for (int v = 0; v < kVectors; ++v) {
-      FUSEDRNN_UNROLL
-      for (int w = 1; w < kWays; ++w) acc[0][r][v].v += acc[w][r][v].v;
-      sums[r * kVectors + v] = acc[0][r][v];
+      asm("vdpbf16ps %2, %1, %0" : "+v"(acc[set][r][v].v) : "v"(weight[v]), "v"(pair));
     }
   }
 }
+#endif
+// As multiply, with a panel of pairs.
+template <int kRows, int kVectors, typename R>
+FUSEDRNN_COLD void multiply_pairs(Vec<float>* sums, const R* const* rows, int64_t skip, const Bfloat16* panel,
+                                  int64_t depth) {
+  constexpr int kStep = 2 * kVectors * Vec<float>::kWidth, kSets = kWays<kRows, kVectors>;
+  // A pair takes one of the sums, or two where it is widened.
+  constexpr int kEach = std::is_same_v<R, float> && kSets > 1 ? 2 : 1, kAtOnce = kSets / kEach;
+  Vec<float> acc[kSets][kRows][kVectors];
+  const R* x[kRows];
+  begin_sums(acc, sums);
+  FUSEDRNN_UNROLL
+  for (int r = 0; r < kRows; ++r) x[r] = rows[r] + skip;
+  int64_t k = 0;
+  for (; k + 2 * kAtOnce <= depth; k += 2 * kAtOnce, panel += kAtOnce * kStep) {
+    FUSEDRNN_UNROLL
+    for (int w = 0; w < kAtOnce; ++w) multiply_pair(acc, w * kEach, x, k + 2 * w, panel + w * kStep, false);
+  }
+  for (; k + 2 <= depth; k += 2, panel += kStep) multiply_pair(acc, 0, x, k, panel, false);
+  if (k < depth) multiply_pair(acc, 0, x, k, panel, true);
+  end_sums(sums, acc);
+}
 
-template <int kRows, int kVectors, int kStep, typename C, typename E>
-FUSEDRNN_INLINE void multiply_rows(int64_t count, Vec<C>* sums, const C* const* rows, int64_t skip, const E* panel,
+template <int kRows, int kVectors, int kStep, typename C, typename R, typename E>
+FUSEDRNN_INLINE void multiply_rows(int64_t count, Vec<C>* sums, const R* const* rows, int64_t skip, const E* panel,
                                    int64_t step, int64_t depth) {
   if constexpr (kRows > 1) {
     if (count < kRows) return multiply_rows<kRows - 1, kVectors, kStep>(count, sums, rows, skip, panel, step, depth);
   }
-  multiply<kRows, kVectors, kStep>(sums, rows, skip, panel, step, depth);
+  if constexpr (kPairs<E> && kStep > 0) {
+    multiply_pairs<kRows, kVectors>(sums, rows, skip, panel, depth);
+  } else {
+    multiply<kRows, kVectors, kStep>(sums, rows, skip, panel, step, depth);
+  }
 }
 
 // At most so many rows of sums wait in the first-level cache, beside a piece of the panel (two pairs of tiles).
 constexpr int64_t kGroup = kTiles ? 64 : 48;
 constexpr int64_t kPieceBytes = 24 * 1024;
 
-// As multiply, for any number of rows.
-template <int kVectors, int kStep, typename C, typename E>
-void accumulate(Vec<C>* sums, const C* const* rows, int64_t count, int64_t skip, const E* panel, int64_t step,
+// As multiply, for any number of rows; with a kStep the panel is one of ours.
+template <int kVectors, int kStep, typename C, typename R, typename E>
+void accumulate(Vec<C>* sums, const R* const* rows, int64_t count, int64_t skip, const E* panel, int64_t step,
                 int64_t depth) {
   constexpr int64_t kMost = max_rows<kVectors>();
   if (count == 0) return;
@@ -174,24 +257,42 @@ void accumulate(Vec<C>* sums, const C* const* rows, int64_t count, int64_t skip,
   }
 }
 
+template <int kVectors, typename C, typename E>
+FUSEDRNN_INLINE void widen(C* to, const E* panel, int64_t depth) {
+  constexpr int kWidth = Vec<C>::kWidth, kStep = kVectors * kWidth;
+  if constexpr (kPairs<E>) {
+    for (int64_t k = 0; k < depth; k += 2) {
+      FUSEDRNN_UNROLL
+      for (int v = 0; v < kVectors; ++v) {
+        const Pair both = load_pair(panel + k * kStep + 2 * v * kWidth);
+        store(to + k * kStep + v * kWidth, both.even);
+        store(to + (k + 1) * kStep + v * kWidth, both.odd);
+      }
+    }
+  } else {
+    for (int64_t j = 0; j < depth * kStep; j += kWidth) store(to + j, load(panel + j));
+  }
+}
+
 // sums[count][kVectors] = rows times one panel. The depth comes in kSegments of `depth`, segment i of a row begins
 // at skip[i]. A piece of the panel is fetched, and where it is narrow widened, once for all rows.
-template <int kVectors, int kSegments, typename C, typename E>
-void product(Vec<C>* sums, const C* const* rows, int64_t count, const E* panel, int64_t depth,
+template <int kVectors, int kSegments, typename C, typename R, typename E>
+void product(Vec<C>* sums, const R* const* rows, int64_t count, const E* panel, int64_t depth,
              const int64_t (&skip)[kSegments]) {
   constexpr int kStep = kVectors * Vec<C>::kWidth;
-  constexpr int64_t kPiece = kPieceBytes / (kVectors * FUSEDRNN_VECTOR_BYTES);
+  constexpr int64_t kPiece = kPieceBytes / (kVectors * FUSEDRNN_VECTOR_BYTES) * (sizeof(C) / sizeof(R));
+  static_assert(kPiece % 2 == 0);
   for (int64_t i = 0; i < count * kVectors; ++i) sums[i] = Vec<C>(C(0));
   const bool few = count <= max_rows<kVectors>();
   const int64_t piece = few ? depth : kPiece;
   for (int i = 0; i < kSegments; ++i) {
     for (int64_t k = 0; k < depth; k += piece) {
-      const E* const from = panel + (i * depth + k) * kStep;
+      const E* const from = panel + (i * padded_depth<E>(depth) + k) * kStep;
       const int64_t some = min(piece, depth - k);
-      if constexpr (sizeof(E) < sizeof(C)) {
+      if constexpr (sizeof(E) < sizeof(R)) {
         if (!few) {
           alignas(64) C wide[kPiece * kStep];
-          for (int64_t j = 0; j < some * kStep; j += Vec<C>::kWidth) store(wide + j, load(from + j));
+          widen<kVectors>(wide, from, some);
           accumulate<kVectors, kStep>(sums, rows, count, skip[i] + k, static_cast<const C*>(wide), kStep, some);
           continue;
         }
@@ -349,7 +450,8 @@ struct Skeleton {
   static int64_t chunks(int64_t depth) { return divide_up(depth, Tile::kDepth); }
   // Elements of a panel of `vectors` columns of vectors whose depth comes in `segments` of `depth`.
   static int64_t panel_size(int vectors, int segments, int64_t depth) {
-    return kTiles ? segments * chunks(depth) * vectors * Tile::kSize : segments * depth * vectors * kWidth;
+    if constexpr (kTiles) return segments * chunks(depth) * vectors * Tile::kSize;
+    return segments * padded_depth<Packed<W>>(depth) * vectors * kWidth;
   }
   O* laid_out_by(int thread) const { return laid_out + thread * laid_out_size; }
 
@@ -502,7 +604,7 @@ struct ForwardRun : Skeleton<Cell, E, W> {
         packed(problem.pack_into ? static_cast<Packed<W>*>(problem.pack_into)
                : problem.panels  ? static_cast<Packed<W>*>(const_cast<void*>(problem.panels))
                                  : panels),
-        out_panels(out_blocks * hidden * kPlain * kWidth),
+        out_panels(out_blocks * plain_panel(hidden)),
         bias(kA * padded),
         others((kN - 1) * batch * padded),
         h(projected ? batch * padded : 0),
@@ -716,11 +818,10 @@ struct ForwardRun : Skeleton<Cell, E, W> {
     }
     const auto outs = Base::share_of(out_blocks, thread, threads);
     for (int64_t block = outs.begin; block < outs.end; ++block) {
-      Packed<W>* panel = out_panels + block * hidden * kPlain * kWidth;
+      Packed<W>* panel = out_panels + block * plain_panel(hidden);
       for (int v = 0; v < kPlain; ++v) {
         const int64_t first = (block * kPlain + v) * kWidth;
-        pack_rows<C>(panel + v * kWidth, kPlain * kWidth, static_cast<const W*>(p.w_hr) + first * hidden, hidden,
-                     out - first, hidden);
+        pack_rows<C>(panel, kPlain, v, static_cast<const W*>(p.w_hr) + first * hidden, hidden, out - first, hidden);
       }
     }
     if constexpr (!kWide) {
@@ -747,7 +848,7 @@ struct ForwardRun : Skeleton<Cell, E, W> {
             continue;
           }
         }
-        pack_rows<C>(panel_of(block) + g * kWidth, kG * kWidth, of_gate, head_out, at.count, head_out);
+        pack_rows<C>(panel_of(block), kG, g, of_gate, head_out, at.count, head_out);
       }
     }
   }
@@ -756,6 +857,7 @@ struct ForwardRun : Skeleton<Cell, E, W> {
     if (b) store(bias + at, load(bias + at) + load<C>(static_cast<const E*>(b) + from, count));
   }
 
+  static int64_t plain_panel(int64_t depth) { return padded_depth<Packed<W>>(depth) * kPlain * kWidth; }
   int64_t packed_size() const { return unit_blocks * panel_elements(head_out); }
   Packed<W>* panel_of(int64_t block) const { return packed + block * panel_elements(head_out); }
   FUSEDRNN_INLINE Place place_of(int64_t block) const { return this->place(block, 1, 0, head_units); }
@@ -892,7 +994,7 @@ struct ForwardRun : Skeleton<Cell, E, W> {
     for (int64_t i = 0; i < count; ++i) rows[i] = h + (first + i * stride) * padded;
     this->sweep(outs, s, [&](int64_t block) {
       V sums[kGroup * kPlain];
-      product<kPlain>(sums, rows, count, out_panels + block * hidden * kPlain * kWidth, hidden, {0});
+      product<kPlain>(sums, rows, count, out_panels + block * plain_panel(hidden), hidden, {0});
       for (int64_t i = 0; i < count; ++i) {
         for (int v = 0; v < kPlain; ++v) {
           const int64_t u = (block * kPlain + v) * kWidth, b = first + i * stride;
@@ -940,7 +1042,7 @@ struct BackwardRun : Skeleton<Cell, E> {
         first_packed(steps == 1 && !problem.dh0 ? out_blocks : (this->direct ? out / (kPlain * kWidth) : 0)),
         panels((out_blocks - first_packed) * Base::panel_size(kPlain, kG, head_units)),
         recurred(this->direct ? out_blocks * kGroup * kPlain : 0),
-        hr_panels(projected ? unit_blocks * out * kPlain * kWidth : 0),
+        hr_panels(projected ? unit_blocks * plain_panel(out) : 0),
         dothers((kN - 1) * batch * padded),
         dy(projected ? batch * out : 0),
         dh_direct(Cell::kDirectH ? batch * padded : 0),
@@ -1013,7 +1115,7 @@ struct BackwardRun : Skeleton<Cell, E> {
     for (int64_t block = units.begin; block < units.end; ++block) {
       const int64_t u = block * kPlain * kWidth;
       if (projected) {
-        pack_columns<kPlain, C>(hr_panels + block * out * kPlain * kWidth, static_cast<const E*>(p.w_hr) + u, hidden,
+        pack_columns<kPlain, C>(hr_panels + block * plain_panel(out), static_cast<const E*>(p.w_hr) + u, hidden,
                                 hidden - u, out);
       }
       for (int64_t b = 0; b < batch; ++b) {
@@ -1035,7 +1137,7 @@ struct BackwardRun : Skeleton<Cell, E> {
   void prepare_rows(const O* const* rows, int64_t count, int thread, typename Base::Range outs) const {
     if constexpr (kTiles) {
       lay_out(this->laid_out_by(thread), rows, count, hidden, skip_of_gates(0).of);
-    } else {
+    } else if constexpr (std::is_same_v<O, C>) {
       if (this->direct) recur_direct(rows, count, outs);
     }
   }
@@ -1072,12 +1174,14 @@ struct BackwardRun : Skeleton<Cell, E> {
             accumulate<kPlain, 0>(sums, rows, count, skip, from, out, depth);
           } else {
             constexpr int kStep = kPlain * kWidth;
-            accumulate<kPlain, kStep>(sums, rows, count, skip, panel_of(block) + row * kStep, kStep, depth);
+            const Packed<E>* const panel = panel_of(block) + Base::panel_size(kPlain, g, hidden) + k * kStep;
+            accumulate<kPlain, kStep>(sums, rows, count, skip, panel, kStep, depth);
           }
         }
       }
     }
   }
+  static int64_t plain_panel(int64_t depth) { return padded_depth<Packed<E>>(depth) * kPlain * kWidth; }
   Packed<E>* panel_of(int64_t block) const {
     return panels + (block - first_packed) * Base::panel_size(kPlain, kG, head_units);
   }
@@ -1146,7 +1250,7 @@ struct BackwardRun : Skeleton<Cell, E> {
     for (int64_t i = 0; i < count; ++i) rows[i] = dy + (first + i * stride) * out;
     this->sweep(units, s, [&](int64_t block) {
       V sums[kGroup * kPlain];
-      product<kPlain>(sums, rows, count, hr_panels + block * out * kPlain * kWidth, out, {0});
+      product<kPlain>(sums, rows, count, hr_panels + block * plain_panel(out), out, {0});
       for (int64_t i = 0; i < count; ++i) {
         for (int v = 0; v < kPlain; ++v) {
           const Place at = this->place(block, kPlain, v, head_units);
@@ -1268,20 +1372,26 @@ struct BackwardRun : Skeleton<Cell, E> {
   }
 };
 
+#if FUSEDRNN_ONLY_BFLOAT16
 #if FUSEDRNN_TILES
-inline void run_without_tiles(const Forward& problem) { avx512::kernels.forward(problem); }
-inline void run_without_tiles(const Backward& problem) { avx512::kernels.backward(problem); }
-inline void run_product(const Product& problem) { avx512::kernels.product(problem); }
-inline void run_widening(const Widening& problem) { avx512::kernels.widen(problem); }
-inline bool digits_here() { return avx512::kernels.digits(); }
+constexpr const Kernels& kOthers = avx512_bf16::kernels;
+#else
+constexpr const Kernels& kOthers = avx512::kernels;
+#endif
+inline void run_elsewhere(const Forward& problem) { kOthers.forward(problem); }
+inline void run_elsewhere(const Backward& problem) { kOthers.backward(problem); }
+inline void run_product(const Product& problem) { kOthers.product(problem); }
+inline void run_widening(const Widening& problem) { kOthers.widen(problem); }
+inline bool digits_here() { return kOthers.digits(); }
 #endif
 
 template <template <typename...> class Run, typename Cell, typename Problem>
 void run_dtype(const Problem& problem) {
-#if FUSEDRNN_TILES
-  // What tiles are not for is left to vectors.
-  if (problem.shape.dtype != Dtype::kBfloat16 || problem.shape.heads > 1 || Run<Cell, Bfloat16>::reads_weights(problem))
-    return run_without_tiles(problem);
+#if FUSEDRNN_ONLY_BFLOAT16
+  if (problem.shape.dtype != Dtype::kBfloat16 || (kTiles && problem.shape.heads > 1) ||
+      Run<Cell, Bfloat16>::reads_weights(problem)) {
+    return run_elsewhere(problem);
+  }
   return Run<Cell, Bfloat16>(problem).run();
 #else
   switch (problem.shape.dtype) {
@@ -1304,7 +1414,7 @@ void run_dtype(const Problem& problem) {
 }
 
 #ifndef FUSEDRNN_CELL
-#if !FUSEDRNN_TILES
+#if !FUSEDRNN_ONLY_BFLOAT16
 template <typename W>
 void widen(const Widening& p) {
   constexpr int kWidth = Vec<float>::kWidth;

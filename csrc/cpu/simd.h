@@ -12,6 +12,11 @@
 
 #include <utility>
 
+// Whether bfloat16 is multiplied by the dot products of AVX512-BF16; only bfloat16 is compiled then.
+#ifndef FUSEDRNN_DOTS
+#define FUSEDRNN_DOTS 0
+#endif
+
 #define FUSEDRNN_INLINE inline __attribute__((always_inline))
 #define FUSEDRNN_COLD __attribute__((noinline))
 // What tiles of sums are measured by: 16 registers of vectors, or 32.
@@ -214,6 +219,21 @@ FUSEDRNN_INLINE void store(Bfloat16* p, Vec<float> x) {
 #else
   *reinterpret_cast<RawHalfUnaligned*>(p) = __builtin_convertvector(result, RawHalf);
 #endif
+}
+
+// Of numbers that stand side by side those in even places and those in odd ones, in an instruction each.
+struct Pair {
+  Vec<float> even, odd;
+};
+FUSEDRNN_INLINE Pair load_pair(const Bfloat16* p) {
+  using Raw = Vec<float>::Raw;
+  const RawWord both = (RawWord) * reinterpret_cast<const Vec<float>::Unaligned*>(p);
+  return {Vec<float>((Raw)(both << 16)), Vec<float>((Raw)(both & 0xffff0000u))};
+}
+// The same from there: what a load gave, there is nothing to round.
+FUSEDRNN_INLINE void store_pair(Bfloat16* p, Pair x) {
+  const RawWord both = ((RawWord)x.even.v >> 16) | (RawWord)x.odd.v;
+  *reinterpret_cast<Vec<float>::Unaligned*>(p) = (Vec<float>::Raw)both;
 }
 
 // As store, for what a load gave: there is nothing to round.
