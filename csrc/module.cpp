@@ -600,6 +600,12 @@ PyObject* call_pack(PyObject* const* a) {
   return wrap(pack(text(a[0]), w_hh, is_true(a[2]), integer(a[3]))).release();
 }
 
+// (cell, w_ih): whether such a W_ih is packed as well.
+PyObject* call_packs_input(PyObject* const* a) {
+  Arguments held(Recorded::kRefused);
+  return PyBool_FromLong(packs_input(text(a[0]), held.take(a[1]).dtype()));
+}
+
 // A layer's call, its answer as a Cell's with y in front; after what Call takes: bias, num_layers, directions,
 // batch_first, batch_sizes of packed input or None, resets of one direction or None. y, h_n, and c_n where there is a
 // c.
@@ -735,7 +741,7 @@ PyObject* call_plan(PyObject* const* a) {
   for (long k = 0; k < integer(a[9]); ++k) in.more.parameters.push_back(Tensor::empty({hidden}, dtype));
   for (long k = 0; k < integer(a[10]); ++k) in.more.inputs.push_back(Tensor::empty({steps, batch, hidden}, dtype));
   if (is_true(a[11])) in.panels = Tensor::empty({1}, kUint8);
-  if (is_true(a[11]) && dtype == kFloat && heads == 1) in.panels_ih = Tensor::empty({1}, kUint8);
+  if (is_true(a[11]) && packs_input(cell, dtype) && heads == 1) in.panels_ih = Tensor::empty({1}, kUint8);
   const Plan found = plan(cell, in, is_true(a[12]));
   return Py_BuildValue(
       "{s:s, s:O, s:O, s:O, s:O, s:i, s:L, s:s, s:s, s:O, s:O}", "capability", found.capability, "direct",
@@ -843,13 +849,21 @@ PyMethodDef method(const char* name) {
 }
 
 PyMethodDef methods[] = {
-    method<call_sequence, 14>("sequence"), method<call_sequence_backward, 20>("sequence_backward"),
-    method<call_cell, 6>("cell"),          method<call_backward, 5>("backward"),
-    method<call_layers, 12>("layers"),     method<call_sequence_of_states, 16>("sequence_of_states"),
-    method<call_pack, 4>("pack"),          method<facts, 0>("facts"),
-    method<small_calls, 0>("small_calls"), method<cpu_products, 6>("cpu_products"),
-    method<call_plan, 14>("plan"),         method<call_crowd, 0>("crowd"),
-    method<call_stream, 8>("stream"),      method<call_stream_run, 5>("stream_run"),
+    method<call_sequence, 14>("sequence"),
+    method<call_sequence_backward, 20>("sequence_backward"),
+    method<call_cell, 6>("cell"),
+    method<call_backward, 5>("backward"),
+    method<call_layers, 12>("layers"),
+    method<call_sequence_of_states, 16>("sequence_of_states"),
+    method<call_pack, 4>("pack"),
+    method<call_packs_input, 2>("packs_input"),
+    method<facts, 0>("facts"),
+    method<small_calls, 0>("small_calls"),
+    method<cpu_products, 6>("cpu_products"),
+    method<call_plan, 14>("plan"),
+    method<call_crowd, 0>("crowd"),
+    method<call_stream, 8>("stream"),
+    method<call_stream_run, 5>("stream_run"),
     {nullptr, nullptr, 0, nullptr},
 };
 

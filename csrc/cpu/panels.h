@@ -1,5 +1,6 @@
 // Matrices repacked into panels, [depth][vectors][W lanes]: what a kernel streams once from front to back. Of bfloat16
-// two of the depth stand side by side, [depth / 2][vectors][W lanes][2], zeros behind an odd depth: one load gives both.
+// two of the depth stand side by side, [depth / 2][vectors][W lanes][2], zeros behind an odd depth: one load gives
+// both.
 #pragma once
 
 #include <stdint.h>

@@ -53,8 +53,8 @@ void pack_panels(float* panels, int64_t each, const E* from, int64_t lane_stride
     for (int64_t first = 0; first < lanes; first += each, panels += panel) {
       const int64_t count = min(each, lanes - first);
       for (int64_t lane = 0; lane < count; lane += kWidth) {
-        pack_rows<float>(panels, kVectors, static_cast<int>(lane / kWidth), from + (first + lane) * lane_stride, lane_stride,
-                         count - lane, depth);
+        pack_rows<float>(panels, kVectors, static_cast<int>(lane / kWidth), from + (first + lane) * lane_stride,
+                         lane_stride, count - lane, depth);
       }
     }
   }

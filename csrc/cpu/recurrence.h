@@ -144,7 +144,7 @@ constexpr int64_t kHostLeast = 32, kHostWork = 1 << 22;
 
 struct Kernels {
   const char* name;
-  bool tiles;  // of bfloat16
+  bool tiles, dots;  // of bfloat16
   void (*forward)(const Forward&);
   void (*backward)(const Backward&);
   void (*product)(const Product&);

@@ -7,8 +7,8 @@
 // Either way a thread only ever touches its own part of the carried c and dc.
 // Where too few steps follow to pay for the repacking, the weights are read where they lie: dot products along their
 // rows in forward, sums of their rows in backward.
-// With FUSEDRNN_TILES the products with W_hh run in the tile registers of AMX, with FUSEDRNN_DOTS in the dot products of
-// AVX512-BF16; only bfloat16 is compiled then.
+// With FUSEDRNN_TILES the products with W_hh run in the tile registers of AMX, with FUSEDRNN_DOTS in the dot products
+// of AVX512-BF16; only bfloat16 is compiled then.
 #pragma once
 
 #include <sched.h>
@@ -184,8 +184,11 @@ FUSEDRNN_INLINE void multiply_pair(Vec<float> (&acc)[kSets][kRows][kVectors], in
   }
 }
 #if FUSEDRNN_DOTS
-// Intel 64 and IA-32 Architectures Software Developer's Manual, VDPBF16PS. As an intrinsic it needs a flag that not all
-// compilers have.
+// acc += pairs times pairs, in each lane. Intel 64 and IA-32 Architectures Software Developer's Manual, VDPBF16PS. As
+// an intrinsic it needs a flag that not all compilers have.
+FUSEDRNN_INLINE void multiply_dots(Vec<float>& acc, __m512i left, __m512i right) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(acc.v) : "v"(left), "v"(right));
+}
 template <int kRows, int kVectors, int kSets>
 FUSEDRNN_INLINE void multiply_pair(Vec<float> (&acc)[kSets][kRows][kVectors], int set,
                                    const Bfloat16* const (&x)[kRows], int64_t k, const Bfloat16* panel, bool odd) {
@@ -199,9 +202,7 @@ FUSEDRNN_INLINE void multiply_pair(Vec<float> (&acc)[kSets][kRows][kVectors], in
     odd ? memcpy(&both, x[r] + k, sizeof(Bfloat16)) : memcpy(&both, x[r] + k, sizeof(both));
     const __m512i pair = _mm512_set1_epi32(both);
     FUSEDRNN_UNROLL
-    for (int v = 0; v < kVectors; ++v) {
-      asm("vdpbf16ps %2, %1, %0" : "+v"(acc[set][r][v].v) : "v"(weight[v]), "v"(pair));
-    }
+    for (int v = 0; v < kVectors; ++v) multiply_dots(acc[set][r][v], weight[v], pair);
   }
 }
 #endif
@@ -319,6 +320,21 @@ FUSEDRNN_COLD void dot(Vec<C> (*partial)[Vec<C>::kWidth], int unit, const R* con
     for (int j = 0; j < kUnits; ++j) acc[r][j] = Vec<C>(C(0));
   }
   int64_t k = 0;
+#if FUSEDRNN_DOTS
+  for (; k < depth; k += 2 * kWidth) {
+    const __mmask32 both = k + 2 * kWidth <= depth ? ~__mmask32{0} : (__mmask32{1} << (depth - k)) - 1;
+    __m512i h[kRows];
+    FUSEDRNN_UNROLL
+    for (int r = 0; r < kRows; ++r) h[r] = _mm512_maskz_loadu_epi16(both, x[r] + k);
+    FUSEDRNN_UNROLL
+    for (int j = 0; j < kUnits; ++j) {
+      __builtin_prefetch(w[j] + kUnits * depth + k);
+      const __m512i one = _mm512_maskz_loadu_epi16(both, w[j] + k);
+      FUSEDRNN_UNROLL
+      for (int r = 0; r < kRows; ++r) multiply_dots(acc[r][j], one, h[r]);
+    }
+  }
+#endif
   for (; k + kWidth <= depth; k += kWidth) {
     Vec<C> h[kRows];
     FUSEDRNN_UNROLL
@@ -1388,8 +1404,10 @@ inline bool digits_here() { return kOthers.digits(); }
 template <template <typename...> class Run, typename Cell, typename Problem>
 void run_dtype(const Problem& problem) {
 #if FUSEDRNN_ONLY_BFLOAT16
+  // Of few rows dgates are widened, and tiles would be empty.
+  constexpr bool kReads = FUSEDRNN_DOTS && std::is_same_v<Problem, Forward>;
   if (problem.shape.dtype != Dtype::kBfloat16 || (kTiles && problem.shape.heads > 1) ||
-      Run<Cell, Bfloat16>::reads_weights(problem)) {
+      (!kReads && Run<Cell, Bfloat16>::reads_weights(problem))) {
     return run_elsewhere(problem);
   }
   return Run<Cell, Bfloat16>(problem).run();
@@ -1449,13 +1467,9 @@ void run_cell(const Problem& problem) {
 #define FUSEDRNN_STRING(name) #name
 #define FUSEDRNN_NAME(name) FUSEDRNN_STRING(name)
 
-extern const Kernels kernels = {FUSEDRNN_NAME(FUSEDRNN_CAPABILITY),
-                                kTiles,
-                                run_cell<ForwardRun, Forward>,
-                                run_cell<BackwardRun, Backward>,
-                                run_product,
-                                run_widening,
-                                digits_here};
+extern const Kernels kernels = {
+    FUSEDRNN_NAME(FUSEDRNN_CAPABILITY), kTiles,      FUSEDRNN_DOTS, run_cell<ForwardRun, Forward>,
+    run_cell<BackwardRun, Backward>,    run_product, run_widening,  digits_here};
 
 #else
 

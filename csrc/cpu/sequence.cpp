@@ -277,7 +277,8 @@ struct Products {
 
   Products(const Problem& s, const Inputs& in) {
     const bool in_tiles = kernels().tiles && in.x.dtype() == kBFloat16 && !s.cell.forward;
-    const bool many = in.quantized ? in.w_ih.dtype() == kInt8 && kernels().digits() : !host_multiplies(Dtype::kFloat32);
+    const bool many =
+        in.quantized ? in.w_ih.dtype() == kInt8 && kernels().digits() : !host_multiplies(dtype_of(in.x.dtype()));
     by_panels = in.panels_ih && !s.multiplied && (many || s.rows <= kRowsOfPanels);
     one_kernel = !by_panels && !s.multiplied && s.steps == 1 && s.batch <= (in_tiles ? kFewRowsOfTiles : kFewRows);
     two_products = s.steps == 1 && !one_kernel && !by_panels && !s.multiplied && bytes_of(in.x.dtype()) > 2 &&
@@ -708,6 +709,10 @@ std::pair<int64_t, bool> gates_and_c(std::string_view cell) {
 Counts counts_of(std::string_view cell) {
   const CellEntry& found = find_cell(cell);
   return {found.states, found.parameters, found.inputs};
+}
+
+bool packs_input(std::string_view cell, int32_t dtype) {
+  return dtype == kFloat || (dtype == kBFloat16 && kernels().dots && !find_cell(cell).forward);
 }
 
 Tensor pack(std::string_view cell, const Tensor& w_hh, bool quantized, int64_t heads) {

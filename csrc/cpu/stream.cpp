@@ -127,7 +127,7 @@ Stream::Stream(std::string_view cell, const Sizes& sizes, const std::vector<Weig
     if (w.w_hr) in.w_hr = copy_of(w.w_hr, {s.out, sizes.hidden}, of_weights);
     in.quantized = of_weights != s.dtype;
     in.panels = pack(cell, in.w_hh, in.quantized);
-    if (s.dtype == kFloat) in.panels_ih = pack(cell, in.w_ih, in.quantized);
+    if (packs_input(cell, s.dtype)) in.panels_ih = pack(cell, in.w_ih, in.quantized);
     in.h0 = s.h.select(k);
     if (has_c) in.c0 = s.c.select(k);
     s.layers.push_back(std::move(in));
