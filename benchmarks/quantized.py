@@ -1,4 +1,4 @@
-"""Weights in int8 and bfloat16, speed beside accuracy: ``python -m fusedrnn.benchmarks.quantized``.
+"""Layers in fewer bits, speed beside accuracy: ``python -m fusedrnn.benchmarks.quantized``.
 
 Inference of one layer on the CPU, random weights of torch.nn's initialisation, x normally distributed, zero states.
 The error is that against the same layer in float64 with the weights before rounding, root mean square over the output,
@@ -29,7 +29,7 @@ from . import measure, providers
 from .problems import Problem
 
 CELLS = ("LSTM", "GRU")
-OURS = ("float32", "bfloat16", "int8")
+OURS = ("float32", "bfloat16", "int8", "int8 x int8")  # weights, and x and h
 LARGEST_ERROR = 0.05  # who is further off is not timed
 
 
@@ -38,10 +38,12 @@ def layer_of(cell: str, hidden: int, seed: int = 0) -> nn.Module:
     return getattr(nn, cell)(hidden, hidden).eval()
 
 
-def ours(layer: nn.Module, dtype: str) -> nn.Module:
-    """fusedrnn's with weights of ``dtype``: frozen in float32, else quantized."""
+def ours(layer: nn.Module, kind: str) -> nn.Module:
+    """fusedrnn's with weights, and perhaps x and h, of these dtypes: frozen in float32, else quantized."""
     mine = fusedrnn.convert(copy.deepcopy(layer))
-    return fusedrnn.freeze(mine) if dtype == "float32" else fusedrnn.quantize(mine, getattr(torch, dtype))
+    if kind == "float32":
+        return fusedrnn.freeze(mine)
+    return fusedrnn.quantize(mine, *(getattr(torch, dtype) for dtype in kind.split(" x ")))
 
 
 def torchs(layer: nn.Module) -> nn.Module:
@@ -83,7 +85,7 @@ def onnxruntimes(layer: nn.Module, x: Tensor, int8: bool) -> Callable[[], list[T
 def calls_of(layer: nn.Module, x: Tensor) -> dict[str, Callable[[], list[Tensor]]]:
     """Who is measured: name -> a call that returns y first."""
     found: dict[str, Callable[[], list[Tensor]]] = {}
-    modules = {"torch.nn": layer, **{f"fusedrnn {dtype}": ours(layer, dtype) for dtype in OURS}}
+    modules = {"torch.nn": layer, **{f"fusedrnn {kind}": ours(layer, kind) for kind in OURS}}
     with contextlib.suppress(AttributeError, NotImplementedError, RuntimeError):  # gone, or without an engine
         modules["torch int8"] = torchs(layer)
     for name, module in modules.items():

@@ -375,14 +375,15 @@ struct Call {
   }
 
   // What a frozen layer or cell holds for each sequence: a tuple of panels of W_hh and of W_ih, and of a quantized one
-  // also of the scales of W_ih, W_hh and W_hr, each perhaps None.
+  // also of the scales of W_ih, W_hh and W_hr, each perhaps None, and whether x and h are rounded.
   void settle_packed(Inputs& in, PyObject* packed) {
     require(PyTuple_Check(packed));
     Tensor* const to[] = {&in.panels, &in.panels_ih, &in.scale_ih, &in.scale_hh, &in.scale_hr};
     const int64_t count = PyTuple_Size(packed);
-    require(count == 2 || count == 5);
-    for (int64_t k = 0; k < count; ++k) *to[k] = held.take(PyTuple_GetItem(packed, k));
-    in.quantized = count == 5;
+    require(count == 2 || count == 6);
+    for (int64_t k = 0; k < count && k < 5; ++k) *to[k] = held.take(PyTuple_GetItem(packed, k));
+    in.quantized = count == 6;
+    in.rounded = in.quantized && is_true(PyTuple_GetItem(packed, 5));
   }
 
   // Weights `w` as those of one sequence with so many input features.
@@ -715,7 +716,8 @@ PyObject* call_layers(PyObject* const* a) {
 }
 
 // (cell, dtype, T, B, I, H, P or 0, heads, states beside h and c, parameters, inputs, packed, backward, dtype of
-// quantized weights or None): how the CPU goes about it. The tensors made here are not written, so no memory is taken.
+// quantized weights or None, whether x and h are rounded): how the CPU goes about it. The tensors made here are not
+// written, so no memory is taken.
 PyObject* call_plan(PyObject* const* a) {
   const std::string_view cell = text(a[0]);
   const auto [gates, has_c] = gates_and_c(cell);
@@ -727,6 +729,7 @@ PyObject* call_plan(PyObject* const* a) {
   in.h0 = Tensor::empty({batch, out}, dtype);
   if (has_c) in.c0 = Tensor::empty({batch, hidden}, dtype);
   in.quantized = a[13] != Py_None;
+  in.rounded = is_true(a[14]);
   const int32_t of_weights = in.quantized ? static_cast<int32_t>(integer(a[13])) : dtype;
   in.w_ih = Tensor::empty({gates * hidden, input}, of_weights);
   in.w_hh = Tensor::empty({gates * hidden, out / heads}, of_weights);
@@ -782,14 +785,18 @@ Stream& stream_in(PyObject* capsule) {
   return *static_cast<Stream*>(found);
 }
 
-// (cell, dtype, batch, input, hidden, projection, dtype of quantized weights or None, eight addresses or None of each
-// layer): a stream, and the addresses of its h and c, and its bytes.
+// (cell, dtype, batch, input, hidden, projection, dtype of quantized weights or None, whether x and h are rounded,
+// eight addresses or None of each layer): a stream, and the addresses of its h and c, and its bytes.
 PyObject* call_stream(PyObject* const* a) {
-  const Weights weights = a[6] == Py_None ? Weights::kSame : text(a[6]) == "int8" ? Weights::kInt8 : Weights::kBfloat16;
+  const bool narrow = a[6] != Py_None, int8 = narrow && text(a[6]) == "int8";
+  const Weights weights = !narrow         ? Weights::kSame
+                          : !int8         ? Weights::kBfloat16
+                          : is_true(a[7]) ? Weights::kInt8Both
+                                          : Weights::kInt8;
   const Stream::Sizes sizes{dtype_named(a[1]), integer(a[2]), integer(a[3]), integer(a[4]), integer(a[5]), weights};
   std::vector<Stream::Weights> layers;
-  for (Py_ssize_t k = 0; k < PyTuple_Size(a[7]); ++k) {
-    PyObject* of = PyTuple_GetItem(a[7], k);
+  for (Py_ssize_t k = 0; k < PyTuple_Size(a[8]); ++k) {
+    PyObject* of = PyTuple_GetItem(a[8], k);
     const auto part = [&](Py_ssize_t i) { return address(PyTuple_GetItem(of, i)); };
     const auto scale = [&](Py_ssize_t i) { return static_cast<const float*>(part(i)); };
     layers.push_back({part(0), part(1), part(2), part(3), part(4), scale(5), scale(6), scale(7)});
@@ -860,9 +867,9 @@ PyMethodDef methods[] = {
     method<facts, 0>("facts"),
     method<small_calls, 0>("small_calls"),
     method<cpu_products, 6>("cpu_products"),
-    method<call_plan, 14>("plan"),
+    method<call_plan, 15>("plan"),
     method<call_crowd, 0>("crowd"),
-    method<call_stream, 8>("stream"),
+    method<call_stream, 9>("stream"),
     method<call_stream_run, 5>("stream_run"),
     {nullptr, nullptr, 0, nullptr},
 };

@@ -303,9 +303,9 @@ def quantized(args: argparse.Namespace, corpus: Corpus, model: CharLM, windows: 
     batches = [corpus.batch(args.batch, args.length, generator) for _ in range(max(1, windows // args.batch))]
     batches = [(x.to(device), y.to(device)) for x, y in batches]
     losses = {"float32": loss_of(model, batches)}
-    for dtype in (torch.bfloat16, torch.int8):
-        name = str(dtype).removeprefix("torch.")
-        losses[name] = loss_of(fusedrnn.quantize(copy.deepcopy(model), dtype), batches)
+    for dtypes in ((torch.bfloat16,), (torch.int8,), (torch.int8, torch.int8)):  # of weights, and of x and h
+        name = " x ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        losses[name] = loss_of(fusedrnn.quantize(copy.deepcopy(model), *dtypes), batches)
     print(f"\n{'weights':<16}{'loss':>12}{'bits/character':>17}")
     for name, loss in losses.items():
         print(f"{name:<16}{loss:>12.5f}{loss / math.log(2):>17.5f}")
@@ -336,7 +336,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of weights, batches, moved weights and generated text (default: 0)")
     add("--ulp", action="store_true", help="train from starts that differ by one ulp as well (nine times as long)")
     add("--ulp-weights", type=positive, default=4, help="of --ulp: weights moved or not (default: %(default)s)")
-    add("--quantize", action="store_true", help="print the loss with weights in bfloat16 and int8 as well")
+    add("--quantize", action="store_true", help="print the loss with weights, and x and h, in fewer bits as well")
     add("--vocabulary", type=positive, default=2048, help="most characters told apart (default: %(default)s)")
     add("--generate", type=positive, default=300, help="characters to generate (default: %(default)s)")
     add("--out", type=Path, default=Path("demo-out"), metavar="DIR", help="for the results (default: %(default)s)")

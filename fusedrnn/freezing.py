@@ -38,6 +38,8 @@ class Freezable(nn.Module):
     _frozen: dict[str, tuple[Tensor, bool]] | None = None
     # Of a quantized one, which is frozen too: what its weights are, buffers then.
     _quantized: torch.dtype | None = None
+    # Of such a one: what x and h are rounded to, if they are.
+    _activations: torch.dtype | None = None
 
     @property
     def packed_bytes(self) -> int:

@@ -256,6 +256,11 @@ def recurrence_of_states(
     if padding is not None:
         inputs, keep_cells = padding.before(inputs), True
     tensors = ops.differentiable(inputs) if inputs.special else inputs[:8]
+    if algorithm == ops.INT8 and (_has_tangent(tensors) or _may_need_gradient(tensors)):
+        raise RuntimeError(
+            "a layer quantized with activations rounds x and h to 8 bits, which has no gradient, and one may be asked "
+            "for: use torch.no_grad() or x.detach()"
+        )
     if _has_tangent(tensors):
         backend = "reference"
         outputs = _in_plain_torch(cell, inputs)
@@ -495,9 +500,9 @@ def _stack(
             f"got an incorrect number of RNN parameters: expected {per * num_layers * directions} tensors for "
             f"{num_layers} layers and {directions} directions, got {len(weights)}"
         )
-    carried = _carried_dtype(h0 if c0 is None else c0)
+    carried = None if algorithm == ops.INT8 else _carried_dtype(h0 if c0 is None else c0)
     as_given = input, h0, c0, *weights
-    input, h0, c0, *weights = _distinct(ops.autocast(input.device.type, *as_given))
+    input, h0, c0, *weights = _distinct(operands(algorithm, input.device.type, *as_given))
     dtype, device = input.dtype, input.device
     for k, t in enumerate((h0, *weights) if c0 is None else (h0, *weights, c0)):
         if t.dtype != dtype or t.device != device:
@@ -674,9 +679,9 @@ def one_step(
         from fusedrnn import onnx
 
         return onnx.one_step(cell, input, h0, c0, w_ih, w_hh, b_ih, b_hh)
-    carried = _carried_dtype(h0 if c0 is None else c0)
+    carried = None if algorithm == ops.INT8 else _carried_dtype(h0 if c0 is None else c0)
     as_given = input, h0, c0, w_ih, w_hh, b_ih, b_hh
-    input, h0, c0, *weights = _distinct(ops.autocast(input.device.type, *as_given))
+    input, h0, c0, *weights = _distinct(operands(algorithm, input.device.type, *as_given))
     for what, t in (("hidden", h0), ("cell state", c0), *(("parameter", w) for w in weights)):
         if t is not None:
             _check_same(input, t, what)
@@ -849,6 +854,13 @@ def _check_same(input: Tensor, other: Tensor, what: str) -> None:
             f"Input and {what} tensors are not at the same device, found input tensor at {input.device} and "
             f"{what} tensor at {other.device}"
         )
+
+
+def operands(algorithm: str | None, device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors as autocast wants them; what is rounded to 8 bits is float32, whatever it wants."""
+    if algorithm == ops.INT8:
+        return tuple(None if t is None else t.float() for t in tensors)
+    return ops.autocast(device_type, *tensors)
 
 
 def _carried_dtype(state: Tensor) -> torch.dtype | None:

@@ -267,7 +267,7 @@ class Layer(RecurrentLayer):
         time_first = batch_sizes is not None or not self.batch_first
         x = input if time_first else input.transpose(0, 1)
         weights, device = self._weights(), input.device.type
-        x, *tensors = functional._distinct(ops.autocast(device, x, *states, *weights, *inputs))
+        x, *tensors = functional._distinct(functional.operands(self._asked, device, x, *states, *weights, *inputs))
         n = len(states)
         states, weights, inputs = tensors[:n], tensors[n : n + len(weights)], tensors[n + len(weights) :]
         kinds = [*(("hidden", t) for t in states), *(("parameter", t) for t in weights)]
@@ -302,7 +302,8 @@ class Layer(RecurrentLayer):
         if resets is not None:
             masks = functional._masks(resets, x, states[0].shape[1], batch_sizes, time_first, directions, padding)
         below = None  # of each sequence what is packed, where a call may go past the dispatcher
-        if runs == "cpu" and padding is None and not (return_all_states or functional._recorders):
+        alone = not (return_all_states or functional._recorders or algorithm == ops.INT8)
+        if runs == "cpu" and padding is None and alone:
             below = self.__dict__.get("_packed")
             if below is None and not torch.is_grad_enabled():
                 below = [(None, None)] * lead
@@ -363,7 +364,7 @@ class Layer(RecurrentLayer):
             proj_size=self.proj_size,
             heads=self.heads,
             backend=self.backend,
-            algorithm=self.algorithm,
+            algorithm=self._asked,
         )
 
 

@@ -28,19 +28,21 @@ def decompositions() -> dict[Callable, Callable]:
 
 
 def _sequence(*arguments):
-    inputs, _, _, keep_gates, keep_states = ops._of_sequence(arguments)
+    inputs, _, algorithm, keep_gates, keep_states = ops._of_sequence(arguments)
+    rounds = algorithm == ops.INT8
     cell = CELLS[arguments[0]]
     if inputs.batch_sizes is not None:
         raise RuntimeError("a packed sequence has no steps of one size: export the padded batch with lengths=")
-    ops.check_sequence(cell.name, inputs, "reference", "auto")
+    algorithm = algorithm if rounds else "auto"
+    ops.check_sequence(cell.name, inputs, "reference", algorithm)
     if isinstance(inputs.x.shape[0], int):
-        outputs = reference.forward(cell, inputs, "auto", keep_gates, keep_states)
+        outputs = reference.forward(cell, inputs, algorithm, keep_gates, keep_states)
     else:
-        outputs = _scanned(cell, inputs, keep_gates, keep_states)
+        outputs = _scanned(cell, inputs, rounds, keep_gates, keep_states)
     return ops._outputs(inputs, keep_states, *outputs)
 
 
-def _scanned(cell: Cell, inputs: Inputs, keep_gates: bool, keep_states: bool) -> tuple[Tensor, ...]:
+def _scanned(cell: Cell, inputs: Inputs, rounds: bool, keep_gates: bool, keep_states: bool) -> tuple[Tensor, ...]:
     """What the reference backend's forward returns, of any number of steps."""
     x, resets, keep_gates = inputs.x, inputs.resets, keep_gates and bool(cell.saved)
     wide = accumulation_dtype(x.dtype)
@@ -60,9 +62,11 @@ def _scanned(cell: Cell, inputs: Inputs, keep_gates: bool, keep_states: bool) ->
             cut = given.pop().unsqueeze(1)
             states = [state.masked_fill(cut, 0) for state in states]
         w_ih, w_hh, b_ih, b_hh, w_hr = (None if w is None else next(found).to(wide) for w in weights)
-        gates_x = reference.input_gates(x.to(wide), w_ih, b_ih)
+        gates_x = reference.input_gates(x.to(wide), w_ih, b_ih, rounds)
         parameters, given = tuple(t.to(wide) for t in found), tuple(t.to(wide) for t in given)
-        states, saved = reference.advance(cell, states, gates_x, w_hh, b_hh, w_hr, parameters, given, inputs.heads)
+        states, saved = reference.advance(
+            cell, states, gates_x, w_hh, b_hh, w_hr, parameters, given, inputs.heads, rounds
+        )
         gates = [torch.cat(saved, 1).to(x.dtype)] if keep_gates else []
         # No output may be in another one's memory.
         return [*(t.clone() for t in states), states[0].clone(), *gates, *(t.clone() for t in states[1:])]

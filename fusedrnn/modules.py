@@ -327,7 +327,7 @@ class RecurrentLayer(Quantizable, nn.RNNBase):
             return_all_states,
             self.recompute,
             self.backend,
-            self.algorithm,
+            self._asked,
             lengths,
             padding_value,
         )
@@ -622,7 +622,7 @@ class RecurrentCell(Quantizable, nn.RNNCellBase):
             nothing = sum(t.sum() for t in (input, *self._weights()) if t is not None)
             return [(s if batched else s.squeeze(0)) + nothing for s in states]
         h0, c0 = states if cell.has_cell_state else (*states, None)
-        results = functional.one_step(cell, input, h0, c0, *self._weights(), self.backend, self.algorithm)
+        results = functional.one_step(cell, input, h0, c0, *self._weights(), self.backend, self._asked)
         return [s if batched else s.squeeze(0) for s in results if s is not None]
 
 

@@ -48,6 +48,9 @@ BACKEND_ALGORITHMS = {
 }
 BACKENDS = tuple(BACKEND_ALGORITHMS)
 ALGORITHMS = ("auto", "step", "sequence", "persistent")
+# Nobody asks for it by name: that of layers that `quantize` made with activations=torch.int8. Rows of x and h are
+# rounded to 8 bits; the weights come in float32, and are such as int8 and a scale give.
+INT8, INT8_BACKENDS = "int8", ("reference", "cpu")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _INPUTS = (
@@ -93,9 +96,10 @@ def check_sequence(cell: str, inputs: Inputs, backend: str, algorithm: str) -> N
         raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {cell!r}")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if algorithm not in ALGORITHMS:
+    rounds = algorithm == INT8 and backend in INT8_BACKENDS
+    if algorithm not in (*ALGORITHMS, INT8):
         raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
-    if algorithm not in BACKEND_ALGORITHMS[backend]:
+    if algorithm not in BACKEND_ALGORITHMS[backend] and not rounds:
         raise RuntimeError(no_such_algorithm(backend, algorithm))
     spec = CELLS[cell]
     gates = len(spec.gates)
@@ -116,6 +120,7 @@ def check_sequence(cell: str, inputs: Inputs, backend: str, algorithm: str) -> N
     dims = 3 if batch_sizes is None else 2
     check(x.dim() == dims, f"x must have {dims} dimensions, got {x.dim()}")
     check(x.dtype in DTYPES, f"x must be float32, float64, bfloat16 or float16, got {x.dtype}")
+    check(not rounds or x.dtype == torch.float32, f"x must be float32 where it is rounded to 8 bits, got {x.dtype}")
     check(w_hh.dim() == 2, f"w_hh must have 2 dimensions, got {w_hh.dim()}")
     check(
         w_hh.shape[0] % gates == 0 and w_hh.shape[0] > 0,
@@ -334,6 +339,8 @@ def _sequence_backward_python(*arguments) -> list[Tensor]:
 
 def _check_backward(cell: str, grads: Gradients, inputs: Inputs, saved: Saved, backend: str, algorithm: str) -> None:
     check_sequence(cell, inputs, backend, algorithm)
+    if algorithm == INT8:
+        raise RuntimeError("fusedrnn::sequence_backward: what is rounded to 8 bits has no gradient")
     x = inputs.x
     y_shape, h_shape, c_shape, gates_shape, cells_shape, *_ = _output_shapes(cell, inputs, True, True)
     for name, t, shape, dtype in (

@@ -23,7 +23,7 @@ from fusedrnn import _build, compiled, trials
 from fusedrnn.backends import cuda
 from fusedrnn.backends.common import MOST_ACCUMULATORS, simulator, simulator_folder
 from fusedrnn.cells import BUILT_IN, CELL_OF_MODE, CELLS, kernels_of
-from fusedrnn.ops import ALGORITHMS, BACKEND_ALGORITHMS, BACKENDS, DTYPES, no_such_algorithm
+from fusedrnn.ops import ALGORITHMS, BACKEND_ALGORITHMS, BACKENDS, DTYPES, INT8, INT8_BACKENDS, no_such_algorithm
 
 ENVIRONMENT_VARIABLE = "FUSEDRNN_BACKEND"
 LOST = (
@@ -304,8 +304,12 @@ def choose(
 ) -> Choice:
     """The choice for this machine, with all overrides applied. Warns once when torch's own op has to run.
 
-    On a GPU kernels are checked before their first call, if ``try_out``; wrong ones give way to torch's own op.
+    On a GPU kernels are checked before their first call, if ``try_out``; wrong ones give way to torch's own op. The
+    algorithm INT8 stays whatever is forced, and the reference runs it where the chosen backend has none.
     """
+    rounds = algorithm == INT8
+    if rounds:
+        algorithm = None
     if _forced:
         backend, algorithm = _innermost(tuple(_forced), backend, algorithm)
     setting = "" if backend or algorithm else os.environ.get(ENVIRONMENT_VARIABLE, "")
@@ -313,13 +317,16 @@ def choose(
         # Sizes of weights, which a trace with symbols fixes.
         input_size, hidden_size, proj_size = int(input_size), int(hidden_size), int(proj_size)
     key = cell, input_size, hidden_size, proj_size, dtype, device, backend, algorithm, setting, heads
-    return _choose(try_out, *key)
+    return _choose(try_out, rounds, *key)
 
 
 @_build.constant_when_compiled
-def _choose(try_out: bool, *key) -> Choice:
+def _choose(try_out: bool, rounds: bool, *key) -> Choice:
     # Dynamo looks through functools.cache, so the constant it may keep is this function's.
     choice = _cached_choice(kernels_of(key[0]), *key)
+    if rounds:
+        runs = choice.backend if choice.backend in INT8_BACKENDS else "reference"
+        return Choice(runs, INT8, f"{choice.why}; {runs} rounds x and h to 8 bits", asked=True)
     cell, _, _, _, dtype, device, backend, _, setting, _ = key
     # A cell of one's own has no op of torch to be compared with.
     if choice.backend not in trials.ON_GPU or cell not in BUILT_IN or not trials.applies(device):
@@ -417,7 +424,7 @@ def plan(layer: torch.nn.Module, batch: int, *, steps: int | None = None, backwa
             dtype=weight.dtype,
             device=weight.device,
             backend=layer.backend,
-            algorithm=layer.algorithm,
+            algorithm=layer._asked,
             try_out=False,
         )
     on_card = choice.backend in trials.ON_GPU and trials.applies(weight.device) and not choice.asked
@@ -474,8 +481,9 @@ def _on_cpu(choice: Choice, layer, cell, batch: int, weight: torch.Tensor, steps
         weight.dtype,
         backward=backward,
         steps=1 if isinstance(layer, torch.nn.RNNCellBase) else steps,
-        kept=packed and many,
+        kept=packed and (many or layer._activations is not None),
         quantized=None if widened else quantized,
+        activations=layer._activations if packed else None,
         heads=getattr(layer, "heads", 1),
         directions=1 + getattr(layer, "bidirectional", False),
         layers=getattr(layer, "num_layers", 1),

@@ -1,4 +1,4 @@
-"""Layers that are only run, with weights of fewer bits: int8 times a scale for each row, or bfloat16."""
+"""Layers that are only run, with weights of fewer bits: int8 times a scale for each row, or bfloat16; x and h too."""
 
 import functools
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn import _build
+from fusedrnn import _build, ops
 from fusedrnn.cells import CELL_OF_MODE
 from fusedrnn.freezing import Freezable, bytes_of, checked, layers_of, panels_of
 
@@ -37,7 +37,7 @@ def widened(w: Tensor, scale: Tensor | None) -> Tensor:
 @functools.cache
 def _whole_numbers() -> bool:
     """Whether int8 is multiplied in whole numbers here, not widened (csrc/cpu/digits.h)."""
-    return _build._extension.plan("lstm", 6, 100, 1, 8, 8, 0, 1, 0, 0, 0, True, False, 1)["digits"]
+    return _build._extension.plan("lstm", 6, 100, 1, 8, 8, 0, 1, 0, 0, 0, True, False, 1, False)["digits"]
 
 
 def float32_is_faster(dtype: torch.dtype, weights: int, batch: int, cell: bool) -> bool:
@@ -63,6 +63,11 @@ class Quantizable(Freezable):
             found += bytes_of(wide.get("_packed", ()))
         return found
 
+    @property
+    def _asked(self) -> str | None:
+        """The algorithm that planning is asked for."""
+        return self.algorithm if self._activations is None else ops.INT8
+
     def _weight_names(self) -> list[str]:
         names = self._flat_weights_names if isinstance(self, nn.RNNBase) else ("weight_ih", "weight_hh")
         return [name for name in names if name.startswith("weight_")]
@@ -75,13 +80,13 @@ class Quantizable(Freezable):
         weights = self._weight_names()
         return [widened(self._held(n), self._scale(n)) if n in weights else getattr(self, n, None) for n in names]
 
-    def _quantize(self, dtype: torch.dtype, wanted: dict[str, bool]) -> None:
+    def _quantize(self, dtype: torch.dtype, activations: torch.dtype | None, wanted: dict[str, bool]) -> None:
         for name in self._weight_names():
             w, scale = rounded(self._parameters.pop(name).detach(), dtype)
             self.register_buffer(name, w)
             if scale is not None:
                 self.register_buffer(f"{name}_scale", scale)
-        self._quantized = dtype
+        self._quantized, self._activations = dtype, activations
         self._renewed()
         self._freeze(wanted)
 
@@ -102,6 +107,7 @@ class Quantizable(Freezable):
         for name in ("_packed", *_CALLS):
             self.__dict__.pop(name, None)
         del self._frozen, self._quantized
+        self.__dict__.pop("_activations", None)
         self._renewed()
 
     def _renewed(self) -> None:
@@ -121,12 +127,13 @@ class Quantizable(Freezable):
             if not name.startswith("weight_ih"):
                 continue
             all_three = [name.replace("_ih", part) for part in ("_ih", "_hh", "_hr")]
-            panels = [None, None]  # of a cell: a single step reads weights where they lie
-            if isinstance(self, nn.RNNBase):
+            # Of a cell: a single step reads weights where they lie, unless it multiplies 8 bits by 8.
+            panels, rounds = [None, None], self._activations is not None
+            if isinstance(self, nn.RNNBase) or rounds:
                 panels = [_build._small_calls.pack(cell, self._held(n), True, 1) for n in all_three[1::-1]]
                 if None in panels:
                     return None
-            found.append((*panels, *map(self._scale, all_three)))
+            found.append((*panels, *map(self._scale, all_three), rounds))
         order = self._flat_weights_names if isinstance(self, nn.RNNBase) else [*names, *self._parameters]
         sizes = {name: getattr(self, name, 0) for name in ("input_size", "hidden_size", "proj_size")}
         sizes["wide_from"] = next((batch for batch in (1, 4, 8, 16) if self._widens(batch)), None)
@@ -156,6 +163,8 @@ class Quantizable(Freezable):
 
     def _widens(self, batch: int) -> bool:
         """Whether a call for so many sequences takes the weights in float32."""
+        if self._activations is not None:
+            return False  # they would not be rounded
         w_ih, w_hh = map(self._held, self._weight_names()[:2])
         weights = (w_ih.numel() + w_hh.numel()) // 2
         return float32_is_faster(self._quantized, weights, batch, not isinstance(self, nn.RNNBase))
@@ -188,7 +197,10 @@ class Quantizable(Freezable):
 
     def extra_repr(self) -> str:
         """As torch.nn's, and what the weights are quantized to."""
-        return super().extra_repr() + ("" if self._quantized is None else f", quantized={self._quantized}")
+        found = super().extra_repr()
+        for name, dtype in (("quantized", self._quantized), ("activations", self._activations)):
+            found += "" if dtype is None else f", {name}={dtype}"
+        return found
 
     def _apply(self, fn, *args, **kwargs):
         if self._quantized is None:
@@ -228,13 +240,19 @@ class Quantizable(Freezable):
         return {name: value for name, value in super().__getstate__().items() if name not in _CALLS}
 
 
-def quantize(model: nn.Module, dtype: torch.dtype = torch.int8) -> nn.Module:
+def quantize(model: nn.Module, dtype: torch.dtype = torch.int8, activations: torch.dtype | None = None) -> nn.Module:
     """Stores the weights of every layer and cell of fusedrnn inside ``model`` in fewer bits, in place.
 
     W_ih, W_hh and W_hr become buffers of the same names: with ``torch.int8`` whole numbers of -127 to 127, each row
     times a scale of its own, ``max |row| / 127``, a buffer ``weight_hh_l0_scale`` [rows]; with ``torch.bfloat16``
     rounded ones. Biases stay. Everything is computed in float32 all the same, x and the states are not rounded: results
     are those of the layer with the rounded weights, up to the rounding of float32 sums.
+
+    With ``activations=torch.int8``, which goes with int8 weights, what W_ih and W_hh multiply is rounded as well, at
+    every step: a row of x or h [., K] to whole numbers of -127 to 127, half to even, times ``max |row| / 127``; a row
+    that is not finite stays as it is. Their products are whole numbers and exact. That is faster and less exact:
+    what torch's and ONNX Runtime's dynamic quantisation do. Biases, c and the states stay float32, and h that W_hr
+    multiplies is not rounded. There is no gradient of the input, and autocast changes nothing.
 
     As with :func:`freeze` the layers go to ``eval()``, want no gradient of their own (one of the input is given), and
     what changes the numbers of a buffer behind the module's back is not seen. ``load_state_dict`` takes quantized
@@ -243,18 +261,28 @@ def quantize(model: nn.Module, dtype: torch.dtype = torch.int8) -> nn.Module:
 
     Raises:
         TypeError: ``model`` is not a torch.nn.Module.
-        ValueError: ``dtype`` is another; there is no layer or cell of fusedrnn in the model, one whose weights are
-            computed (parametrizations), not float32, quantized to another dtype already, or, for int8, not finite.
+        ValueError: ``dtype`` or ``activations`` is another, or they do not go together; there is no layer or cell of
+            fusedrnn in the model, one whose weights are computed (parametrizations), not float32, quantized in another
+            way already, or, for int8, not finite.
         RuntimeError: at a call, where a weight was replaced by another object or a bias requires grad again; at
             ``train()``, and where the module is cast to another dtype.
     """
     if dtype not in DTYPES:
         raise ValueError(f"quantize: dtype must be torch.int8 or torch.bfloat16, got {dtype}")
+    if activations not in (None, torch.int8):
+        raise ValueError(f"quantize: activations must be torch.int8 or None, got {activations}")
+    if activations is not None and dtype != torch.int8:
+        raise ValueError(f"quantize: activations={activations} goes with weights in torch.int8, got dtype={dtype}")
     found = checked(model, "quantize", "quantized")
     for layer, wanted in found:
         name = type(layer).__name__
         if layer._quantized not in (None, dtype):
             raise ValueError(f"quantize: {name} is quantized to {layer._quantized}; call fusedrnn.unquantize first")
+        if layer._quantized is not None and layer._activations != activations:
+            raise ValueError(
+                f"quantize: {name} is quantized with activations={layer._activations}, got {activations}; call "
+                "fusedrnn.unquantize first"
+            )
         if layer._quantized is not None:
             continue
         other = next((p.dtype for p in map(layer._held, wanted) if p.dtype != torch.float32), None)
@@ -266,7 +294,7 @@ def quantize(model: nn.Module, dtype: torch.dtype = torch.int8) -> nn.Module:
                 raise ValueError(f"quantize: {weight} of {name} holds NaN or infinity and cannot become int8")
     for layer, wanted in found:
         if layer._quantized is None:
-            layer._quantize(dtype, wanted)
+            layer._quantize(dtype, activations, wanted)
             layer.eval()
     return model
 

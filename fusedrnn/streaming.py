@@ -48,7 +48,7 @@ class Stream:
         if type(batch) is not int or batch < 1:
             raise ValueError(f"batch must be a positive integer, got {batch!r}")
         self.batch = batch
-        self._layer = layer.__class__, layer.num_layers, layer.bias, layer.backend, layer.algorithm
+        self._layer = layer.__class__, layer.num_layers, layer.bias, layer.backend, layer._asked
         self._batch_first, self._input = layer.batch_first, layer.input_size
         self._out = layer.proj_size or layer.hidden_size
         self._sizes = [(layer.num_layers, batch, size) for size in layer._state_sizes()]
@@ -70,7 +70,7 @@ class Stream:
             dtype=self.dtype,
             device=self.device,
             backend=layer.backend,
-            algorithm=layer.algorithm,
+            algorithm=layer._asked,
         )
         if choice.backend == "cpu" and self.dtype in _DTYPES:
             self._stream, self._at, self._bytes = self._made(layer, weights)
@@ -106,7 +106,8 @@ class Stream:
         sizes = (self.batch, layer.input_size, layer.hidden_size, layer.proj_size)
         narrow = None if quantized is None else str(quantized).removeprefix("torch.")
         make = _build._extension.stream
-        stream, h, c, count = make(self._cell.name, _DTYPES[self.dtype], *sizes, narrow, tuple(layers))
+        rounds = layer._activations is not None
+        stream, h, c, count = make(self._cell.name, _DTYPES[self.dtype], *sizes, narrow, rounds, tuple(layers))
         return stream, (h, c)[: len(self._sizes)], count
 
     @property

@@ -504,6 +504,372 @@ def test_one_thread_does_the_work_of_all(dtype, crowded):
         assert same(result(layer, x), want)
 
 
+# x and h in 8 bits as well. A rounding that goes the other way is as large as the unit, and a last bit of h can turn
+# it: a loop in float64 follows y, step by step, and what is summed in whole numbers has to have the same bits.
+
+
+def rounded_rows(x):
+    """Rows as they are multiplied, in float64; the whole numbers are those of float32."""
+    largest = x.abs().amax(-1, keepdim=True).clamp(min=2.0**-100)
+    whole = (x * (torch.full_like(largest, 127) / largest)).round()
+    assert not (whole.abs() > 127).any()
+    return torch.where(largest.isfinite(), whole.double() * (largest / 127).double(), x.double())
+
+
+def step(mode, gx, gh, h, c):
+    if mode == "LSTM":
+        i, f, g, o = (gx + gh).chunk(4, -1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        return o.sigmoid() * c.tanh(), c
+    if mode == "GRU":
+        (r, z, n), (r_h, z_h, n_h) = gx.chunk(3, -1), gh.chunk(3, -1)
+        z = (z + z_h).sigmoid()
+        return (1 - z) * (n + (r + r_h).sigmoid() * n_h).tanh() + z * h, c
+    return (gx + gh).tanh() if mode == "RNN_TANH" else (gx + gh).relu(), c
+
+
+def followed(layer, x, y, states, dtype):
+    """y and the final c of a layer of one direction [T, B, .], of which each step starts from the h that it had."""
+    held = {name: layer._held(name) for name in layer._weight_names()}
+    wide = {name: (w.double() * layer._scale(name).double().unsqueeze(1)).to(dtype) for name, w in held.items()}
+    suffix = "_l0" if isinstance(layer, nn.RNNBase) else ""
+    w_ih, w_hh, w_hr = (wide.get(f"weight_{part}{suffix}") for part in ("ih", "hh", "hr"))
+    b_ih, b_hh = (getattr(layer, f"bias_{part}{suffix}").to(dtype) if layer.bias else 0 for part in ("ih", "hh"))
+    h, c = (*(s.clone() for s in states), None)[:2]
+    c, found = None if c is None else c.to(dtype), []
+    for t in range(len(x)):
+        gx = rounded_rows(x[t]).to(dtype) @ w_ih.t() + b_ih
+        gh = rounded_rows(h).to(dtype) @ w_hh.t() + b_hh
+        new, c = step(layer.mode, gx, gh, h.to(dtype), c)
+        found.append(new if w_hr is None else new @ w_hr.t())
+        h = y[t]
+    return [torch.stack(found), *([] if c is None else [c])]
+
+
+def whole(name="LSTM", hidden=33, inputs=5, **options):
+    return fusedrnn.quantize(made(name, hidden, inputs, **options), activations=torch.int8)
+
+
+def assert_rounds(layer, x, states):
+    """Against the loop in float64, with twice the error that the same loop has in float32."""
+    hx = states if len(states) > 1 else states[0]
+    if isinstance(layer, nn.RNNBase):
+        y, h, *c = result(layer, x, tuple(s.unsqueeze(0) for s in states) if len(states) > 1 else hx.unsqueeze(0))
+        assert torch.equal(h[0], y[-1])
+    else:
+        h, *c = result(layer, x[0], hx)
+        y = h.unsqueeze(0)
+    found = [y, *(s.reshape(s.shape[-2:]) for s in c)]
+    right, single = (followed(layer, x, y, states, dtype) for dtype in (torch.float64, torch.float32))
+    assert off(found, right) <= 2 * off(single, right) + 2e-7
+    return found
+
+
+def start_of(layer, batch):
+    sizes = [getattr(layer, "proj_size", 0) or layer.hidden_size, layer.hidden_size]
+    return [torch.randn(batch, size) for size in sizes[: 2 if layer.mode == "LSTM" else 1]]
+
+
+ROUNDED = (
+    ("LSTM", {}),
+    ("LSTM", {"proj_size": 3}),
+    ("GRU", {"bias": False}),
+    ("RNN", {}),
+    ("RNN", {"nonlinearity": "relu"}),
+)
+rounding = pytest.mark.parametrize("name, options", ROUNDED, ids=lambda v: v if isinstance(v, str) else "-".join(v))
+
+
+@packs
+@rounding
+@pytest.mark.parametrize("inputs, hidden", [(1, 1), (129, 5), (3, 129), (64, 16), (70, 512), (1100, 20)])
+@pytest.mark.parametrize("steps, batch", [(1, 1), (1, 3), (1, 70), (2, 1), (2, 70), (40, 1), (40, 3)])
+def test_rounded_against_float64(name, options, inputs, hidden, steps, batch):
+    if options.get("proj_size", 0) >= hidden:
+        options = {}
+    layer = whole(name, hidden, inputs, **options)
+    x, states = torch.randn(steps, batch, inputs), start_of(layer, batch)
+    assert same(assert_rounds(layer, x, states), assert_rounds(layer, x, states))
+
+
+@packs
+@pytest.mark.parametrize("inputs, hidden, batch", [(7, 33, 1), (1, 1, 3), (40, 129, 7), (7, 33, 70)])
+@pytest.mark.parametrize("name, options", CELLS, ids=lambda v: v if isinstance(v, str) else "-".join(v))
+def test_rounded_cells(name, options, inputs, hidden, batch):
+    cell = whole(name, hidden, inputs, **options)
+    assert cell.packed_bytes > 0
+    found = assert_rounds(cell, torch.randn(1, batch, inputs), start_of(cell, batch))
+    assert all(t.shape[-2:] == (batch, hidden) for t in found)
+
+
+def test_ties_go_to_even():
+    layer = made("RNN", 4, 4, nonlinearity="relu", bias=False)
+    with torch.no_grad():
+        layer.weight_ih_l0.copy_(torch.eye(4) * 127)
+        layer.weight_hh_l0.copy_(torch.eye(4) * 127)
+    fusedrnn.quantize(layer, activations=torch.int8)
+    x = torch.tensor([[[127, 0.5, 1.5, 2.5]], [[0, 0, 0, 0]]])
+    assert result(layer, x)[0].tolist() == [[[127 * 127, 0, 254, 254]], [[127 * 127 * 127, 0, 254 * 127, 254 * 127]]]
+
+
+def parts(layer):
+    """A layer of one direction for each sequence of a stack."""
+    found = []
+    for k in range(layer.num_layers):
+        for suffix in ("", "_reverse")[: 1 + layer.bidirectional]:
+            names = [n for n in layer.state_dict() if f"_l{k}{suffix}" in n and ("reverse" in n) == bool(suffix)]
+            state = {n.replace(f"_l{k}{suffix}", "_l0"): layer.state_dict()[n] for n in names}
+            options = {"nonlinearity": layer.nonlinearity} if isinstance(layer, nn.RNN) else {}
+            options |= {"proj_size": layer.proj_size} if layer.proj_size else {}
+            one = type(layer)(state["weight_ih_l0"].shape[1], layer.hidden_size, bias=layer.bias, **options)
+            fusedrnn.quantize(one, activations=torch.int8).load_state_dict(state)
+            found.append(one)
+    return found
+
+
+@packs
+@every
+@pytest.mark.parametrize("steps, batch", [(1, 1), (40, 3), (70, 1), (9, 70)])
+def test_rounded_stacks_are_made_of_layers(name, options, steps, batch):
+    layer = whole(name, 40, **options)
+    x = torch.randn(steps, batch, 5)
+    y, *_ = result(layer, x.transpose(0, 1) if layer.batch_first else x)
+    y = y.transpose(0, 1) if layer.batch_first else y
+    singles = parts(layer)
+    for forward in singles[:: 1 + layer.bidirectional]:
+        ys = [result(forward, x)[0]]
+        if layer.bidirectional:
+            ys.append(result(singles[singles.index(forward) + 1], x.flip(0))[0].flip(0))
+        x = torch.cat(ys, -1)
+    assert torch.equal(x, y)
+
+
+def near(found, right, unrounded):
+    """Whether two ways are the same but for last bits, and what these turn; others are further off."""
+    pairs = zip(found, right, unrounded, strict=True)
+    return all((a - b).norm() <= 0.1 * (c - b).norm() for a, b, c in pairs if b.numel() and not torch.equal(a, b))
+
+
+@packs
+@every
+def test_rounded_whatever_the_way(name, options):
+    layer = whole(name, 40, **options)
+    exact = fusedrnn.quantize(made(name, 40, **options))
+    first = options.get("batch_first", False)
+    lengths = torch.tensor([12, 30, 1, 17])
+    x = torch.randn(30, 4, 5)
+    x = x.transpose(0, 1) if first else x
+    for more in (
+        {"lengths": lengths},
+        {"return_all_states": True},
+        {"resets": torch.rand(x.shape[:2]) < 0.2},
+        {"resets": torch.rand(x.shape[:2]) < 0.2, "lengths": lengths},
+    ):
+        got = result(layer, x, **more)
+        with fusedrnn.backend("reference"):
+            want = result(layer, x, **more)
+        assert near(got, want, result(exact, x, **more))
+    want, loose = result(layer, x), result(exact, x)
+    with fusedrnn.backend("reference"):
+        assert near(result(layer, x), want, loose)
+        assert not near(loose, want, loose)
+    with torch.no_grad():
+        assert near(flat(fusedrnn.record_gates(layer, x)[0]), want, loose)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = result(layer, x)
+        assert all(t.dtype == torch.float32 for t in found)
+        assert near(found, want, loose)
+        assert result(layer, x.bfloat16())[0].dtype == torch.float32
+    packed = nn.utils.rnn.pack_padded_sequence(x, lengths, first, enforce_sorted=False)
+    y = nn.utils.rnn.pad_packed_sequence(layer(packed)[0], first)[0]
+    y, x = (y.transpose(0, 1), x.transpose(0, 1)) if first else (y, x)
+    for b, length in enumerate(lengths):
+        one = x[:length, b : b + 1]
+        alone = result(layer, one.transpose(0, 1) if first else one)[0]
+        alone = (alone.transpose(0, 1) if first else alone)[:, 0]
+        # Of W_hr sums are float32, in an order that goes by how many rows there are.
+        assert torch.equal(alone, y[:length, b]) or "proj_size" in options
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_rounded_exported_compiled_and_traced():
+    options = {"num_layers": 2, "bidirectional": True}
+    layer, exact = whole(**options), fusedrnn.quantize(made(**options))
+    x = torch.randn(9, 2, 5)
+    want, loose = result(layer, x), result(exact, x)
+    steps = torch.export.Dim("steps", min=2, max=100)
+    program = torch.export.export(layer, (x,), dynamic_shapes=({0: steps},))
+    assert program.state_dict["weight_hh_l0"].dtype == torch.int8
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    static = torch.export.export(layer, (x,))
+    for other in (
+        program.module(),
+        torch.export.load(file).module(),
+        static.run_decompositions(fusedrnn.decompositions()).module(),
+        program.run_decompositions(fusedrnn.decompositions()).module(),
+        torch.compile(layer, fullgraph=True, backend="aot_eager"),
+        torch.jit.trace(layer, (x,)),
+    ):
+        assert near(result(other, x), want, loose)
+    cell = whole("GRUCell", 33, 5)
+    assert near(
+        [torch.compile(cell, fullgraph=True, backend="aot_eager")(x[0])],
+        result(cell, x[0]),
+        result(fusedrnn.quantize(made("GRUCell", 33, 5)), x[0]),
+    )
+
+
+@packs
+@pytest.mark.parametrize(
+    "name, options", [("LSTM", {"num_layers": 2, "proj_size": 7}), ("GRU", {"batch_first": True})], ids=["LSTM", "GRU"]
+)
+def test_rounded_streams(name, options):
+    layer = whole(name, 70, **options)
+    first = options.get("batch_first", False)
+    x = torch.randn(300, 3, 5)
+    y, *states = result(layer, x.transpose(0, 1) if first else x)
+    stream = layer.stream(3)
+    found = [stream(step).clone() for step in x[:5]]
+    rest = stream(x[5:].transpose(0, 1) if first else x[5:])
+    found = torch.cat([torch.stack(found), rest.transpose(0, 1) if first else rest])
+    assert torch.equal(found, y.transpose(0, 1) if first else y)
+    assert same(flat(stream.states), states)
+    reference = fusedrnn.quantize(made(name, 70, backend="reference", **options), activations=torch.int8)
+    other = reference.stream(3)
+    found = torch.stack([other(step).clone() for step in x[:9]])
+    exact = fusedrnn.quantize(made(name, 70, **options))
+    loose = result(exact, x[:9].transpose(0, 1) if first else x[:9])[0]
+    y, loose = (y.transpose(0, 1), loose.transpose(0, 1)) if first else (y, loose)
+    assert near([found], [y[:9]], [loose])
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("steps", [1, 6])
+def test_rounded_rows_that_are_not_finite(name, bad, steps):
+    layer, exact = whole(name, 20), fusedrnn.quantize(made(name, 20))
+    x = torch.randn(steps, 5, 5)
+    x[0, 2, 1] = bad
+    got, want = result(layer, x)[0], result(exact, x)[0]
+    assert torch.equal(got.isnan(), want.isnan())
+    assert torch.allclose(got[0, 2], want[0, 2], atol=2e-6, equal_nan=True)  # as it is
+    others = [0, 1, 3, 4]
+    assert torch.equal(got[:, others], result(layer, x[:, others])[0])
+    with fusedrnn.backend("reference"):
+        assert torch.equal(result(layer, x)[0].isnan(), want.isnan())
+
+
+@packs
+@pytest.mark.parametrize("scale", [0.0, 1e-44, 1e-38, 1e-30, 1e5, 1e33])
+@pytest.mark.parametrize("inputs, batch", [(40, 1), (40, 20), (65600, 3)])
+def test_rounded_small_and_large_inputs(scale, inputs, batch):
+    layer = whole("RNN", 4, inputs, nonlinearity="relu", bias=False)
+    x = torch.randn(2, batch, inputs) * scale
+    x[0, 0, 0] *= 1000
+    y = result(layer, x)[0]
+    right = followed(layer, x, y, [torch.zeros(batch, 4)], torch.float64)[0]
+    # Of every row of the input, to float32's rounding of the sums, times the weights.
+    limit = x.abs().amax(-1).cummax(0).values.double() * layer.weight_ih_l0_scale.max() * 127 * inputs**0.5 * 2**-19
+    assert ((y - right).abs().amax(-1) <= limit + 1e-37).all()
+    assert torch.equal(y, result(layer, x)[0])
+    assert y.isfinite().all()
+
+
+def test_rounded_has_no_gradient():
+    layer, x = whole(), torch.randn(3, 2, 5)
+    with pytest.raises(RuntimeError, match=r"LSTM is quantized and cannot be trained \(train\(\) was called\): call"):
+        layer.train()
+    for each, given in ((layer, x), (whole("GRUCell"), x[0])):
+        with pytest.raises(
+            RuntimeError, match="a layer quantized with activations rounds x and h to 8 bits, which has no"
+        ):
+            each(given.clone().requires_grad_())
+        each(given)
+        with torch.no_grad():
+            each(given.clone().requires_grad_())
+
+
+@packs
+def test_what_rounds_is_copied_loaded_and_undone():
+    layer = whole(num_layers=2)
+    assert repr(layer).endswith("num_layers=2, quantized=torch.int8, activations=torch.int8)")
+    x, exact = torch.randn(9, 2, 5), fusedrnn.quantize(made(num_layers=2))
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    loaded = whole(num_layers=2)
+    loaded.load_state_dict(exact.state_dict())
+    for twin in (
+        copy.deepcopy(layer),
+        torch.load(file, weights_only=False),
+        loaded,
+        layer.to("cpu"),
+        fusedrnn.freeze(layer),
+    ):
+        assert same(result(twin, x), result(layer, x))
+        assert twin.packed_bytes == layer.packed_bytes
+    plan = fusedrnn.plan(layer, 2)
+    assert plan.details.activations == torch.int8
+    assert "packed in int8 once, by quantize" in plan.why
+    assert "x and h rounded to int8" in plan.why
+    assert "rounded" not in fusedrnn.plan(exact, 2).why
+    assert "packed in int8 once, by quantize" in fusedrnn.plan(whole("GRUCell"), 2).why
+    with fusedrnn.backend("reference"):
+        assert fusedrnn.plan(layer, 2).algorithm == "int8"
+    for back in (fusedrnn.unquantize, fusedrnn.revert):
+        wide = back(copy.deepcopy(layer))
+        assert "activations" not in repr(wide)
+        assert same(result(wide, x), result(back(copy.deepcopy(exact)), x))
+    assert same(result(fusedrnn.quantize(fusedrnn.unquantize(copy.deepcopy(layer))), x), result(exact, x))
+    own = fusedrnn.Layer(fusedrnn.zoo.lstm, 5, 33)
+    fusedrnn.quantize(own, activations=torch.int8)
+    single = whole()
+    single.load_state_dict(own.state_dict())
+    loose = result(fusedrnn.unquantize(copy.deepcopy(own)), x)
+    assert near(result(own, x), result(single, x), loose)
+
+
+@packs
+@pytest.mark.parametrize("crowded", [False, True])
+def test_rounded_with_many_threads(crowded):
+    layer = whole(hidden=300)
+    for shape in ((20, 1, 5), (5, 64, 5)):
+        x = torch.randn(shape)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            want = result(layer, x)
+        finally:
+            torch.set_num_threads(threads)
+        if crowded:
+            _build._extension.crowd()
+        assert same(result(layer, x), want)
+
+
+def test_activations_that_are_refused():
+    for wrong in (torch.bfloat16, torch.quint8, "int8"):
+        with pytest.raises(ValueError, match=f"activations must be torch.int8 or None, got {wrong}"):
+            fusedrnn.quantize(made(), activations=wrong)
+    with pytest.raises(
+        ValueError, match=r"activations=torch.int8 goes with weights in torch.int8, got dtype=torch.bfloat16"
+    ):
+        fusedrnn.quantize(made(), torch.bfloat16, torch.int8)
+    layer = whole()
+    assert fusedrnn.quantize(layer, activations=torch.int8) is layer
+    with pytest.raises(
+        ValueError, match=r"LSTM is quantized with activations=torch.int8, got None; call fusedrnn.unquantize"
+    ):
+        fusedrnn.quantize(layer)
+    with pytest.raises(
+        ValueError, match=r"LSTM is quantized with activations=None, got torch.int8; call fusedrnn.unquantize"
+    ):
+        fusedrnn.quantize(fusedrnn.quantize(made()), activations=torch.int8)
+    with pytest.raises(ValueError, match="algorithm must be one of auto, step, sequence, persistent, got 'int8'"):
+        fusedrnn.LSTM(3, 4, algorithm="int8")
+
+
 _AGAINST = """
 import copy, sys, torch, fusedrnn
 sys.path.insert(0, {tests!r})
@@ -518,6 +884,20 @@ for dtype in t.DTYPES:
             t.assert_as_right(fusedrnn.quantize(copy.deepcopy(plain), dtype), plain, dtype, (x,))
     for name, options in t.CELLS:
         t.test_cells(name, options, dtype, 40, 35, 7)
+for name, options in t.ROUNDED:
+    for steps, batch, inputs, hidden in ((1, 1, 7, 29), (9, 3, 5, 129), (4, 70, 1100, 66), (40, 4, 8, 512)):
+        layer = t.whole(name, hidden, inputs, **options)
+        x, states = torch.randn(steps, batch, inputs), t.start_of(layer, batch)
+        t.assert_rounds(layer, x, states)
+    t.test_rounded_whatever_the_way(name, options)
+for name, options in t.CELLS:
+    t.test_rounded_cells(name, options, 40, 35, 7)
+for scale in (0.0, 1e-44, 1e33):
+    for inputs, batch in ((40, 20), (65600, 3)):
+        t.test_rounded_small_and_large_inputs(scale, inputs, batch)
+t.test_rounded_rows_that_are_not_finite("LSTM", float("inf"), 6)
+t.test_ties_go_to_even()
+t.test_rounded_streams("GRU", {{"batch_first": True}})
 """
 
 

@@ -3,6 +3,8 @@
 #include <dlfcn.h>
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+#include <cmath>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -46,6 +48,31 @@ void borrow_all(const std::vector<torch::stable::Tensor>& from, std::vector<Tens
   for (const torch::stable::Tensor& t : from) to.push_back(Tensor::borrow(t.get()));
 }
 
+// The whole numbers of 8 bits and the scale of each row that float32 weights stand for; those that they were rounded
+// to already are found again.
+void to_int8(Tensor& w, Tensor& scale) {
+  const Tensor from = w.contiguous();
+  const int64_t rows = from.size(0), columns = from.size(1);
+  Tensor to = Tensor::empty({rows, columns}, kInt8), scales = Tensor::empty({rows}, kFloat);
+  for (int64_t row = 0; row < rows; ++row) {
+    const float* const x = from.data<float>() + row * columns;
+    int8_t* const q = static_cast<int8_t*>(to.writable()) + row * columns;
+    float most = 0;
+    for (int64_t k = 0; k < columns; ++k) {
+      FUSEDRNN_CHECK(std::isfinite(x[k]), "fusedrnn::sequence: weights that become int8 must be finite");
+      most = std::max(most, std::fabs(x[k]));
+    }
+    const float unit = most / 127;
+    static_cast<float*>(scales.writable())[row] = unit;
+    for (int64_t k = 0; k < columns; ++k) {
+      const float rounded = unit > 0 ? std::nearbyint(x[k] / unit) : 0;
+      q[k] = static_cast<int8_t>(std::clamp(rounded, -127.0f, 127.0f));
+    }
+  }
+  w = std::move(to);
+  scale = std::move(scales);
+}
+
 // The arguments that both ops share, taken from the stack.
 struct Given {
   Held x, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, lengths, resets;
@@ -73,7 +100,8 @@ struct Given {
         heads(to<int64_t>(s[14])) {}
 
   Inputs read(const std::string& cell, const std::string& algorithm) const {
-    FUSEDRNN_CHECK(algorithm == "auto" || algorithm == "persistent", "algorithm '", algorithm,
+    const bool rounded = algorithm == "int8";
+    FUSEDRNN_CHECK(algorithm == "auto" || algorithm == "persistent" || rounded, "algorithm '", algorithm,
                    "' of backend 'cpu' cannot run: it has persistent only");
     const Counts counts = counts_of(cell);
     const size_t wanted = static_cast<size_t>(counts.states);
@@ -103,10 +131,21 @@ struct Given {
               {},
               {},
               {},
-              {}};
+              {},
+              false};
     for (size_t k = 2; k < wanted; ++k) in.more.states.push_back(Tensor::borrow(states[k].get()));
     if (parameters) borrow_all(*parameters, in.more.parameters);
     if (inputs) borrow_all(*inputs, in.more.inputs);
+    if (rounded) {
+      for (const Tensor* t : {&in.w_ih, &in.w_hh, &in.w_hr}) {
+        FUSEDRNN_CHECK(!*t || (t->dtype() == kFloat && t->dim() == 2 && t->on_cpu()),
+                       "fusedrnn::sequence: algorithm 'int8' takes float32 weights of 2 dimensions");
+      }
+      to_int8(in.w_ih, in.scale_ih);
+      to_int8(in.w_hh, in.scale_hh);
+      if (in.w_hr) to_int8(in.w_hr, in.scale_hr);
+      in.quantized = in.rounded = true;
+    }
     return in;
   }
 };
@@ -220,6 +259,7 @@ void sequence_backward_op(Stack stack, uint64_t, uint64_t) {
   to<std::string>(stack[kSaved + 3]);
   const auto algorithm = to<std::string>(stack[kSaved + 4]);
   const auto wanted = to<std::vector<bool>>(stack[kSaved + 5]);
+  FUSEDRNN_CHECK(algorithm != "int8", "fusedrnn::sequence_backward: what is rounded to 8 bits has no gradient");
   const Inputs in = given.read(cell, algorithm);
   const size_t states = given.states.size();
   const size_t parameters = in.more.parameters.size(), inputs = in.more.inputs.size();

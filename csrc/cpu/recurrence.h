@@ -18,8 +18,9 @@ enum class CellKind { FUSEDRNN_CELLS(FUSEDRNN_KIND) };
 #undef FUSEDRNN_KIND
 // A cell of one's own has no kind: its kernels are its entry's, see OwnCell.
 enum class Dtype { kFloat32, kFloat64, kBfloat16, kFloat16 };
-// What W_ih, W_hh and W_hr are: as the other tensors, or, those being float32, of fewer bits.
-enum class Weights { kSame, kBfloat16, kInt8 };
+// What W_ih, W_hh and W_hr are: as the other tensors, or, those being float32, of fewer bits. kInt8Both: int8, and the
+// rows of x and h that W_ih and W_hh multiply are rounded to 8 bits as well, at every step.
+enum class Weights { kSame, kBfloat16, kInt8, kInt8Both };
 
 struct Shape {
   CellKind cell;
@@ -72,7 +73,7 @@ struct Forward {
   Way* way;            // where given, it is filled, and nothing is computed
 
   Weights weights;        // of w_ih, w_hh, w_hr and their panels; not kSame with one head only
-  const float* scale_ih;  // [G*H], of kInt8: what a row of w_ih is multiplied by, else null
+  const float* scale_ih;  // [G*H], of int8: what a row of w_ih is multiplied by, else null
   const float* scale_hh;  // [G*H]
   const float* scale_hr;  // [P]
   const void* panels_ih;  // of w_ih, as `panels`, or null: where gates_x is null, x is multiplied by them
@@ -129,7 +130,7 @@ struct Product {
 struct Widening {
   Weights weights;     // not kSame
   const void* from;    // [rows, columns]
-  const float* scale;  // [rows], of kInt8
+  const float* scale;  // [rows], of int8
   int64_t rows, columns;
   float* to;  // [rows, columns]
   int threads;

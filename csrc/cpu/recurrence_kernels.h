@@ -607,8 +607,9 @@ struct ForwardRun : Skeleton<Cell, E, W> {
   Buffer<O> zeros;               // [P]: what a row that is reset starts from, at least [padded]
   Buffer<E> input_gates;         // [N][G*H]: x W_ih^T, where it is computed here for all steps
   const E* const gates_x;        // those or the given ones, or null
-  Buffer<uint8_t> digits;        // [threads][kGroup][Digits::kCount][P or I, rounded up], with digits only
-  Buffer<float> digit_units;     // [threads][kGroup]
+  Buffer<uint8_t> digits;        // [threads][kGroup][digit][P or I, rounded up], with digits only
+  Buffer<float> whole_rows;      // [threads][kGroup][P or I]: rows rounded to 8 bits, where there are no digits
+  Buffer<float> units;           // [threads][kGroup], of either
 
   explicit ForwardRun(const Forward& problem)
       : Base(problem.shape, problem.w_hr != nullptr, reads_weights(problem), 1, problem.shape.out),
@@ -630,14 +631,17 @@ struct ForwardRun : Skeleton<Cell, E, W> {
         input_gates(multiplies_input(problem) ? problem.shape.offsets[steps] * kG * hidden : 0),
         gates_x(multiplies_input(problem) ? input_gates : static_cast<const E*>(problem.gates_x)),
         digits(multiplies_digits() ? problem.shape.threads * digits_of_a_thread() : 0),
-        digit_units(multiplies_digits() ? problem.shape.threads * kGroup : 0) {
+        whole_rows(rounds() && !p.way ? problem.shape.threads * whole_of_a_thread() : 0),
+        units(multiplies_digits() || rounds() ? problem.shape.threads * kGroup : 0) {
     if (problem.shape.resets) memset(zeros, 0, max(padded, out) * sizeof(O));
   }
 
   // Whether the recurrent weights are read where they lie, if at all.
   static bool reads_weights(const Forward& problem) {
-    return problem.gates_h || (is_short(problem.shape) && !is_packed(problem));
+    return problem.gates_h || (is_short(problem.shape) && !is_packed(problem) && !rounds(problem));
   }
+  // Whether rows of x and h are rounded to 8 bits.
+  static bool rounds(const Forward& problem) { return kWhole && problem.weights == Weights::kInt8Both; }
   static bool is_packed(const Forward& problem) { return problem.panels || problem.pack_into; }
   static bool multiplies_input(const Forward& problem) {
     return kWide && !problem.gates_x && problem.panels_ih && !problem.way && !multiplies_in_steps(problem);
@@ -648,7 +652,7 @@ struct ForwardRun : Skeleton<Cell, E, W> {
     constexpr int64_t kRows = 32;
     const Shape& s = problem.shape;
     return kWide && !problem.gates_x && problem.panels_ih && (s.steps == 1 || s.batch >= kRows * s.threads) &&
-           !in_digits(problem.shape.out) && !in_digits(problem.input);
+           !in_digits(problem.shape.out) && !in_digits(problem.input) && !rounds(problem);
   }
 
   void run() {
@@ -710,20 +714,34 @@ struct ForwardRun : Skeleton<Cell, E, W> {
   bool multiplies_digits() const {
     return !p.way && ((!this->direct && in_digits(out)) || (p.panels_ih && in_digits(p.input)));
   }
+  bool rounds() const { return rounds(p); }
+  int count_of_digits() const { return rounds() ? Digits::kRounded : Digits::kExact; }
   int64_t digits_of_a_thread() const {
-    return min(kGroup, this->offset(steps)) * Digits::kCount * Digits::row(max(out, p.input));
+    return min(kGroup, this->offset(steps)) * count_of_digits() * Digits::row(max(out, p.input));
+  }
+  int64_t whole_of_a_thread() const {
+    const int64_t depth = max(in_digits(out) ? 0 : out, in_digits(p.input) ? 0 : p.input);
+    return min(kGroup, this->offset(steps)) * depth;
   }
 
   // What multiply_panel needs of rows.
   void prepare_rows(const O* const* rows, int64_t count, int64_t depth, int thread) {
     if constexpr (kTiles) lay_out(this->laid_out_by(thread), rows, count, depth, {0});
-    if constexpr (kWhole && kDigits) {
-      if (!in_digits(depth)) return;
-      uint8_t* const to = digits + thread * digits_of_a_thread();
-      for (int64_t i = 0; i < count; ++i) {
-        to_digits(to + i * Digits::kCount * Digits::row(depth), digit_units + thread * kGroup + i, rows[i], depth);
+    if constexpr (kWhole) {
+      float* const unit = units + thread * kGroup;
+      if constexpr (kDigits) {
+        if (in_digits(depth)) {
+          uint8_t* const to = digits + thread * digits_of_a_thread();
+          const auto make = rounds() ? to_digits<Digits::kRounded> : to_digits<Digits::kExact>;
+          return make(to, unit, rows, count, depth);
+        }
       }
+      if (!rounds()) return;
+      for (int64_t i = 0; i < count; ++i) to_whole(whole_row(thread, i, depth), unit + i, rows[i], depth);
     }
+  }
+  float* whole_row(int thread, int64_t i, int64_t depth) const {
+    return whole_rows + thread * whole_of_a_thread() + i * depth;
   }
   // sums[count][kG] = rows from `skip` on times a panel.
   void multiply_panel(V* sums, const O* const* rows, int64_t count, int64_t skip, const Packed<W>* panel, int64_t depth,
@@ -731,10 +749,20 @@ struct ForwardRun : Skeleton<Cell, E, W> {
     if constexpr (kTiles) {
       product<kG>(sums, this->laid_out_by(thread), count, panel, Base::chunks(depth));
     } else {
-      if constexpr (kWhole && kDigits) {
-        if (in_digits(depth)) {
-          product_of_digits<kG>(sums, rows, digits + thread * digits_of_a_thread(), digit_units + thread * kGroup,
-                                count, panel, depth);
+      if constexpr (kWhole) {
+        const float* const unit = units + thread * kGroup;
+        if constexpr (kDigits) {
+          if (in_digits(depth)) {
+            const auto multiply =
+                rounds() ? product_of_digits<Digits::kRounded, kG> : product_of_digits<Digits::kExact, kG>;
+            return multiply(sums, rows, digits + thread * digits_of_a_thread(), unit, count, panel, depth);
+          }
+        }
+        if (rounds()) {
+          const O* whole[kGroup];
+          for (int64_t i = 0; i < count; ++i) whole[i] = whole_row(thread, i, depth);
+          product<kG>(sums, whole, count, panel, depth, {0});
+          for (int64_t i = 0; i < count * kG; ++i) sums[i] = sums[i] * V(unit[i / kG]);
           return;
         }
       }
@@ -1417,7 +1445,7 @@ void run_dtype(const Problem& problem) {
 #ifndef FUSEDRNN_CELL
       if constexpr (std::is_same_v<Problem, Forward>) {
         if (problem.weights == Weights::kBfloat16) return Run<Cell, float, Bfloat16>(problem).run();
-        if (problem.weights == Weights::kInt8) return Run<Cell, float, int8_t>(problem).run();
+        if (problem.weights != Weights::kSame) return Run<Cell, float, int8_t>(problem).run();
       }
 #endif
       return Run<Cell, float>(problem).run();
@@ -1448,7 +1476,7 @@ void widen(const Widening& p) {
   });
 }
 inline void run_widening(const Widening& problem) {
-  problem.weights == Weights::kInt8 ? widen<int8_t>(problem) : widen<Bfloat16>(problem);
+  problem.weights == Weights::kBfloat16 ? widen<Bfloat16>(problem) : widen<int8_t>(problem);
 }
 inline bool digits_here() { return has_digits(); }
 #endif

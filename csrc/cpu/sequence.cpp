@@ -106,6 +106,7 @@ Weights weights_of(const Tensor& w, bool quantized) {
                  "fusedrnn: quantized weights must be int8 or bfloat16, got ", name_of(w.dtype()));
   return w.dtype() == kInt8 ? Weights::kInt8 : Weights::kBfloat16;
 }
+Weights weights_of(const Inputs& in) { return in.rounded ? Weights::kInt8Both : weights_of(in.w_hh, in.quantized); }
 
 int32_t compute_dtype(const Tensor& x) { return x.dtype() == kDouble ? kDouble : kFloat; }
 
@@ -187,6 +188,7 @@ struct Problem {
 
   void check_quantized(const Inputs& in) const {
     const bool scaled = weights_of(in.w_hh, true) == Weights::kInt8;
+    FUSEDRNN_CHECK(scaled || !in.rounded, "fusedrnn: x and h are rounded with weights of int8 only");
     FUSEDRNN_CHECK(in.x.dtype() == kFloat && heads == 1 && !cell.forward,
                    "fusedrnn: quantized weights are those of a built-in cell in float32 of one head, got ", cell.name,
                    " in ", name_of(in.x.dtype()), " of ", heads);
@@ -279,7 +281,8 @@ struct Products {
     const bool in_tiles = kernels().tiles && in.x.dtype() == kBFloat16 && !s.cell.forward;
     const bool many =
         in.quantized ? in.w_ih.dtype() == kInt8 && kernels().digits() : !host_multiplies(dtype_of(in.x.dtype()));
-    by_panels = in.panels_ih && !s.multiplied && (many || s.rows <= kRowsOfPanels);
+    const bool kept = in.panels_ih && (many || s.rows <= kRowsOfPanels);
+    by_panels = !s.multiplied && (in.rounded ? s.input > 0 : kept);
     one_kernel = !by_panels && !s.multiplied && s.steps == 1 && s.batch <= (in_tiles ? kFewRowsOfTiles : kFewRows);
     two_products = s.steps == 1 && !one_kernel && !by_panels && !s.multiplied && bytes_of(in.x.dtype()) > 2 &&
                    !in.resets && s.heads == 1 && !in.quantized;
@@ -485,7 +488,7 @@ Tensor widened_input_weight(const Inputs& in) {
 // A call of the kernels, its tensors in one piece each. gates and every_state are where they are kept, or have no
 // elements.
 struct Call {
-  const Tensor x, w_ih, h0, w_hh, b_ih, b_hh, w_hr, resets, scale_ih, scale_hh, scale_hr;
+  const Tensor x, w_ih, h0, w_hh, b_ih, b_hh, w_hr, resets, scale_ih, scale_hh, scale_hr, panels_ih;
   const Addresses states0, parameters, inputs;
   Tensor gates_x, gates_h;
   void (*const run)(const Forward&);
@@ -504,6 +507,8 @@ struct Call {
         scale_ih(in.scale_ih.contiguous()),
         scale_hh(in.scale_hh.contiguous()),
         scale_hr(in.scale_hr.contiguous()),
+        // What is rounded meets panels only.
+        panels_ih(products.by_panels && !in.panels_ih ? pack(s.cell.name, in.w_ih, true) : in.panels_ih.contiguous()),
         states0(in.c0, in.more.states),
         parameters(in.more.parameters),
         inputs(in.more.inputs),
@@ -544,11 +549,11 @@ struct Call {
                in.panels.data(),
                nullptr,
                nullptr,
-               weights_of(w_hh, in.quantized),
+               weights_of(in),
                scale_ih.data<float>(),
                scale_hh.data<float>(),
                scale_hr.data<float>(),
-               in.panels_ih.data(),
+               panels_ih.data(),
                nullptr,
                y_row};
   }
@@ -587,13 +592,15 @@ class Pieces {
       part.*member = (in.*member).with_dims((in.*member).dim());
     }
     part.quantized = in.quantized;
+    part.rounded = in.rounded;
     part.reverse = in.reverse;
     part.heads = in.heads;
     for (const Tensor& t : in.more.states) others.push_back(copy_of(t));
     for (const Tensor& t : in.more.inputs) inputs.push_back(t.contiguous());
     for (const Tensor& t : in.more.parameters) part.more.parameters.push_back(t.with_dims(1));
     part.panels = in.panels ? in.panels.with_dims(1) : pack(s.cell.name, in.w_hh, in.quantized, in.heads);
-    if (many && !in.panels_ih && x.dtype() == kFloat) part.panels_ih = pack(s.cell.name, in.w_ih, in.quantized);
+    if ((many || in.rounded) && !in.panels_ih && x.dtype() == kFloat)
+      part.panels_ih = pack(s.cell.name, in.w_ih, in.quantized);
     states.add(c);
     states.add(others);
   }
@@ -763,8 +770,8 @@ Plan plan(std::string_view cell, const Inputs& in, bool backward) {
     problem.gates_x = products.one_kernel || products.by_panels ? nullptr : &address;
     problem.gates_h = products.two_products ? &address : nullptr;
     problem.panels = in.panels.data();
-    problem.weights = weights_of(in.w_hh, in.quantized);
-    problem.panels_ih = in.panels_ih.data();
+    problem.weights = weights_of(in);
+    problem.panels_ih = products.by_panels ? &address : nullptr;
     problem.input = s.input;
     problem.way = &found.way;
     (s.cell.forward ? s.cell.forward : kernels().forward)(problem);

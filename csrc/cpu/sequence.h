@@ -27,7 +27,8 @@ struct Inputs {
   // w_ih, w_hh and w_hr are bfloat16, or int8 times these [G*H], [G*H] and [P]; x and all others are float32.
   bool quantized = false;
   Tensor scale_ih, scale_hh, scale_hr;
-  Tensor panels_ih;  // of w_ih, as `pack` gave them, or none
+  Tensor panels_ih;      // of w_ih, as `pack` gave them, or none
+  bool rounded = false;  // of int8 weights: x and h are rounded to 8 bits as well
 };
 
 // Of what was not kept, and of a c that there is not, a tensor without elements.

@@ -95,7 +95,8 @@ Stream::Stream(std::string_view cell, const Sizes& sizes, const std::vector<Weig
   s.cell = cell;
   s.sizes = sizes;
   s.dtype = scalar_type(sizes.dtype);
-  const bool scaled = sizes.weights == fusedrnn::Weights::kInt8;
+  const bool rounded = sizes.weights == fusedrnn::Weights::kInt8Both;
+  const bool scaled = rounded || sizes.weights == fusedrnn::Weights::kInt8;
   FUSEDRNN_CHECK(sizes.weights == fusedrnn::Weights::kSame || s.dtype == kFloat,
                  "fusedrnn: a stream with quantized weights must be float32, got ", name_of(s.dtype));
   const int32_t of_weights = scaled ? kInt8 : sizes.weights == fusedrnn::Weights::kBfloat16 ? kBFloat16 : s.dtype;
@@ -126,6 +127,7 @@ Stream::Stream(std::string_view cell, const Sizes& sizes, const std::vector<Weig
     if (w.b_hh) in.b_hh = copy_of(w.b_hh, {rows}, s.dtype);
     if (w.w_hr) in.w_hr = copy_of(w.w_hr, {s.out, sizes.hidden}, of_weights);
     in.quantized = of_weights != s.dtype;
+    in.rounded = rounded;
     in.panels = pack(cell, in.w_hh, in.quantized);
     if (packs_input(cell, s.dtype)) in.panels_ih = pack(cell, in.w_ih, in.quantized);
     in.h0 = s.h.select(k);

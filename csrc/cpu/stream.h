@@ -16,7 +16,8 @@ class FUSEDRNN_API Stream {
     Dtype dtype = Dtype::kFloat32;
     int64_t batch = 1, input = 1, hidden = 1;
     int64_t projection = 0;  // P, or 0: there is none
-    // What w_ih, w_hh and w_hr are; kSame with every dtype, the others with float32.
+    // What w_ih, w_hh and w_hr are; kSame with every dtype, the others with float32. kInt8Both: x and h are rounded to
+    // 8 bits too.
     fusedrnn::Weights weights = fusedrnn::Weights::kSame;
   };
   // Of one layer; w_ih has P columns, or H, from the second layer on.
@@ -24,7 +25,7 @@ class FUSEDRNN_API Stream {
     const void *w_ih, *w_hh;
     const void *b_ih = nullptr, *b_hh = nullptr;  // null: none
     const void* w_hr = nullptr;                   // with a projection only
-    // With kInt8 what the rows of w_ih, w_hh and w_hr are multiplied by: [G*H], [G*H], [P].
+    // With int8 what the rows of w_ih, w_hh and w_hr are multiplied by: [G*H], [G*H], [P].
     const float *scale_ih = nullptr, *scale_hh = nullptr, *scale_hr = nullptr;
   };
 

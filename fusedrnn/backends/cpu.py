@@ -18,7 +18,8 @@ _GEMMS = {"kernel": "by the same kernel", "host": "by torch's GEMM before", "pan
 class Plan:
     """``capability``: the instruction set. ``by_rows``: each thread takes rows of the batch through all steps; else it
     takes units, and all wait for each other after a step. ``direct``: W_hh is read where it lies; else it is repacked
-    to ``panel_bytes``, ``kept``: once, by freeze or quantize. ``quantized``: the dtype of weights of fewer bits.
+    to ``panel_bytes``, ``kept``: once, by freeze or quantize. ``quantized``: the dtype of weights of fewer bits,
+    ``activations``: that of x and h, rounded at every step.
     ``tiles``: multiplied in the tile registers of AMX; ``digits``: in whole numbers, by AVX512-VNNI. ``input_product``
     and ``state_product`` tell who multiplies the rows of all steps by W_ih, and the states by W_hh: "kernel", "host"
     (torch's GEMM) or "panels" (ours). ``beside``: "directions" or "layers", if two of them are done at the same time,
@@ -35,6 +36,7 @@ class Plan:
     panel_bytes: int
     kept: bool
     quantized: torch.dtype | None
+    activations: torch.dtype | None
     input_product: str
     state_product: str
     beside: str
@@ -54,6 +56,7 @@ def plan_for(
     kept: bool = False,
     heads: int = 1,
     quantized: torch.dtype | None = None,
+    activations: torch.dtype | None = None,
     directions: int = 1,
     layers: int = 1,
 ) -> Plan:
@@ -62,15 +65,18 @@ def plan_for(
     more = (max(len(cell.states) - 2, 0), len(cell.parameters), len(cell.inputs))
     kept = kept and not backward
     if backward:  # then the weights are in float32
-        quantized = None
-    found = _build._extension.plan(cell.name, *sizes, *more, kept, backward, quantized and _NUMBERS[quantized])
+        quantized = activations = None
+    of_weights = quantized and _NUMBERS[quantized], activations is not None
+    found = _build._extension.plan(cell.name, *sizes, *more, kept, backward, *of_weights)
     if found["direct"]:
         found["panel_bytes"] = 0
     of = {"directions": found.pop("directions_beside") and directions > 1}
     of["layers"] = found.pop("layers_beside") and directions == 1 and layers > 1
     found["beside"] = next((name for name, there in of.items() if there and _build._small_calls is not None), "")
     why = _why(found, steps, kept, backward, quantized)
-    return Plan("persistent", kept=kept, quantized=quantized, why=why, **found)
+    if activations is not None:
+        why = f"{why}; x and h rounded to {str(activations).removeprefix('torch.')}"
+    return Plan("persistent", kept=kept, quantized=quantized, activations=activations, why=why, **found)
 
 
 def _why(found: dict, steps: int | None, kept: bool, backward: bool, quantized: torch.dtype | None) -> str:

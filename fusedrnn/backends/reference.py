@@ -40,8 +40,20 @@ def _join(state: Tensor, ended: list[Tensor]) -> Tensor:
 product = torch.matmul
 
 
-def input_gates(x: Tensor, w_ih: Tensor, b_ih: Tensor | None) -> Tensor:
-    """The input projection of all rows at once, [N, G*H]."""
+def rounded_rows(x: Tensor) -> Tensor:
+    """Rows [..., K] rounded to 8 bits: each to multiples of 1/127 of its largest |x|, half to even (csrc/cpu/digits.h);
+    one that is not finite as it is.
+    """
+    if x.shape[-1] == 0:
+        return x
+    largest = x.abs().amax(-1, keepdim=True).clamp(min=2.0**-100)
+    scale = torch.full_like(largest, 127) / largest  # 127 / largest is 127 times the reciprocal in torch
+    return torch.where(largest.isfinite(), (x * scale).round() * (largest / 127), x)
+
+
+def input_gates(x: Tensor, w_ih: Tensor, b_ih: Tensor | None, rounds: bool = False) -> Tensor:
+    """The input projection of all rows at once, [N, G*H]; ``rounds``: of rows rounded to 8 bits."""
+    x = rounded_rows(x) if rounds else x
     gates = x if is_multiplied(x, w_ih) else product(x, w_ih.t())
     return gates if b_ih is None else gates + b_ih
 
@@ -70,6 +82,7 @@ def advance(
     parameters: tuple[Tensor, ...],
     given: tuple[Tensor, ...],
     heads: int,
+    rounds: bool = False,
 ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
     """One step: the states after it, h in the dtype it came in, and what is saved; all else in the accumulation dtype.
 
@@ -78,7 +91,7 @@ def advance(
     hidden = w_hh.shape[0] // len(cell.gates)
     h = states[0].to(w_hh.dtype)
     gx = gates_x.split(hidden, 1)
-    gh = recurrent(h, w_hh, heads)
+    gh = recurrent(rounded_rows(h) if rounds else h, w_hh, heads)
     gh = (gh if b_hh is None else gh + b_hh).split(hidden, 1)
     acc: list = [None] * len(cell.accumulators)
     for part, slots in ((gx, cell.x_acc), (gh, cell.h_acc)):
@@ -88,8 +101,10 @@ def advance(
     return [(h if w_hr is None else product(h, w_hr.t())).to(states[0].dtype), *others], saved
 
 
-def recurrence(cell: Cell, inputs: Inputs) -> tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor, tuple[Tensor, ...]]:
-    """One direction of one layer, differentiable to any order.
+def recurrence(
+    cell: Cell, inputs: Inputs, rounds: bool = False
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor, tuple[Tensor, ...]]:
+    """One direction of one layer, differentiable to any order; ``rounds``: rows of x and h are rounded to 8 bits.
 
     Returns y, h_n, the other final states, saved gates [N, S*H] (empty without) and every other state, [N, H] each.
     """
@@ -99,7 +114,7 @@ def recurrence(cell: Cell, inputs: Inputs) -> tuple[Tensor, Tensor, tuple[Tensor
     starts = (h0, *(t.to(acc_dtype) for t in inputs.states0))
     parameters = tuple(t.to(acc_dtype) for t in inputs.parameters)
     given = [rows_of(t).to(acc_dtype) for t in inputs.inputs]
-    gates_x = input_gates(rows_of(x).to(acc_dtype), w_ih, b_ih)
+    gates_x = input_gates(rows_of(x).to(acc_dtype), w_ih, b_ih, rounds)
 
     rows = step_rows(x, batch_sizes)
     cut = None if resets is None else resets.reshape(-1, 1)
@@ -115,8 +130,9 @@ def recurrence(cell: Cell, inputs: Inputs) -> tuple[Tensor, Tensor, tuple[Tensor
         states = [_fit(*of_state, size) for of_state in zip(states, starts, ended)]
         if cut is not None:
             states = [state.masked_fill(cut[at], 0) for state in states]
+        given_here = tuple(i[at] for i in given)
         states, saved = advance(
-            cell, states, gates_x[at], w_hh, b_hh, w_hr, parameters, tuple(i[at] for i in given), inputs.heads
+            cell, states, gates_x[at], w_hh, b_hh, w_hr, parameters, given_here, inputs.heads, rounds
         )
         for all_steps, state in zip(every, states):
             all_steps[t] = state
@@ -134,7 +150,7 @@ def recurrence(cell: Cell, inputs: Inputs) -> tuple[Tensor, Tensor, tuple[Tensor
 
 def forward(cell: Cell, inputs: Inputs, algorithm: str, keep_gates: bool, keep_cells: bool) -> tuple[Tensor, ...]:
     """See the op ``fusedrnn::sequence``."""
-    y, h_n, finals, gates, every = recurrence(cell, inputs)
+    y, h_n, finals, gates, every = recurrence(cell, inputs, algorithm == "int8")
     x = inputs.x
     steps = x.shape[:-1]
     keep_gates, keep_cells = keep_gates and bool(cell.saved), keep_cells and cell.has_cell_state
