@@ -40,6 +40,21 @@ def read_rate(size: int) -> float:
     return flat.nbytes / best
 
 
+@functools.cache
+def kept_rate(size: int, threads: int) -> float:
+    """Bytes a second that so many threads read of so many, each its part of them again and again: by sums over parts
+    that are repeated within one call, so that the call itself counts for nothing.
+    """
+    part = max(size // 4 // threads, 1024)
+    again = max((1 << 24) // (part * threads), 1)
+    parts, best = torch.ones(threads, 1, part).expand(threads, again, part), math.inf
+    for _ in range(20):
+        start = time.perf_counter()
+        parts.sum((1, 2))
+        best = min(best, time.perf_counter() - start)
+    return 4 * parts.numel() / best
+
+
 def roof(row: Row) -> float:
     """Seconds that the problem takes at least."""
     p, size = row.problem, 4 if row.dtype == "float32" else 2

@@ -20,7 +20,7 @@ import torch
 from fusedrnn import _build
 from fusedrnn.__main__ import main
 from fusedrnn.benchmarks import calls as small_calls
-from fusedrnn.benchmarks import measure, problems, providers, quantized, results, roof, runner
+from fusedrnn.benchmarks import measure, problems, providers, quantized, results, roof, runner, slstm
 from fusedrnn.benchmarks import report as report_module
 from fusedrnn.benchmarks.problems import Problem
 from fusedrnn.benchmarks.results import COLUMNS, Environment, Results, Row
@@ -168,23 +168,46 @@ def test_packed_once_gives_the_same_answers(cell, layers):
         providers.PROVIDERS["fusedrnn:stream"].make(gate.given, "forward")
 
 
-def test_the_suite_of_slstm(capsys, monkeypatch):
-    """Its providers agree with float64, and a wrong one has no time."""
-    monkeypatch.setattr("fusedrnn.benchmarks.slstm.BATCHES", (1,))
-    monkeypatch.setattr("fusedrnn.benchmarks.slstm.STEPS", 3)
+def test_the_suite_of_slstm(capsys, monkeypatch, tmp_path):
+    """Its providers agree with float64, and a wrong one has no time; what is on disk is not measured again."""
+    monkeypatch.setattr(slstm, "BATCHES", (1,))
+    monkeypatch.setattr(slstm, "STEPS", 3)
     arguments = ["bench", "--suite", "slstm", "--rounds", "3", "--seconds", "0.1", "--threads", "1", "--json"]
+    arguments += ["--out", str(tmp_path)]
     assert main(arguments) == 0
-    rows = json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads((tmp_path / "slstm.json").read_text())
+    rows = found["rows"]
     assert {row["mode"] for row in rows} == {"forward", "train"}
-    assert {"fusedrnn", "fusedrnn.compat"} <= {row["provider"] for row in rows if row["ms"] > 0}
+    assert {"fusedrnn", "fusedrnn.compat", "products of torch"} <= {row["provider"] for row in rows if row["ms"] > 0}
     if "flashrnn:vanilla" in {row["provider"] for row in rows}:
         assert all("times as fast as flashrnn:vanilla" in r for r in rows if r["provider"] == "fusedrnn")
-    monkeypatch.setattr("fusedrnn.benchmarks.slstm.ours", lambda gates, *rest, **options: (gates[None, :, :, 0], None))
+    for row in rows:
+        assert row["of the roof"] == row["roof_ms"] / row["ms"]
+        assert (row["T"], row["B"], row["threads"]) == (3, 1, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(slstm, "measured", None)
+        assert main(arguments) == 0
+        assert json.loads(capsys.readouterr().out)["rows"] == rows
+    monkeypatch.setattr(slstm, "ours", lambda gates, *rest, **options: (gates[None, :, :, 0], None))
+    (tmp_path / "slstm.json").unlink()
     assert main([*arguments, "--modes", "forward"]) == 1
-    wrong = next(r for r in json.loads(capsys.readouterr().out) if r["provider"] == "fusedrnn.compat")
+    wrong = next(r for r in json.loads(capsys.readouterr().out)["rows"] if r["provider"] == "fusedrnn.compat")
     assert "ms" not in wrong
     assert wrong["why"].startswith("wrong: off by")
     assert main(["bench", "--suite", "slstm", "--peers", "nobody"]) == 2
+    (tmp_path / "slstm.json").write_text("[]")
+    assert main(arguments) == 2
+    assert "slstm.json has no rows of this suite" in capsys.readouterr().err
+
+
+def test_the_roof_of_slstm():
+    """Counted by hand: a product takes its operations, or the reading of its weights where that takes longer."""
+    machine = slstm.Machine(flops=1e9, read_ih=1e9, read_hh=1e9)
+    w_ih, w_hh = 2048 * 512, 2048 * 128
+    assert machine.roof(1, "forward") == pytest.approx((2 * 64 * w_ih + 64 * 4 * w_hh) / 1e9)
+    assert machine.roof(16, "forward") == pytest.approx(2 * 64 * 16 * (w_ih + w_hh) / 1e9)
+    assert machine.roof(16, "train") == pytest.approx(3 * machine.roof(16, "forward"))
 
 
 def test_only_names_problems(capsys):
