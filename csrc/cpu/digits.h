@@ -74,10 +74,11 @@ inline bool has_digits() {
 template <int kCount>
 void to_digits(uint8_t* to, float* units, const float* const* rows, int64_t count, int64_t depth);
 
-// sums[count][kVectors] = rows times one panel; `digits` and `units` are those of the rows.
+// sums[count][kVectors] = rows times one panel times the scales of its columns; `digits` and `units` are those of the
+// rows.
 template <int kCount, int kVectors>
 void product_of_digits(Vec<float>* sums, const float* const* rows, const uint8_t* digits, const float* units,
-                       int64_t count, const int8_t* panel, int64_t depth);
+                       int64_t count, const Vec<float>* scales, const int8_t* panel, int64_t depth);
 
 #if FUSEDRNN_VECTOR_BYTES == 64 && defined(__AVX512F__) && !FUSEDRNN_TILES && !defined(FUSEDRNN_CELL)
 
@@ -161,10 +162,10 @@ FUSEDRNN_INLINE void multiply_four(__m512i& acc, __m512i digits, __m512i weights
   asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(digits), "v"(weights));
 }
 
-// sums[r][v] = rows, as digits `row_bytes` apart, times one panel.
+// sums[r][v] = rows, as digits `row_bytes` apart, times one panel times the scales.
 template <int kCount, int kRows, int kVectors>
 FUSEDRNN_COLD void multiply_digits(Vec<float>* sums, const uint8_t* rows, int64_t row_bytes, const float* units,
-                                   const int8_t* panel, int64_t depth) {
+                                   const Vec<float>* scales, const int8_t* panel, int64_t depth) {
   // With few sums several run side by side: one alone would wait for its own previous addition.
   constexpr int kLast = kCount - 1, kSums = kRows * kCount * kVectors, kWays = kSums >= 8 ? 1 : kSums >= 3 ? 2 : 4;
   const int64_t fours = Digits::fours(depth), digit = Digits::row(depth);
@@ -172,6 +173,15 @@ FUSEDRNN_COLD void multiply_digits(Vec<float>* sums, const uint8_t* rows, int64_
   __m512i acc[kWays * kSums];
   FUSEDRNN_UNROLL_ALL
   for (int i = 0; i < kWays * kSums; ++i) acc[i] = _mm512_setzero_si512();
+  // What was added to q, 128 in its highest digit, is taken away beforehand.
+  FUSEDRNN_UNROLL_ALL
+  for (int v = 0; v < kVectors; ++v) {
+    const __m512i added = _mm512_slli_epi32(_mm512_loadu_si512(columns + v * 64), 7);
+    FUSEDRNN_UNROLL_ALL
+    for (int r = 0; r < kRows; ++r) {
+      acc[(r * kCount + kLast) * kVectors + v] = _mm512_sub_epi32(_mm512_setzero_si512(), added);
+    }
+  }
   const auto add = [&](__m512i* to, int64_t k) __attribute__((always_inline)) {
     __m512i weight[kVectors];
     FUSEDRNN_UNROLL_ALL
@@ -198,31 +208,32 @@ FUSEDRNN_COLD void multiply_digits(Vec<float>* sums, const uint8_t* rows, int64_
   FUSEDRNN_UNROLL_ALL
   for (int i = 0; i < kRows * kVectors; ++i) {
     const int r = i / kVectors, v = i % kVectors, at = r * kCount * kVectors + v;
-    // What was added to q is 128 in its highest digit.
-    const __m512i added = _mm512_slli_epi32(_mm512_loadu_si512(columns + v * 64), 7);
-    Vec<float>::Raw sum = (Vec<float>::Raw)_mm512_cvtepi32_ps(_mm512_sub_epi32(acc[at + kLast * kVectors], added));
+    Vec<float>::Raw sum = (Vec<float>::Raw)_mm512_cvtepi32_ps(acc[at + kLast * kVectors]);
     FUSEDRNN_UNROLL_ALL
     for (int j = kLast - 1; j >= 0; --j) {
       sum = sum * 256.0f + (Vec<float>::Raw)_mm512_cvtepi32_ps(acc[at + j * kVectors]);
     }
-    sums[i] = sum * units[r];
+    sums[i] = sum * units[r] * scales[v].v;
   }
 }
 
 template <int kCount, int kRows, int kVectors>
 FUSEDRNN_INLINE void multiply_digit_rows(int64_t count, Vec<float>* sums, const uint8_t* rows, int64_t row_bytes,
-                                         const float* units, const int8_t* panel, int64_t depth) {
+                                         const float* units, const Vec<float>* scales, const int8_t* panel,
+                                         int64_t depth) {
   if constexpr (kRows > 1) {
     if (count < kRows) {
-      return multiply_digit_rows<kCount, kRows - 1, kVectors>(count, sums, rows, row_bytes, units, panel, depth);
+      return multiply_digit_rows<kCount, kRows - 1, kVectors>(count, sums, rows, row_bytes, units, scales, panel,
+                                                              depth);
     }
   }
-  multiply_digits<kCount, kRows, kVectors>(sums, rows, row_bytes, units, panel, depth);
+  multiply_digits<kCount, kRows, kVectors>(sums, rows, row_bytes, units, scales, panel, depth);
 }
 
 // The same for a row of floats that are not all finite.
 template <int kVectors>
-FUSEDRNN_COLD void multiply_fours(Vec<float>* sums, const float* x, const int8_t* panel, int64_t depth) {
+FUSEDRNN_COLD void multiply_fours(Vec<float>* sums, const float* x, const Vec<float>* scales, const int8_t* panel,
+                                  int64_t depth) {
   for (int v = 0; v < kVectors; ++v) {
     Vec<float> sum(0.0f);
     for (int64_t k = 0; k < depth; ++k) {
@@ -230,22 +241,22 @@ FUSEDRNN_COLD void multiply_fours(Vec<float>* sums, const float* x, const int8_t
       const __m512i up = _mm512_sll_epi32(four, _mm_cvtsi32_si128(24 - 8 * static_cast<int>(k % 4)));
       sum.v += (Vec<float>::Raw)_mm512_cvtepi32_ps(_mm512_srai_epi32(up, 24)) * x[k];
     }
-    sums[v] = sum;
+    sums[v] = sum * scales[v];
   }
 }
 
 template <int kCount, int kVectors>
 void product_of_digits(Vec<float>* sums, const float* const* rows, const uint8_t* digits, const float* units,
-                       int64_t count, const int8_t* panel, int64_t depth) {
+                       int64_t count, const Vec<float>* scales, const int8_t* panel, int64_t depth) {
   // What the registers hold: the sums, a weight for each of them, and a digit.
   constexpr int64_t kMost = 24 / (kVectors == 3 && kCount > 1 ? 8 : kVectors * kCount);
   const int64_t row_bytes = kCount * Digits::row(depth), tile = divide_up(count, divide_up(count, kMost));
   for (int64_t i = 0; i < count; i += tile) {
     multiply_digit_rows<kCount, kMost, kVectors>(min(tile, count - i), sums + i * kVectors, digits + i * row_bytes,
-                                                 row_bytes, units + i, panel, depth);
+                                                 row_bytes, units + i, scales, panel, depth);
   }
   for (int64_t i = 0; i < count; ++i) {
-    if (units[i] == 0) multiply_fours<kVectors>(sums + i * kVectors, rows[i], panel, depth);
+    if (units[i] == 0) multiply_fours<kVectors>(sums + i * kVectors, rows[i], scales, panel, depth);
   }
 }
 

@@ -743,29 +743,30 @@ struct ForwardRun : Skeleton<Cell, E, W> {
   float* whole_row(int thread, int64_t i, int64_t depth) const {
     return whole_rows + thread * whole_of_a_thread() + i * depth;
   }
-  // sums[count][kG] = rows from `skip` on times a panel.
+  // sums[count][kG] = rows from `skip` on times a panel; `scale` is that of the weight's rows, if they are int8.
   void multiply_panel(V* sums, const O* const* rows, int64_t count, int64_t skip, const Packed<W>* panel, int64_t depth,
-                      int thread) const {
+                      int thread, [[maybe_unused]] const float* scale, [[maybe_unused]] const Place& at) const {
     if constexpr (kTiles) {
       product<kG>(sums, this->laid_out_by(thread), count, panel, Base::chunks(depth));
-    } else {
-      if constexpr (kWhole) {
-        const float* const unit = units + thread * kGroup;
-        if constexpr (kDigits) {
-          if (in_digits(depth)) {
-            const auto multiply =
-                rounds() ? product_of_digits<Digits::kRounded, kG> : product_of_digits<Digits::kExact, kG>;
-            return multiply(sums, rows, digits + thread * digits_of_a_thread(), unit, count, panel, depth);
-          }
-        }
-        if (rounds()) {
-          const O* whole[kGroup];
-          for (int64_t i = 0; i < count; ++i) whole[i] = whole_row(thread, i, depth);
-          product<kG>(sums, whole, count, panel, depth, {0});
-          for (int64_t i = 0; i < count * kG; ++i) sums[i] = sums[i] * V(unit[i / kG]);
-          return;
+    } else if constexpr (kWhole) {
+      V scales[kG];
+      scales_of(scales, scale, at);
+      const float* const unit = units + thread * kGroup;
+      if constexpr (kDigits) {
+        if (in_digits(depth)) {
+          const auto multiply =
+              rounds() ? product_of_digits<Digits::kRounded, kG> : product_of_digits<Digits::kExact, kG>;
+          return multiply(sums, rows, digits + thread * digits_of_a_thread(), unit, count, scales, panel, depth);
         }
       }
+      const O* whole[kGroup];
+      for (int64_t i = 0; i < count && rounds(); ++i) whole[i] = whole_row(thread, i, depth);
+      product<kG>(sums, rounds() ? whole : rows, count, panel, depth, {skip});
+      for (int64_t i = 0; i < count * kG; ++i) {
+        if (rounds()) sums[i] = sums[i] * V(unit[i / kG]);
+        sums[i] = sums[i] * scales[i % kG];
+      }
+    } else {
       product<kG>(sums, rows, count, panel, depth, {skip});
     }
   }
@@ -781,8 +782,7 @@ struct ForwardRun : Skeleton<Cell, E, W> {
       this->sweep(units, group, [&](int64_t block) {
         const Place at = place_of(block);
         V sums[kGroup * kG];
-        multiply_panel(sums, x, count, 0, input_panel_of(block), p.input, thread);
-        scale_gates(sums, count, p.scale_ih, at);
+        multiply_panel(sums, x, count, 0, input_panel_of(block), p.input, thread, p.scale_ih, at);
         for (int64_t i = 0; i < count * kG; ++i) {
           const int64_t column = ((row + i / kG) * kG + i % kG) * hidden + at.unit;
           store(input_gates + column, sums[i], at.count);
@@ -793,16 +793,9 @@ struct ForwardRun : Skeleton<Cell, E, W> {
   const Packed<W>* input_panel_of(int64_t block) const {
     return static_cast<const Packed<W>*>(p.panels_ih) + block * panel_elements(p.input);
   }
-  // Products with whole numbers become those with the weights that they stand for.
-  FUSEDRNN_INLINE void scale_gates([[maybe_unused]] V* sums, [[maybe_unused]] int64_t count,
-                                   [[maybe_unused]] const float* scale, [[maybe_unused]] const Place& at) const {
-    if constexpr (std::is_same_v<W, int8_t>) {
-      V of_gate[kG];
-      for (int g = 0; g < kG; ++g) of_gate[g] = load<C>(scale + g * hidden + at.unit, at.count);
-      for (int64_t i = 0; i < count; ++i) {
-        for (int g = 0; g < kG; ++g) sums[i * kG + g] = sums[i * kG + g] * of_gate[g];
-      }
-    }
+  // Of the gates of some units what the whole numbers of their rows of a weight are multiplied by.
+  FUSEDRNN_INLINE void scales_of(V* scales, const float* scale, const Place& at) const {
+    for (int g = 0; g < kG; ++g) scales[g] = load<C>(scale + g * hidden + at.unit, at.count);
   }
 
   void step_by_step(int thread, int threads) {
@@ -929,14 +922,19 @@ struct ForwardRun : Skeleton<Cell, E, W> {
   }
 
   // All gates of a block of units: `rows` from `skip` on times a weight [G*H, depth] that is read where it lies.
-  void all_gates(V* sums, const O* const* rows, int64_t skip, int64_t count, const void* weight, const Place& at,
-                 int64_t depth) const {
+  void all_gates(V* sums, const O* const* rows, int64_t skip, int64_t count, const void* weight,
+                 [[maybe_unused]] const float* scale, const Place& at, int64_t depth) const {
     const O* moved[kGroup];
     for (int64_t i = 0; i < count && skip; ++i) moved[i] = rows[i] + skip;
     for (int64_t i = 0; i < count * kG; ++i) sums[i] = V(C(0));
     for (int g = 0; g < kG; ++g) {
       const W* of_gate = static_cast<const W*>(weight) + (g * hidden + at.unit) * depth;
       dots(sums + g, kG, skip ? moved : rows, count, of_gate, at.count, depth);
+    }
+    if constexpr (kWhole) {
+      V scales[kG];
+      scales_of(scales, scale, at);
+      for (int64_t i = 0; i < count * kG; ++i) sums[i] = sums[i] * scales[i % kG];
     }
   }
 
@@ -981,11 +979,10 @@ struct ForwardRun : Skeleton<Cell, E, W> {
     }
     if (!gates_x) {
       if (kWide && p.panels_ih) {
-        multiply_panel(sums_x, x, count, 0, input_panel_of(block), p.input, thread);
+        multiply_panel(sums_x, x, count, 0, input_panel_of(block), p.input, thread, p.scale_ih, at);
       } else {
-        all_gates(sums_x, x, 0, count, p.w_ih, at, p.input);
+        all_gates(sums_x, x, 0, count, p.w_ih, p.scale_ih, at, p.input);
       }
-      scale_gates(sums_x, count, p.scale_ih, at);
     }
     if (p.gates_h) {
       for (int64_t i = 0; i < count * kG; ++i) {
@@ -993,11 +990,10 @@ struct ForwardRun : Skeleton<Cell, E, W> {
         sums[i] = load<C>(static_cast<const E*>(p.gates_h) + column, at.count);
       }
     } else if (this->direct) {
-      all_gates(sums, before, at.head * head_out, count, p.w_hh, at, head_out);
+      all_gates(sums, before, at.head * head_out, count, p.w_hh, p.scale_hh, at, head_out);
     } else {
-      multiply_panel(sums, before, count, at.head * head_out, panel_of(block), head_out, thread);
+      multiply_panel(sums, before, count, at.head * head_out, panel_of(block), head_out, thread, p.scale_hh, at);
     }
-    scale_gates(sums, count, p.scale_hh, at);
   }
 
   void apply_cell(int64_t t, int64_t s, int64_t b, const Place& at, const O* before, const V* sums_x, const V* sums) {
