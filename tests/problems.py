@@ -201,9 +201,9 @@ def models(case: Case, given: dict[str, Tensor], tf32: bool = False, **options) 
     if tf32:
         products = [lambda a, b, n=n: product(_to_tf32(a, n), _to_tf32(b, n)) for n in (True, False)]
 
-    def beforehand(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    def beforehand(x: Tensor, w: Tensor, b: Tensor | None, *rounds: bool) -> Tensor:
         with unittest.mock.patch.object(reference, "product", product):
-            return input_gates(x, w, b).to(dtype).to(x.dtype)
+            return input_gates(x, w, b, *rounds).to(dtype).to(x.dtype)
 
     found = []
     for one in products:
