@@ -165,7 +165,8 @@ class Layer(RecurrentLayer):
         """
         if torch.is_grad_enabled() or type(input) is not Tensor or input.dim() != 3 or type(self) is not Layer:
             return None
-        if self.num_layers > 1 or self.bidirectional or resets is not None or functional._recorders:
+        several = self.num_layers > 1 or self.bidirectional
+        if several or self._quantized is not None or resets is not None or functional._recorders:
             return None
         cell, kept = self.cell.cell, self.__dict__.get("_packed", ((None, None),))
         states = () if hx is None else (hx,) if len(cell.states) == 1 else hx
