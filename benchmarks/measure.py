@@ -38,7 +38,8 @@ LEAST_ALLOWED = {
 }
 # The float64 answer of a longer problem would take minutes on a CPU: it is checked over fewer steps.
 MOST_CHECKED_FLOPS = 10e9
-SHORTEST_SAMPLE, PAUSE = 300e-6, 0.01
+SHORTEST_SAMPLE, WARM_UP, MOST_WARM_UPS = 1e-3, 5e-3, 4
+PAUSE, MOST_PAUSES = 0.01, 20
 CHILD_SETTINGS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
 
@@ -164,25 +165,37 @@ def give_memory_back(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def rest() -> None:
+    """Sleeps until this process's threads do."""
+    for _ in range(MOST_PAUSES):
+        before = time.process_time()
+        time.sleep(PAUSE)
+        if time.process_time() - before < PAUSE / 5:
+            return
+
+
 def interleaved(
     runs: dict[str, Callable], rounds: int, budget: float, device: torch.device
 ) -> dict[str, Samples | str]:
     """Times every call once a round, in an order that turns from round to round; what a call failed with, in words.
 
-    Calls shorter than 0.3 ms are repeated within a sample. At least 3 rounds, at most ``rounds``, and no more than
+    Calls shorter than 1 ms are repeated within a sample. At least 3 rounds, at most ``rounds``, and no more than
     fit in ``budget`` seconds. Before a sample on a CPU there is a pause, in which the threads of the one before (every
-    library has its own, and they spin for a while when they have nothing to do) fall asleep, and a call to warm up.
+    library has its own, and they spin for a while when they have nothing to do, ONNX Runtime's for 40 ms) fall asleep,
+    and calls to warm up, for 5 ms or 4 of them: on a virtual machine threads that slept take some calls to be back.
     Caches, a GPU's L2 among them, are as the call before and the warm-up left them.
     """
     cuda = device.type == "cuda"
-    timer, pause = (_on_events, 0.0) if cuda else (_wall_clock, PAUSE)
+    timer = _on_events if cuda else _wall_clock
     calls, how, seconds, failed = {}, {}, {}, {}
     pool = torch.cuda.graph_pool_handle() if cuda else None
 
-    def sample(name: str, count: int) -> float:
+    def sample(name: str, count: int, warm_ups: int = 1) -> float:
         run = calls[name]
-        time.sleep(pause)
-        run()
+        if not cuda:
+            rest()
+        for _ in range(warm_ups):
+            run()
         return timer(run if count == 1 else lambda: [run() for _ in range(count)]) / count
 
     def attempt(name: str, action: Callable):
@@ -195,22 +208,27 @@ def interleaved(
         give_memory_back(device)
         return None
 
-    first = {}
+    first, paused = {}, 0.0
     for name, run in runs.items():
         made = attempt(name, lambda run=run: captured(run, pool) if cuda else (run, "wall clock"))
         if made is not None:
             calls[name], how[name] = made
             first[name] = attempt(name, lambda name=name: min(sample(name, 1) for _ in range(2)))
+            start = time.perf_counter()
+            if not cuda:
+                rest()
+            paused += time.perf_counter() - start
     first = {name: took for name, took in first.items() if took is not None}
     repeats = {name: max(1, math.ceil(SHORTEST_SAMPLE / max(t, 1e-7))) for name, t in first.items()}
-    cost = sum(pause + t * (1 + repeats[name]) for name, t in first.items())
+    warm_ups = {name: min(max(1, math.ceil(WARM_UP / max(t, 1e-7))), MOST_WARM_UPS) for name, t in first.items()}
+    cost = sum(t * (warm_ups[name] + repeats[name]) for name, t in first.items()) + paused
     rounds = max(3, min(rounds, int(budget / max(cost, 1e-6))))
     seconds = {name: [] for name in first}
     for k in range(rounds):
         names = list(calls)
         turn = k % max(len(names), 1)
         for name in names[turn:] + names[:turn]:
-            seconds[name].append(attempt(name, lambda name=name: sample(name, repeats[name])))
+            seconds[name].append(attempt(name, lambda name=name: sample(name, repeats[name], warm_ups[name])))
     return {name: failed.get(name) or Samples(seconds[name], how[name]) for name in runs}
 
 

@@ -327,12 +327,13 @@ def test_rounds_take_turns(monkeypatch):
     runs = {name: lambda name=name: calls.append(name) for name in "abc"}
     samples = measure.interleaved(runs, 4, budget=10.0, device=CPU)
     assert {name: s.seconds for name, s in samples.items()} == dict.fromkeys("abc", [0.002] * 4)
-    # Every sample is a call to warm up and a call that is timed.
-    rounds = ["".join(calls[k : k + 6 : 2]) for k in range(12, len(calls), 6)]
+    # Every sample is three calls to warm up (of the first two: one) and a call that is timed.
+    rounds = ["".join(calls[k : k + 12 : 4]) for k in range(12, len(calls), 12)]
     assert rounds == ["abc", "bca", "cab", "abc"]
-    assert calls[::2] == calls[1::2]
-    few = int(0.1 / (measure.PAUSE + 2 * 0.002))
-    assert len(measure.interleaved({"a": lambda: None}, 100, budget=0.1, device=CPU)["a"].seconds) == few
+    assert calls[:12:2] == calls[1:12:2]
+    assert calls[12::4] == calls[13::4] == calls[14::4] == calls[15::4]
+    few = int(0.5 / (measure.PAUSE + 4 * 0.002))
+    assert few - 9 <= len(measure.interleaved({"a": lambda: None}, 100, budget=0.5, device=CPU)["a"].seconds) <= few
     slow = measure.Samples([2.0, 4.0, 9.0], "")
     assert [slow.quantile(q) for q in (0, 0.25, 0.5, 1)] == [2.0, 3.0, 4.0, 9.0]
 
