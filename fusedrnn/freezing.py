@@ -10,7 +10,7 @@ from fusedrnn.cells import CELL_OF_MODE
 def panels_of(
     cell: str, weights: dict[str, Tensor | None], heads: int = 1
 ) -> list[tuple[Tensor, Tensor | None]] | None:
-    """Packed W_hh and, of one head where the dtype allows, W_ih of each sequence; None where the processor's kernels take none."""
+    """Packed W_hh of each sequence and, of one head where the dtype allows, W_ih; None where the kernels take none."""
     found = []
     for name, w_hh in weights.items():
         if not name.startswith("weight_hh"):
@@ -136,11 +136,11 @@ class Freezable(nn.Module):
 def freeze(model: nn.Module) -> nn.Module:
     """Promises that the weights of every layer and cell of fusedrnn inside ``model`` stay as they are, in place.
 
-    On the CPU W_hh, and in float32 W_ih (with AVX512-BF16 in bfloat16 too), are then packed once and not at every call (``layer.packed_bytes``). The
-    layers go to ``eval()``, their parameters want no gradient any more, and a change of the numbers in them that is not
-    made by the module itself (``p.data.copy_``, an optimizer, an alias in NumPy) is not seen: call freeze again, or
-    :func:`unfreeze` first. ``load_state_dict``, ``to`` and the like do pack again. Copies and pickles are frozen as
-    well. Returns ``model``.
+    On the CPU W_hh, and in float32 W_ih (with AVX512-BF16 in bfloat16 too), are then packed once and not at every
+    call (``layer.packed_bytes``). The layers go to ``eval()``, their parameters want no gradient any more, and a
+    change of the numbers in them that is not made by the module itself (``p.data.copy_``, an optimizer, an alias in
+    NumPy) is not seen: call freeze again, or :func:`unfreeze` first. ``load_state_dict``, ``to`` and the like do
+    pack again. Copies and pickles are frozen as well. Returns ``model``.
 
     Raises:
         TypeError: ``model`` is not a torch.nn.Module.

@@ -46,8 +46,8 @@ def test_the_same_numbers(name, options, dtype, steps, batch):
     with torch.no_grad():
         want, got = result(plain, x), result(frozen, x)
         assert same(got, result(frozen, x))
-    # A short call reads a plain layer's weights where they lie, and in float32 (bfloat16) x meets panels of W_ih when frozen: both
-    # add in another order.
+    # A short call reads a plain layer's weights where they lie, and in float32 and perhaps bfloat16 x meets panels of
+    # W_ih when frozen: both add in another order.
     for a, b in zip(want, got, strict=True):
         assert (a.double() - b.double()).abs().max() <= limit
     if steps * batch > 64 and steps > 1 and dtype in (torch.float64, torch.float16):
