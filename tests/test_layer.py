@@ -1,5 +1,6 @@
 """fusedrnn.Layer of cells of one's own, against a loop of their functions in float64."""
 
+import contextlib
 import copy
 import io
 import itertools
@@ -11,6 +12,7 @@ import sys
 import pytest
 import torch
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.overrides import TorchFunctionMode
 
 import fusedrnn
 from fusedrnn import _build, compiled, ops, planning, printing, remembered, zoo
@@ -68,6 +70,17 @@ def states_of(cell, lead, B, H, dtype):
     return found
 
 
+class SlopesOf(TorchFunctionMode):
+    """Gives torch.relu of each step the slope that ``y`` [T, B, H] says: a sum near 0 has either."""
+
+    def __init__(self, y):
+        super().__init__()
+        self.steps = iter((y > 0).double())
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return args[0] * next(self.steps) if function is torch.relu else function(*args, **(kwargs or {}))
+
+
 def flat(y, finals, wanted):
     """A loss through y and the final states that have a gradient."""
     return sum((t.double() * w).sum() for t, w in zip((y, *finals), wanted) if t.requires_grad)
@@ -93,7 +106,9 @@ def check(name, dtype, backend, H=10, heads=1, T=4, B=3, I=5, bidirectional=True
             y, finals = layer(given[0], states if len(states) > 1 else states[0], resets=resets, **named)
             finals = finals if isinstance(finals, tuple) else (finals,)
         else:
-            y, finals = run(given[0], states, resets=resets, **named)
+            in_16_bits = name == "rnn_relu" and dtype.itemsize == 2
+            with SlopesOf(answers[0][0]) if in_16_bits else contextlib.nullcontext():
+                y, finals = run(given[0], states, resets=resets, **named)
         if not answers:
             wanted = [torch.randn(t.shape, dtype=torch.float64) for t in (y, *finals)]
             if cell.name == "slstm":
