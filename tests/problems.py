@@ -124,6 +124,11 @@ def make(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0, cel
         made[f"{name}0"] = start.abs() + 1 if name == "n" else start
         made[f"d{name}_n"] = draw(case.B, case.H)
         made[f"devery_{name}"] = draw(*rows, case.H).to(accumulation_dtype(dtype)) if case.states else None
+    if cell.startswith("ligru") and case.bias and dtype.itemsize == 2:
+        # Each unit far on one side of the rectifier's kink, whose slope else depends on a rounding.
+        units = slice(case.H * spec.gates.index("n"), case.H * (spec.gates.index("n") + 1))
+        made["b_ih"][units] += torch.arange(case.H).remainder(2).mul(8).sub(4).to(made["b_ih"])
+        made["w_hh"][units] *= 0.1
     made |= {name: draw(case.H) for name in spec.parameters}
     made |= {name: draw(*rows, case.H).sigmoid() for name in spec.inputs}
     return {name: t for name, t in made.items() if t is not None}
