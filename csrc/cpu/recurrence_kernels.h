@@ -89,52 +89,70 @@ class Barrier {
 };
 
 // How many rows of a batch go through a panel at once: what the registers hold.
-template <int kVectors>
+template <int kVectors, typename E>
 constexpr int max_rows() {
 #if FUSEDRNN_MANY_REGISTERS
   return kVectors >= 3 ? 6 : 8;
 #elif FUSEDRNN_VECTOR_BYTES == 32
-  return kVectors >= 3 ? 3 : 4;
+  return kVectors >= 5 ? 2 : kVectors >= 4 && kPairs<E> ? 3 : kVectors == 2 ? 6 : 4;
 #else
   return kVectors >= 3 ? 2 : 4;
 #endif
 }
+// Four rows of four vectors are more than 16 registers hold: three of the vectors go first, then the last one.
+template <int kRows, int kVectors>
+constexpr int kFirstVectors = FUSEDRNN_VECTOR_BYTES == 32 && kRows == 4 && kVectors == 4 ? 3 : kVectors;
+// The rows of the next tile, of `left`. Three such rows take less time each than four, which in turn take less than
+// three and a single one.
+template <int kVectors, typename E>
+FUSEDRNN_INLINE int64_t next_rows(int64_t left, int64_t tile) {
+  constexpr int kMost = max_rows<kVectors, E>();
+  if constexpr (kFirstVectors<kMost, kVectors> < kVectors) {
+    return left % 3 && left >= 4 * (left % 3) ? 4 : min(3, left);
+  }
+  return min(tile, left);
+}
+// Panels of one vector are multiplied some at a time: what a row is spread into then serves all of them.
+constexpr bool kJoinsPanels = FUSEDRNN_VECTOR_BYTES == 32;
 
 // How many sums of a product run side by side, of which one would wait for its own previous addition.
 template <int kRows, int kVectors>
 constexpr int kWays = kRows * kVectors >= 8 ? 1 : (kRows * kVectors >= 4 ? 2 : 4);
 
+// The sums of a vector stand `row` apart from one row to the next, those of a row `column` apart.
 template <int kSets, int kRows, int kVectors, typename C>
-FUSEDRNN_INLINE void begin_sums(Vec<C> (&acc)[kSets][kRows][kVectors], const Vec<C>* sums) {
+FUSEDRNN_INLINE void begin_sums(Vec<C> (&acc)[kSets][kRows][kVectors], const Vec<C>* sums, int64_t row = kVectors,
+                                int64_t column = 1) {
   FUSEDRNN_UNROLL
   for (int r = 0; r < kRows; ++r) {
     FUSEDRNN_UNROLL
     for (int v = 0; v < kVectors; ++v) {
-      acc[0][r][v] = sums[r * kVectors + v];
+      acc[0][r][v] = sums[r * row + v * column];
       FUSEDRNN_UNROLL
       for (int w = 1; w < kSets; ++w) acc[w][r][v] = Vec<C>(C(0));
     }
   }
 }
 template <int kSets, int kRows, int kVectors, typename C>
-FUSEDRNN_INLINE void end_sums(Vec<C>* sums, Vec<C> (&acc)[kSets][kRows][kVectors]) {
+FUSEDRNN_INLINE void end_sums(Vec<C>* sums, Vec<C> (&acc)[kSets][kRows][kVectors], int64_t row = kVectors,
+                              int64_t column = 1) {
   FUSEDRNN_UNROLL
   for (int r = 0; r < kRows; ++r) {
     FUSEDRNN_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       FUSEDRNN_UNROLL
       for (int w = 1; w < kSets; ++w) acc[0][r][v].v += acc[w][r][v].v;
-      sums[r * kVectors + v] = acc[0][r][v];
+      sums[r * row + v * column] = acc[0][r][v];
     }
   }
 }
 
 template <int kRows, int kVectors, typename C, typename E>
 FUSEDRNN_INLINE void multiply_depth(Vec<C> (&acc)[kRows][kVectors], const C* const (&x)[kRows], int64_t k,
-                                    const E* panel) {
+                                    const E* panel, int64_t apart = Vec<C>::kWidth) {
   Vec<C> weight[kVectors];
   FUSEDRNN_UNROLL
-  for (int v = 0; v < kVectors; ++v) weight[v] = load(panel + v * Vec<C>::kWidth);
+  for (int v = 0; v < kVectors; ++v) weight[v] = load(panel + v * apart);
   FUSEDRNN_UNROLL
   for (int r = 0; r < kRows; ++r) {
     FUSEDRNN_UNROLL
@@ -143,8 +161,8 @@ FUSEDRNN_INLINE void multiply_depth(Vec<C> (&acc)[kRows][kVectors], const C* con
 }
 
 // sums[r][v] += sum over k < depth of rows[r][skip + k] * panel[k][v]; depths are kStep elements apart, or `step` where
-// that is 0.
-template <int kRows, int kVectors, int kStep, typename C, typename E>
+// that is 0, sums of a row kOf from those of the next.
+template <int kRows, int kVectors, int kOf, int kStep, typename C, typename E>
 FUSEDRNN_COLD void multiply(Vec<C>* sums, const C* const* rows, int64_t skip, const E* panel, int64_t step,
                             int64_t depth) {
   if constexpr (kStep > 0) step = kStep;
@@ -152,7 +170,7 @@ FUSEDRNN_COLD void multiply(Vec<C>* sums, const C* const* rows, int64_t skip, co
   // Local, so that they live in registers.
   Vec<C> acc[kAtOnce][kRows][kVectors];
   const C* x[kRows];
-  begin_sums(acc, sums);
+  begin_sums(acc, sums, kOf);
   FUSEDRNN_UNROLL
   for (int r = 0; r < kRows; ++r) x[r] = rows[r] + skip;
   int64_t k = 0;
@@ -161,7 +179,27 @@ FUSEDRNN_COLD void multiply(Vec<C>* sums, const C* const* rows, int64_t skip, co
     for (int w = 0; w < kAtOnce; ++w) multiply_depth(acc[w], x, k + w, panel + w * step);
   }
   for (; k < depth; ++k, panel += step) multiply_depth(acc[0], x, k, panel);
-  end_sums(sums, acc);
+  end_sums(sums, acc, kOf);
+}
+
+// As multiply, of kPanels panels of one vector each, `apart` from each other; the sums of a panel are `column` from
+// those of the next.
+template <int kRows, int kPanels, typename C, typename E>
+FUSEDRNN_COLD void multiply_joined(Vec<C>* sums, int64_t column, const C* const* rows, int64_t skip, const E* panel,
+                                   int64_t apart, int64_t depth) {
+  constexpr int kAtOnce = kWays<kRows, kPanels>, kStep = Vec<C>::kWidth;
+  Vec<C> acc[kAtOnce][kRows][kPanels];
+  const C* x[kRows];
+  begin_sums(acc, sums, 1, column);
+  FUSEDRNN_UNROLL
+  for (int r = 0; r < kRows; ++r) x[r] = rows[r] + skip;
+  int64_t k = 0;
+  for (; k + kAtOnce <= depth; k += kAtOnce, panel += kAtOnce * kStep) {
+    FUSEDRNN_UNROLL
+    for (int w = 0; w < kAtOnce; ++w) multiply_depth(acc[w], x, k + w, panel + w * kStep, apart);
+  }
+  for (; k < depth; ++k, panel += kStep) multiply_depth(acc[0], x, k, panel, apart);
+  end_sums(sums, acc, 1, column);
 }
 
 // acc += a pair of the depth, of the panel and of a row, the second of it zero where `odd` is.
@@ -237,7 +275,12 @@ FUSEDRNN_INLINE void multiply_rows(int64_t count, Vec<C>* sums, const R* const* 
   if constexpr (kPairs<E> && kStep > 0) {
     multiply_pairs<kRows, kVectors>(sums, rows, skip, panel, depth);
   } else {
-    multiply<kRows, kVectors, kStep>(sums, rows, skip, panel, step, depth);
+    constexpr int kFirst = kFirstVectors<kRows, kVectors>;
+    multiply<kRows, kFirst, kVectors, kStep>(sums, rows, skip, panel, step, depth);
+    if constexpr (kFirst < kVectors) {
+      multiply<kRows, kVectors - kFirst, kVectors, kStep>(sums + kFirst, rows, skip, panel + kFirst * Vec<C>::kWidth,
+                                                          step, depth);
+    }
   }
 }
 
@@ -249,12 +292,13 @@ constexpr int64_t kPieceBytes = 24 * 1024;
 template <int kVectors, int kStep, typename C, typename R, typename E>
 void accumulate(Vec<C>* sums, const R* const* rows, int64_t count, int64_t skip, const E* panel, int64_t step,
                 int64_t depth) {
-  constexpr int64_t kMost = max_rows<kVectors>();
+  constexpr int64_t kMost = max_rows<kVectors, E>();
   if (count == 0) return;
   const int64_t tile = divide_up(count, divide_up(count, kMost));
-  for (int64_t r = 0; r < count; r += tile) {
-    multiply_rows<kMost, kVectors, kStep>(min(tile, count - r), sums + r * kVectors, rows + r, skip, panel, step,
-                                          depth);
+  for (int64_t r = 0; r < count;) {
+    const int64_t some = next_rows<kVectors, E>(count - r, tile);
+    multiply_rows<kMost, kVectors, kStep>(some, sums + r * kVectors, rows + r, skip, panel, step, depth);
+    r += some;
   }
 }
 
@@ -284,7 +328,7 @@ void product(Vec<C>* sums, const R* const* rows, int64_t count, const E* panel, 
   constexpr int64_t kPiece = kPieceBytes / (kVectors * FUSEDRNN_VECTOR_BYTES) * (sizeof(C) / sizeof(R));
   static_assert(kPiece % 2 == 0);
   for (int64_t i = 0; i < count * kVectors; ++i) sums[i] = Vec<C>(C(0));
-  const bool few = count <= max_rows<kVectors>();
+  const bool few = count <= max_rows<kVectors, E>();
   const int64_t piece = few ? depth : kPiece;
   for (int i = 0; i < kSegments; ++i) {
     for (int64_t k = 0; k < depth; k += piece) {
@@ -299,6 +343,32 @@ void product(Vec<C>* sums, const R* const* rows, int64_t count, const E* panel, 
         }
       }
       accumulate<kVectors, kStep>(sums, rows, count, skip[i] + k, from, kStep, some);
+    }
+  }
+}
+
+// As product, of kPanels panels of one vector each, `apart` from each other: sums[kPanels][count].
+template <int kRows, int kPanels, typename C, typename E>
+FUSEDRNN_INLINE void multiply_joined_rows(int64_t count, Vec<C>* sums, int64_t column, const C* const* rows,
+                                          int64_t skip, const E* panel, int64_t apart, int64_t depth) {
+  if constexpr (kRows > 1) {
+    if (count < kRows) {
+      return multiply_joined_rows<kRows - 1, kPanels>(count, sums, column, rows, skip, panel, apart, depth);
+    }
+  }
+  multiply_joined<kRows, kPanels>(sums, column, rows, skip, panel, apart, depth);
+}
+template <int kPanels, typename C, typename E>
+void product_joined(Vec<C>* sums, const C* const* rows, int64_t count, const E* panel, int64_t apart, int64_t depth,
+                    int64_t skip) {
+  constexpr int64_t kMost = max_rows<kPanels, E>();
+  constexpr int64_t kPiece = kPieceBytes / (kPanels * FUSEDRNN_VECTOR_BYTES);
+  for (int64_t i = 0; i < count * kPanels; ++i) sums[i] = Vec<C>(C(0));
+  const int64_t piece = count <= kMost ? depth : kPiece, tile = divide_up(count, divide_up(count, kMost));
+  for (int64_t k = 0; k < depth; k += piece, panel += piece * Vec<C>::kWidth) {
+    for (int64_t r = 0; r < count; r += tile) {
+      multiply_joined_rows<kMost, kPanels>(min(tile, count - r), sums + r, count, rows + r, skip + k, panel, apart,
+                                           min(piece, depth - k));
     }
   }
 }
@@ -427,6 +497,7 @@ struct Skeleton {
   static constexpr int kS = Cell::kSaved;
   static constexpr int kN = Cell::kStates;
   static constexpr int kPlain = 2;  // vectors of a panel whose columns are units or outputs, not gates
+  static constexpr int64_t kLine = 64 / sizeof(int64_t);
   static constexpr bool kWide = sizeof(E) == sizeof(O);  // products take h and dgates where they are stored
 
   const Shape& shape;
@@ -438,6 +509,8 @@ struct Skeleton {
   bool by_rows;
   const int64_t laid_out_size;  // of a thread's rows as tiles
   Buffer<O> laid_out;           // [threads][kGroup / 16][depth / 32][16][32], with tiles only
+  const int64_t row_groups;
+  Buffer<int64_t> begun;  // [2][row_groups][threads] lines: how many blocks of a thread's share are begun, in a step
   Barrier barrier;
 
   // depth: that of the products with W_hh, in `segments`.
@@ -454,7 +527,12 @@ struct Skeleton {
         projected(projected),
         direct(direct),
         laid_out_size(kTiles ? segments * chunks(depth) * Tile::kDepth * kGroup : 0),
-        laid_out(s.threads * laid_out_size) {
+        laid_out(s.threads * laid_out_size),
+        row_groups(divide_up(s.batch, kGroup)),
+        begun(s.threads > 1 ? 2 * row_groups * s.threads * kLine : 0) {
+    for (int64_t step = 0; step < 2; ++step) {
+      for (int thread = 0; thread < s.threads; ++thread) begin_step(step, thread);
+    }
     const int64_t weight_bytes = kG * padded * head_out * static_cast<int64_t>(sizeof(Packed<W>));
     by_rows = !direct && s.threads > 1 && s.batch >= 16 * s.threads && weight_bytes <= s.cache_bytes / 4 * 3;
   }
@@ -526,6 +604,32 @@ struct Skeleton {
   }
   FUSEDRNN_INLINE static int64_t of_sweep(Range blocks, int64_t s, int64_t i) {
     return s & 1 ? blocks.end - 1 - i : blocks.begin + i;
+  }
+  // f(blocks, first, end): the blocks of the sweep that this thread computes. All are those of its share; where a step
+  // ends with a barrier and a block takes long enough, who is through takes what others have not begun.
+  template <typename F>
+  FUSEDRNN_INLINE void share_sweep(Range own, int64_t all, int64_t s, int64_t first, int thread, int threads,
+                                   int64_t operations, int64_t chunk, F f) {
+    constexpr int64_t kWorthIt = 50'000;
+    if (waits_for_no_one(threads) || threads == 1 || operations < kWorthIt) return f(own, 0, own.end - own.begin);
+    for (int i = 0; i < threads; ++i) {
+      const int owner = (thread + i) % threads;
+      const Range blocks = share_of(all, owner, threads);
+      const int64_t count = blocks.end - blocks.begin;
+      int64_t* const next = begun_by(s, first / kGroup, owner);
+      for (int64_t k = 0; (k = __atomic_fetch_add(next, chunk, __ATOMIC_RELAXED)) < count;) {
+        f(blocks, k, min(count, k + chunk));
+      }
+    }
+  }
+  int64_t* begun_by(int64_t s, int64_t group, int owner) const {
+    return begun + (((s & 1) * row_groups + group) * shape.threads + owner) * kLine;
+  }
+  // Behind the barrier in front of step s: nobody looks at the counts of the next one before the next barrier.
+  void begin_step(int64_t s, int thread) const {
+    for (int64_t group = 0; group < row_groups && shape.threads > 1; ++group) {
+      __atomic_store_n(begun_by(s + 1, group, thread), int64_t{0}, __ATOMIC_RELAXED);
+    }
   }
   void barrier_of_step(int thread, int threads) {
     if (!waits_for_no_one(threads)) barrier.wait(thread, threads);
@@ -771,6 +875,31 @@ struct ForwardRun : Skeleton<Cell, E, W> {
     }
   }
 
+  // Cells of one gate have panels of one vector, of which some go together.
+  static constexpr bool kJoins = kJoinsPanels && kG == 1 && std::is_same_v<Packed<W>, C>;
+  static constexpr int64_t kMostSums = kGroup * kG * (kJoins ? 2 : 1);
+  // How many blocks from the jth of a sweep on, of which so many are left, are multiplied at once, for `count` rows.
+  FUSEDRNN_INLINE int64_t joined(typename Base::Range units, int64_t s, int64_t j, int64_t left, int64_t count) const {
+    if constexpr (kJoins) {
+      for (int64_t n = count <= 3 ? 4 : 2; n > 1; n /= 2) {
+        if (n > left) continue;
+        const int64_t first = Base::of_sweep(units, s, j), last = Base::of_sweep(units, s, j + n - 1);
+        if (place_of(first).head == place_of(last).head) return n;
+      }
+    }
+    return 1;
+  }
+  // As multiply_panel, of n blocks, whose sums follow each other.
+  void multiply_panels(V* sums, const O* const* rows, int64_t count, int64_t skip, const Packed<W>* panel,
+                       [[maybe_unused]] int64_t apart, [[maybe_unused]] int64_t n, int64_t depth, int thread,
+                       const float* scale, const Place& at) const {
+    if constexpr (kJoins) {
+      if (n == 2) return product_joined<2>(sums, rows, count, panel, apart, depth, skip);
+      if (n == 4) return product_joined<4>(sums, rows, count, panel, apart, depth, skip);
+    }
+    multiply_panel(sums, rows, count, skip, panel, depth, thread, scale, at);
+  }
+
   // x W_ih^T of all rows, for some units.
   void multiply_input(typename Base::Range units, int thread) {
     const int64_t rows = this->offset(steps), groups = divide_up(rows, kGroup);
@@ -779,16 +908,27 @@ struct ForwardRun : Skeleton<Cell, E, W> {
       const O* x[kGroup];
       for (int64_t i = 0; i < count; ++i) x[i] = x_row(row + i);
       prepare_rows(x, count, p.input, thread);
-      this->sweep(units, group, [&](int64_t block) {
-        const Place at = place_of(block);
-        V sums[kGroup * kG];
-        multiply_panel(sums, x, count, 0, input_panel_of(block), p.input, thread, p.scale_ih, at);
-        for (int64_t i = 0; i < count * kG; ++i) {
-          const int64_t column = ((row + i / kG) * kG + i % kG) * hidden + at.unit;
-          store(input_gates + column, sums[i], at.count);
+      int64_t n = 0;
+      for (int64_t j = 0; j < units.end - units.begin; j += n) {
+        V sums[kMostSums];
+        n = joined(units, group, j, units.end - units.begin - j, count);
+        multiply_input_of(sums, x, count, units, group, j, n, thread);
+        for (int64_t k = 0; k < n; ++k) {
+          const Place at = place_of(Base::of_sweep(units, group, j + k));
+          for (int64_t i = 0; i < count * kG; ++i) {
+            const int64_t column = ((row + i / kG) * kG + i % kG) * hidden + at.unit;
+            store(input_gates + column, sums[k * count * kG + i], at.count);
+          }
         }
-      });
+      }
     }
+  }
+  // x times the panels of W_ih of n blocks, from the jth of a sweep on.
+  FUSEDRNN_INLINE void multiply_input_of(V* sums, const O* const* x, int64_t count, typename Base::Range units,
+                                         int64_t s, int64_t j, int64_t n, int thread) const {
+    const int64_t block = Base::of_sweep(units, s, j), next = Base::of_sweep(units, s, j + 1);
+    multiply_panels(sums, x, count, 0, input_panel_of(block), (next - block) * panel_elements(p.input), n, p.input,
+                    thread, p.scale_ih, place_of(block));
   }
   const Packed<W>* input_panel_of(int64_t block) const {
     return static_cast<const Packed<W>*>(p.panels_ih) + block * panel_elements(p.input);
@@ -805,8 +945,9 @@ struct ForwardRun : Skeleton<Cell, E, W> {
       for (int64_t s = 0; s < steps; ++s) {
         const int64_t t = this->shape.reverse ? steps - 1 - s : s;
         const int64_t rows = this->rows_at(t);
+        this->begin_step(s, thread);
         this->groups(rows, thread, threads, [&](int64_t first, int64_t stride, int64_t count) {
-          advance(t, s, thread, units, first, stride, count);
+          advance(t, s, thread, threads, units, first, stride, count);
         });
         if (projected) {
           this->barrier_of_step(thread, threads);
@@ -939,7 +1080,7 @@ struct ForwardRun : Skeleton<Cell, E, W> {
   }
 
   // One step of `count` rows: for a block of units the matmul of all gates, then the cell.
-  void advance(int64_t t, int64_t s, int thread, typename Base::Range units, int64_t first, int64_t stride,
+  void advance(int64_t t, int64_t s, int thread, int threads, typename Base::Range units, int64_t first, int64_t stride,
                int64_t count) {
     const O* before[kGroup];
     const O* x[kGroup];
@@ -948,19 +1089,30 @@ struct ForwardRun : Skeleton<Cell, E, W> {
       if (!gates_x) x[i] = x_row(this->offset(t) + first + i * stride);
     }
     if (!this->direct) prepare_rows(before, count, out, thread);
+    const int64_t operations = count * kG * kWidth * (head_out + (gates_x ? 0 : p.input));
+    this->share_sweep(units, unit_blocks, s, first, thread, threads, operations, kJoins ? 2 : 1,
+                      [&](typename Base::Range blocks, int64_t begin, int64_t end) {
+                        advance_blocks(t, s, thread, blocks, begin, end, before, x, first, stride, count);
+                      });
+  }
+  // From the kth block of a sweep to the one before `all`.
+  void advance_blocks(int64_t t, int64_t s, int thread, typename Base::Range units, int64_t k, int64_t all,
+                      const O* const* before, const O* const* x, int64_t first, int64_t stride, int64_t count) {
     // The cell of one row would wait for its own arithmetic: the products of some blocks come first, then their cells,
     // side by side.
-    V sums[kGroup * kG], sums_x[kGroup * kG];
-    const int64_t all = units.end - units.begin, some = max(int64_t{1}, 8 / max(int64_t{1}, count));
-    for (int64_t k = 0; k < all; k += some) {
-      const int64_t end = min(all, k + some);
-      int64_t at = 0;
-      for (int64_t j = k; j < end; ++j, at += count * kG) {
-        multiply_block(t, thread, Base::of_sweep(units, s, j), before, x, first, stride, count, sums + at, sums_x + at);
-      }
+    V sums[kMostSums], sums_x[kMostSums];
+    const int64_t some = 8 / max(int64_t{1}, count);
+    while (k < all) {
+      int64_t end = k, at = 0;
+      do {
+        const int64_t n = this->direct || p.gates_h ? 1 : joined(units, s, end, all - end, count);
+        multiply_blocks(t, thread, units, s, end, n, before, x, first, stride, count, sums + at, sums_x + at);
+        end += n;
+        at += n * count * kG;
+      } while (end < min(all, k + some));
       at = 0;
-      for (int64_t j = k; j < end; ++j) {
-        const Place place = place_of(Base::of_sweep(units, s, j));
+      for (; k < end; ++k) {
+        const Place place = place_of(Base::of_sweep(units, s, k));
         for (int64_t i = 0; i < count; ++i, at += kG) {
           apply_cell(t, s, first + i * stride, place, before[i], sums_x + at, sums + at);
         }
@@ -968,22 +1120,26 @@ struct ForwardRun : Skeleton<Cell, E, W> {
     }
   }
 
-  // The matmul of all gates of a block of units: h W_hh^T, and x W_ih^T where it is not there yet.
-  FUSEDRNN_INLINE void multiply_block(int64_t t, int thread, int64_t block, const O* const* before, const O* const* x,
-                                      int64_t first, int64_t stride, int64_t count, V* sums, V* sums_x) const {
-    const Place at = place_of(block);
-    // The cell reads a line here and a line there, which no prefetcher foresees.
-    for (int64_t i = 0; i < count && gates_x; ++i) {
-      const int64_t row = this->offset(t) + first + i * stride;
-      for (int g = 0; g < kG; ++g) __builtin_prefetch(gates_x + (row * kG + g) * hidden + at.unit);
-    }
-    if (!gates_x) {
-      if (kWide && p.panels_ih) {
-        multiply_panel(sums_x, x, count, 0, input_panel_of(block), p.input, thread, p.scale_ih, at);
-      } else {
-        all_gates(sums_x, x, 0, count, p.w_ih, p.scale_ih, at, p.input);
+  // The matmul of all gates of n blocks of units, from the jth of a sweep on: h W_hh^T, and x W_ih^T where it is not
+  // there yet.
+  FUSEDRNN_INLINE void multiply_blocks(int64_t t, int thread, typename Base::Range units, int64_t s, int64_t j,
+                                       int64_t n, const O* const* before, const O* const* x, int64_t first,
+                                       int64_t stride, int64_t count, V* sums, V* sums_x) const {
+    const bool by_panels = kWide && p.panels_ih;
+    for (int64_t k = 0; k < n; ++k) {
+      const Place at = place_of(Base::of_sweep(units, s, j + k));
+      // The cell reads a line here and a line there, which no prefetcher foresees.
+      for (int64_t i = 0; i < count && gates_x; ++i) {
+        const int64_t row = this->offset(t) + first + i * stride;
+        for (int g = 0; g < kG; ++g) __builtin_prefetch(gates_x + (row * kG + g) * hidden + at.unit);
+      }
+      if (!gates_x && !by_panels) {
+        all_gates(sums_x + k * count * kG, x, 0, count, p.w_ih, p.scale_ih, at, p.input);
       }
     }
+    if (!gates_x && by_panels) multiply_input_of(sums_x, x, count, units, s, j, n, thread);
+    const int64_t block = Base::of_sweep(units, s, j), next = Base::of_sweep(units, s, j + 1);
+    const Place at = place_of(block);
     if (p.gates_h) {
       for (int64_t i = 0; i < count * kG; ++i) {
         const int64_t column = ((first + i / kG * stride) * kG + i % kG) * hidden + at.unit;
@@ -992,7 +1148,8 @@ struct ForwardRun : Skeleton<Cell, E, W> {
     } else if (this->direct) {
       all_gates(sums, before, at.head * head_out, count, p.w_hh, p.scale_hh, at, head_out);
     } else {
-      multiply_panel(sums, before, count, at.head * head_out, panel_of(block), head_out, thread, p.scale_hh, at);
+      multiply_panels(sums, before, count, at.head * head_out, panel_of(block),
+                      (next - block) * panel_elements(head_out), n, head_out, thread, p.scale_hh, at);
     }
   }
 
@@ -1116,8 +1273,9 @@ struct BackwardRun : Skeleton<Cell, E> {
         const int64_t rows = this->rows_at(t);
         const int64_t chained = min(rows, this->rows_at(this->after(t)));
         // Rows that a later step follows take its dgates, the others dh_n.
+        this->begin_step(s, thread);
         this->groups(rows, thread, threads, [&](int64_t first, int64_t stride, int64_t count) {
-          gather(t, s, thread, outs, first, stride, count, chained);
+          gather(t, s, thread, threads, outs, first, stride, count, chained);
         });
         if (projected) {
           this->barrier_of_step(thread, threads);
@@ -1235,8 +1393,8 @@ struct BackwardRun : Skeleton<Cell, E> {
   }
 
   // The gradient of y of this step, and without projection at once the cell's backward.
-  void gather(int64_t t, int64_t s, int thread, typename Base::Range outs, int64_t first, int64_t stride, int64_t count,
-              int64_t chained) {
+  void gather(int64_t t, int64_t s, int thread, int threads, typename Base::Range outs, int64_t first, int64_t stride,
+              int64_t count, int64_t chained) {
     const int64_t with = min(count, chained > first ? divide_up(chained - first, stride) : 0);
     const O* rows[kGroup];
     for (int64_t i = 0; i < with; ++i) {
@@ -1245,13 +1403,19 @@ struct BackwardRun : Skeleton<Cell, E> {
       rows[i] = this->reset(row) ? zeros : dgates_of(row, (s - 1) & 1, b);
     }
     prepare_rows(rows, with, thread, outs);
-    this->sweep(outs, s, [&](int64_t block) {
+    const auto gather_block = [&](int64_t block) {
       for (int64_t i = 0; i < count; ++i) foresee(t, first + i * stride, this->place(block, kPlain, 0, head_out).unit);
       V sums[kGroup * kPlain];
       recur(sums, rows, with, thread, block);
       for (int64_t i = with * kPlain; i < count * kPlain; ++i) sums[i] = V(C(0));
       for (int64_t i = 0; i < count; ++i) take(t, s, first + i * stride, block, sums + i * kPlain, i < with);
-    });
+    };
+    // What is read where it lies was multiplied for the blocks of this thread.
+    const int64_t operations = this->direct ? 0 : with * kPlain * kWidth * kG * head_units;
+    this->share_sweep(outs, out_blocks, s, first, thread, threads, operations, 1,
+                      [&](typename Base::Range blocks, int64_t begin, int64_t end) {
+                        for (int64_t i = begin; i < end; ++i) gather_block(Base::of_sweep(blocks, s, i));
+                      });
   }
 
   // Fetches what `take` will read, while the product runs.
