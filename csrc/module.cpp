@@ -165,6 +165,15 @@ class Arguments {
     return t;
   }
 
+  std::vector<Tensor> take_all(PyObject* tuple) {
+    const Py_ssize_t count = PyTuple_Size(tuple);
+    if (count < 0) throw PythonError();
+    std::vector<Tensor> found;
+    found.reserve(count);
+    for (Py_ssize_t k = 0; k < count; ++k) found.push_back(take(PyTuple_GetItem(tuple, k)));
+    return found;
+  }
+
  private:
   static bool says(PyObject* object, PyObject* method) {
     return is_true(Object(PyObject_CallMethodObjArgs(object, method, nullptr)).get());
@@ -241,7 +250,7 @@ Object tuple_of(const std::vector<const Tensor*>& tensors) {
 }
 
 // Of those that there are.
-Object list_of(std::initializer_list<const Tensor*> tensors) {
+Object list_of(const std::vector<const Tensor*>& tensors) {
   Object found(PyList_New(0));
   for (const Tensor* t : tensors) {
     if (*t && PyList_Append(found.get(), wrap(*t).get())) throw PythonError();
@@ -255,48 +264,116 @@ Tensor zeros_of(Sizes sizes, int32_t dtype) {
   return t;
 }
 
-// (cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, resets, reverse, keep_gates, keep_cells): y, h_n, c_n,
-// gates, cells.
+// The tensors of a call of a cell, in the order of fusedrnn/ops.py: `differentiable`, then batch_sizes and resets.
+struct Order {
+  const Counts counts;
+  const size_t after_c, differentiable, all, gradients, saved;
+
+  explicit Order(std::string_view cell)
+      : counts(counts_of(cell)),
+        after_c(counts.states > 2 ? counts.states - 2 : 0),
+        differentiable(8 + after_c + counts.parameters + counts.inputs),
+        all(differentiable + 2),
+        gradients(4 + 2 * after_c),
+        saved(3 + after_c) {}
+
+  // `t` outlives it.
+  Inputs inputs(const Tensor* t) const {
+    const auto next = [&] {
+      const Tensor& one = *t++;
+      return one.with_dims(one.dim());
+    };
+    Inputs in;
+    for (Tensor* to : {&in.x, &in.h0, &in.c0, &in.w_ih, &in.w_hh, &in.b_ih, &in.b_hh, &in.w_hr}) *to = next();
+    for (size_t k = 0; k < after_c; ++k) in.more.states.push_back(next());
+    for (int64_t k = 0; k < counts.parameters; ++k) in.more.parameters.push_back(next());
+    for (int64_t k = 0; k < counts.inputs; ++k) in.more.inputs.push_back(next());
+    return in;
+  }
+
+  // What the gradient is given of the states after c (the tensors outlive it), and of which inputs it is wanted.
+  MoreGradients more(const Tensor* dfinal, const Tensor* devery, const Tensor* every, PyObject* needs,
+                     std::array<bool, 8>& of_plain) const {
+    require(PySequence_Size(needs) == static_cast<Py_ssize_t>(differentiable));
+    Py_ssize_t at = 0;
+    const auto need = [&] { return is_true(Object(PySequence_GetItem(needs, at++)).get()); };
+    MoreGradients found;
+    for (bool& wanted : of_plain) wanted = need();
+    for (size_t k = 0; k < after_c; ++k) {
+      found.dfinal.push_back(dfinal[k].with_dims(dfinal[k] ? 2 : 0));
+      found.devery.push_back(devery ? devery[k].with_dims(devery[k].dim()) : Tensor());
+      found.every.push_back(every[k].with_dims(every[k].dim()));
+      found.states.push_back(need());
+    }
+    for (int64_t k = 0; k < counts.parameters; ++k) found.parameters.push_back(need());
+    for (int64_t k = 0; k < counts.inputs; ++k) found.inputs.push_back(need());
+    return found;
+  }
+
+  // The gradients in one list.
+  static std::vector<Tensor> joined(Gradients&& d, More&& more) {
+    std::vector<Tensor> found;
+    for (Tensor& t : d) found.push_back(std::move(t));
+    for (auto* list : {&more.states, &more.parameters, &more.inputs}) {
+      for (Tensor& t : *list) found.push_back(std::move(t));
+    }
+    return found;
+  }
+};
+
+// (cell, the tensors, reverse, heads, keep_gates, keep_states): y, h_n, c_n, gates, cells, then of the states after c
+// the final ones and all that are kept.
 PyObject* call_sequence(PyObject* const* a) {
   require_plain();
   Arguments held(Recorded::kRefused);
-  Inputs in;
-  Tensor* const to[] = {&in.x,    &in.h0,   &in.c0,   &in.w_ih,        &in.w_hh,
-                        &in.b_ih, &in.b_hh, &in.w_hr, &in.batch_sizes, &in.resets};
-  for (int k = 0; k < 10; ++k) *to[k] = held.take(a[1 + k]);
-  in.reverse = is_true(a[11]);
-  const bool keep_gates = is_true(a[12]), keep_cells = is_true(a[13]);
   const std::string_view cell = text(a[0]);
+  const Order order(cell);
+  const std::vector<Tensor> given = held.take_all(a[1]);
+  require(given.size() == order.all);
+  Inputs in = order.inputs(given.data());
+  in.batch_sizes = given[order.differentiable].with_dims(given[order.differentiable].dim());
+  in.resets = given[order.differentiable + 1].with_dims(given[order.differentiable + 1].dim());
+  in.reverse = is_true(a[2]);
+  in.heads = integer(a[3]);
+  const bool keep_gates = is_true(a[4]), keep_states = is_true(a[5]);
   Outputs out;
   {
     const WithoutGil released;
-    out = sequence(cell, in, keep_gates, keep_cells);
+    out = sequence(cell, in, keep_gates, keep_states);
   }
-  return tuple_of({&out.y, &out.h_n, &out.c_n, &out.gates, &out.cells}).release();
+  std::vector<const Tensor*> found = {&out.y, &out.h_n, &out.c_n, &out.gates, &out.cells};
+  for (const auto* list : {&out.more_n, &out.more_cells}) {
+    for (const Tensor& t : *list) found.push_back(&t);
+  }
+  return tuple_of(found).release();
 }
 
-// (cell, dy, dh_n, dc_n, dcells, the ten inputs, reverse, y, gates, cells, needs): the eight gradients.
+// (cell, tensors, reverse, heads, needs): the gradients. The tensors: dy, dh_n, dc_n, dcells, of the states after c the
+// gradients of the final ones and of all; those of the call; y, gates, cells and the other states that were kept.
 PyObject* call_sequence_backward(PyObject* const* a) {
   require_plain();
   Arguments held(Recorded::kRefused);
-  Tensor grads[4], saved[3];
-  for (int k = 0; k < 4; ++k) grads[k] = held.take(a[1 + k]);
-  Inputs in;
-  Tensor* const to[] = {&in.x,    &in.h0,   &in.c0,   &in.w_ih,        &in.w_hh,
-                        &in.b_ih, &in.b_hh, &in.w_hr, &in.batch_sizes, &in.resets};
-  for (int k = 0; k < 10; ++k) *to[k] = held.take(a[5 + k]);
-  in.reverse = is_true(a[15]);
-  for (int k = 0; k < 3; ++k) saved[k] = held.take(a[16 + k]);
-  std::array<bool, 8> needs{};
-  if (PySequence_Size(a[19]) != 8) throw NotPlain();
-  for (int k = 0; k < 8; ++k) needs[k] = is_true(Object(PySequence_GetItem(a[19], k)).get());
   const std::string_view cell = text(a[0]);
+  const Order order(cell);
+  const std::vector<Tensor> tensors = held.take_all(a[1]);
+  require(tensors.size() == order.gradients + order.all + order.saved);
+  const Tensor *const grads = tensors.data(), *const given = grads + order.gradients, *const saved = given + order.all;
+  Inputs in = order.inputs(given);
+  in.batch_sizes = given[order.differentiable].with_dims(given[order.differentiable].dim());
+  in.resets = given[order.differentiable + 1].with_dims(given[order.differentiable + 1].dim());
+  in.reverse = is_true(a[2]);
+  in.heads = integer(a[3]);
+  std::array<bool, 8> needs{};
+  MoreGradients more = order.more(grads + 4, grads + 4 + order.after_c, saved + 3, a[4], needs);
   Gradients d;
   {
     const WithoutGil released;
-    d = sequence_backward(cell, grads[0], grads[1], grads[2], grads[3], in, saved[0], saved[1], saved[2], needs);
+    d = sequence_backward(cell, grads[0], grads[1], grads[2], grads[3], in, saved[0], saved[1], saved[2], needs, &more);
   }
-  return tuple_of({&d[0], &d[1], &d[2], &d[3], &d[4], &d[5], &d[6], &d[7]}).release();
+  const std::vector<Tensor> all = Order::joined(std::move(d), std::move(more.found));
+  std::vector<const Tensor*> found;
+  for (const Tensor& t : all) found.push_back(&t);
+  return tuple_of(found).release();
 }
 
 // What a module's __dict__ has under a name, or nullptr.
@@ -420,27 +497,32 @@ Tensor reshaped(Tensor&& t, Sizes sizes) {
   return Tensor::own(view);
 }
 
-// The same of any cell, without what is kept for backward: (cell, x, states, w_ih, w_hh, b_ih, b_hh, w_hr, parameters,
-// inputs, batch_sizes, resets, reverse, heads, w_hh packed and w_ih packed, or None), the groups as tuples: y, then the
-// final states. Of dense x states may be [1, B, H] as a layer has them, or none, which is zeros; so are the final ones.
+// Another tensor of torch in the memory of `t`.
+Tensor same_memory(const Tensor& t) {
+  const Sizes sizes = t.sizes();
+  int64_t strides[Tensor::kDims];
+  for (int64_t k = 0; k < sizes.count; ++k) strides[k] = t.stride(k);
+  AtenTensorHandle found = nullptr;
+  FUSEDRNN_TORCH(aoti_torch__reinterpret_tensor(t.handle(), sizes.count, sizes.data, strides, t.offset(), &found));
+  return Tensor::own(found);
+}
+
+// A sequence of any cell: (cell, x, states, w_ih, w_hh, b_ih, b_hh, w_hr, parameters, inputs, batch_sizes, resets,
+// reverse, heads, w_hh packed and w_ih packed, or None), the groups as tuples: y, then the final states. Of dense x
+// states may be [1, B, H] as a layer has them, or none, which is zeros; so are the final ones. Where a gradient of such
+// a call will be asked for, a list of these, and of y, gates and every other state for backward; nothing of it is
+// recorded.
 PyObject* call_sequence_of_states(PyObject* const* a) {
   require_plain();
-  Arguments held(Recorded::kRefused);
-  const auto all = [&](PyObject* tuple) {
-    std::vector<Tensor> found;
-    const Py_ssize_t count = PyTuple_Size(tuple);
-    if (count < 0) throw PythonError();
-    for (Py_ssize_t k = 0; k < count; ++k) found.push_back(held.take(PyTuple_GetItem(tuple, k)));
-    return found;
-  };
+  Arguments held(Recorded::kKept);
   const std::string_view cell = text(a[0]);
   Inputs in;
   in.x = held.take(a[1]);
-  std::vector<Tensor> states = all(a[2]);
+  std::vector<Tensor> states = held.take_all(a[2]);
   Tensor* const weights[] = {&in.w_ih, &in.w_hh, &in.b_ih, &in.b_hh, &in.w_hr};
   for (int k = 0; k < 5; ++k) *weights[k] = held.take(a[3 + k]);
-  in.more.parameters = all(a[8]);
-  in.more.inputs = all(a[9]);
+  in.more.parameters = held.take_all(a[8]);
+  in.more.inputs = held.take_all(a[9]);
   in.batch_sizes = held.take(a[10]);
   in.resets = held.take(a[11]);
   in.reverse = is_true(a[12]);
@@ -475,30 +557,26 @@ PyObject* call_sequence_of_states(PyObject* const* a) {
       in.more.states.push_back(std::move(states[k]));
     }
   }
+  const bool recorded = held.need_gradient();
+  require(!recorded || (of_layer && !in.resets && !in.reverse && !in.panels && !in.panels_ih));
   Outputs out;
   {
     const WithoutGil released;
-    out = sequence(cell, in, false, false);
+    out = sequence(cell, in, recorded, recorded);
   }
   std::vector<Tensor*> finals = {&out.h_n};
   if (has_c) finals.push_back(&out.c_n);
   for (Tensor& t : out.more_n) finals.push_back(&t);
-  std::vector<const Tensor*> found = {&out.y};
+  const Tensor y = recorded ? same_memory(out.y) : Tensor();
+  std::vector<const Tensor*> found = {recorded ? &y : &out.y};
   for (Tensor* t : finals) {
     if (of_layer) *t = reshaped(std::move(*t), {1, t->size(0), t->size(1)});
     found.push_back(t);
   }
-  return tuple_of(found).release();
-}
-
-// Another tensor of torch in the memory of `t`.
-Tensor same_memory(const Tensor& t) {
-  const Sizes sizes = t.sizes();
-  int64_t strides[Tensor::kDims];
-  for (int64_t k = 0; k < sizes.count; ++k) strides[k] = t.stride(k);
-  AtenTensorHandle found = nullptr;
-  FUSEDRNN_TORCH(aoti_torch__reinterpret_tensor(t.handle(), sizes.count, sizes.data, strides, t.offset(), &found));
-  return Tensor::own(found);
+  if (!recorded) return tuple_of(found).release();
+  for (const Tensor* t : {&out.y, &out.gates, &out.cells}) found.push_back(t);
+  for (const Tensor& t : out.more_cells) found.push_back(&t);
+  return list_of(found).release();
 }
 
 // A Cell's call, input [B, I] or [I]: h, and c of a cell that has one, in a tuple then. Where a gradient will be asked
@@ -542,51 +620,53 @@ PyObject* call_cell(PyObject* const* a) {
   return (call.has_c ? tuple_of({&h, &c}) : wrap(h)).release();
 }
 
-// (cell, batch_first, grads, saved, needs): of a call that answered a list the gradients of x to w_hr, None where it is
-// not needed. grads are those of the results; saved are x to w_hr, a state None for zeros, then the end of that list.
+// (cell, batch_first, heads, grads, saved, needs): of a call that answered a list the gradients, None where it is not
+// needed. grads are those of the results; saved are the tensors of the call that are differentiable, a state None for
+// zeros, then the end of that list.
 PyObject* call_backward(PyObject* const* a) {
-  constexpr int kGiven = 8;
   require_plain();
   Arguments held(Recorded::kRefused);
   const std::string_view cell = text(a[0]);
   const auto [gates, has_c] = gates_and_c(cell);
+  const Order order(cell);
   const bool batch_first = a[1] == Py_True;
-  const auto take = [&](int tuple, Py_ssize_t k) {
-    PyObject* found = PyTuple_GetItem(a[tuple], k);
-    if (!found) throw PythonError();
-    return held.take(found);
-  };
-  Tensor given[kGiven], saved[3], zeros[2];
-  for (int k = 0; k < kGiven; ++k) given[k] = take(3, k);
-  for (int k = 0; k < 3; ++k) saved[k] = take(3, kGiven + k);
+  const std::vector<Tensor> results = held.take_all(a[3]), tensors = held.take_all(a[4]);
+  require(tensors.size() == order.differentiable + order.saved);
+  const Tensor *const given = tensors.data(), *const saved = given + order.differentiable;
   require(given[0] && given[4] && given[4].dim() == 2);
-  std::array<bool, 8> needs{};
-  for (int k = 0; k < kGiven; ++k) needs[k] = is_true(Object(PySequence_GetItem(a[4], k)).get());
-  const auto time_first = [&](const Tensor& t) { return batch_first && t ? t.transposed() : t.with_dims(t ? 3 : 0); };
-  Inputs in;
-  in.x = time_first(given[0]);
-  const int64_t sizes[] = {given[4].size(1), given[4].size(0) / gates};
-  for (int k = 0; k < 1 + has_c; ++k) {
-    const Tensor& state = given[1 + k];
-    if (!state) zeros[k] = zeros_of({in.x.size(1), sizes[k]}, in.x.dtype());
-    (k ? in.c0 : in.h0) = (state ? state : zeros[k]).with_dims(2);
-  }
-  Tensor* const weights[] = {&in.w_ih, &in.w_hh, &in.b_ih, &in.b_hh, &in.w_hr};
-  for (int k = 0; k < 5; ++k) *weights[k] = given[3 + k].with_dims(given[3 + k].dim());
   const bool has_y = given[0].dim() == 3;  // a Cell's call has none
-  const Tensor dy = has_y ? take(2, 0) : Tensor(), dh = take(2, has_y), dc = has_c ? take(2, 1 + has_y) : Tensor();
+  require(results.size() == static_cast<size_t>(has_y + order.counts.states));
+  const auto time_first = [&](const Tensor& t) { return batch_first && t ? t.transposed() : t.with_dims(t ? 3 : 0); };
+  Inputs in = order.inputs(given);
+  in.heads = integer(a[2]);
+  in.x = time_first(given[0]);
+  std::vector<Tensor*> states = {&in.h0};
+  if (has_c) states.push_back(&in.c0);
+  for (Tensor& t : in.more.states) states.push_back(&t);
+  std::vector<Tensor> zeros(states.size());
+  for (size_t k = 0; k < states.size(); ++k) {
+    const int64_t size = k ? given[4].size(0) / gates : given[4].size(1) * in.heads;
+    if (!*states[k]) zeros[k] = zeros_of({in.x.size(1), size}, in.x.dtype());
+    *states[k] = (zeros[k] ? zeros[k] : *states[k]).with_dims(2);
+  }
+  const Tensor* const dfinals = results.data() + has_y;
+  std::array<bool, 8> needs{};
+  MoreGradients more = order.more(dfinals + 2, nullptr, saved + 3, a[5], needs);
+  const auto of_state = [](const Tensor& t) { return t.with_dims(t ? 2 : 0); };
+  const Tensor dy = has_y ? time_first(results[0]) : Tensor(), dc = has_c ? of_state(dfinals[1]) : Tensor();
   Gradients d;
   {
     const WithoutGil released;
-    d = sequence_backward(cell, time_first(dy), dh.with_dims(dh ? 2 : 0), dc.with_dims(dc ? 2 : 0), {}, in, saved[0],
-                          saved[1], saved[2], needs);
+    d = sequence_backward(cell, dy, of_state(dfinals[0]), dc, {}, in, saved[0], saved[1], saved[2], needs, &more);
   }
-  Object found(PyTuple_New(kGiven));
-  for (int k = 0; k < kGiven; ++k) {
-    Object each = !needs[k]               ? none()
-                  : k == 0 && batch_first ? wrap(same_memory(d[k].transposed()))
-                                          : wrap(reshaped(std::move(d[k]), given[k].sizes()));
-    PyTuple_SetItem(found.get(), k, each.release());
+  std::vector<Tensor> all = Order::joined(std::move(d), std::move(more.found));
+  Object found(PyTuple_New(static_cast<Py_ssize_t>(all.size())));
+  for (size_t k = 0; k < all.size(); ++k) {
+    const bool needed = is_true(Object(PySequence_GetItem(a[5], static_cast<Py_ssize_t>(k))).get());
+    Object each = !needed                 ? none()
+                  : k == 0 && batch_first ? wrap(same_memory(all[k].transposed()))
+                                          : wrap(reshaped(std::move(all[k]), given[k].sizes()));
+    PyTuple_SetItem(found.get(), static_cast<Py_ssize_t>(k), each.release());
   }
   return found.release();
 }
@@ -856,10 +936,10 @@ PyMethodDef method(const char* name) {
 }
 
 PyMethodDef methods[] = {
-    method<call_sequence, 14>("sequence"),
-    method<call_sequence_backward, 20>("sequence_backward"),
+    method<call_sequence, 6>("sequence"),
+    method<call_sequence_backward, 5>("sequence_backward"),
     method<call_cell, 6>("cell"),
-    method<call_backward, 5>("backward"),
+    method<call_backward, 6>("backward"),
     method<call_layers, 12>("layers"),
     method<call_sequence_of_states, 16>("sequence_of_states"),
     method<call_pack, 4>("pack"),

@@ -116,49 +116,61 @@ def recorded(*arguments):
 class CallFunction(torch.autograd.Function):
     """A call of a Cell, or of a layer with one sequence, that ``_C`` has computed (csrc/module.cpp).
 
-    Takes the cell, whether the batch comes first, what ``_C`` answered, then input, h0, c0 and weights as Inputs has
-    them, in the shapes of the module; no state is zeros.
+    Takes the cell, whether the batch comes first, heads, what ``_C`` answered, then the tensors of
+    :func:`ops.differentiable` in the shapes of the module; no state is zeros.
     """
 
     @staticmethod
-    def forward(ctx, cell, batch_first, found, *tensors):
-        *results, y, gates, cells = found
-        ctx.cell, ctx.batch_first, ctx.watch = cell, batch_first, None
+    def forward(ctx, cell, batch_first, heads, found, *tensors):
+        kept = max(3, 1 + len(CELLS[cell].states))
+        results = found[:-kept]
+        ctx.cell, ctx.batch_first, ctx.heads, ctx.watch = cell, batch_first, heads, None
         if tensors[0].dim() == 3:
             _watch(ctx, results[0])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, y, gates, cells)
+        ctx.save_for_backward(*tensors, *found[-kept:])
         return tuple(results) if len(results) > 1 else results[0]
 
     @staticmethod
     def backward(ctx, *grads):
         if all(g is None for g in grads):
-            return (None,) * 11
-        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[3:]
+            return (None,) * len(ctx.needs_input_grad)
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[4:]
         if not torch.is_grad_enabled() and forward_ad._current_level < 0 and not _changed(ctx):
-            found = _build._small_calls.backward(ctx.cell, ctx.batch_first, grads, saved, needs)
+            found = _build._small_calls.backward(ctx.cell, ctx.batch_first, ctx.heads, grads, saved, needs)
             if found is not None:
-                return None, None, None, *found
-        return None, None, None, *_gradients_of_call(ctx, grads, saved, needs)
+                return None, None, None, None, *found
+        return None, None, None, None, *_gradients_of_call(ctx, grads, saved, needs)
 
 
 def _gradients_of_call(ctx, grads, saved, needs) -> list[Tensor | None]:
-    """What CallFunction.backward returns, by RecurrenceBackwardFunction."""
-    *tensors, y, gates, cells = saved
-    dy, dh, dc = (*([None] if tensors[0].dim() < 3 else []), *grads, None)[:3]
+    """What CallFunction.backward returns, by the Function of the gradient."""
+    cell, others = CELLS[ctx.cell], max(len(CELLS[ctx.cell].states) - 2, 0)
+    tensors, (y, *kept) = saved[: len(needs)], saved[len(needs) :]
+    dy, dh, dc, *dothers = (*([None] if tensors[0].dim() < 3 else []), *grads, None)[: 3 + others]
     x, y = _with_dims(tensors[0], 3), None if _changed(ctx) else y
     if ctx.batch_first:
         x, dy = x.transpose(0, 1), None if dy is None else dy.transpose(0, 1)
-    hidden = tensors[4].shape[0] // len(CELLS[ctx.cell].gates)
-    sizes = (tensors[4].shape[1], hidden)[: 1 + CELLS[ctx.cell].has_cell_state]
-    states = [x.new_zeros(x.shape[1], n) if t is None else _with_dims(t, 2) for t, n in zip(tensors[1:], sizes)]
-    h0, c0 = (*states, None)[:2]
-    dh, dc = (None if d is None else _with_dims(d, 2) for d in (dh, dc))
-    gradient = RecurrenceBackwardFunction
-    found = (gradient.apply if torch.is_grad_enabled() else gradient.forward)(
-        dy, dh, dc, None, x, h0, c0, *tensors[3:], None, None, False, y, gates, cells, ctx.cell, "cpu", "auto", False,
-        [*needs],
-    )  # fmt: skip
+    hidden, out = tensors[4].shape[0] // len(cell.gates), tensors[4].shape[1] * ctx.heads
+    states = [tensors[k] for k in (1, *((2,) if cell.has_cell_state else ()), *range(8, 8 + others))]
+    sizes = out, *(hidden,) * len(states)
+    states = [x.new_zeros(x.shape[1], n) if t is None else _with_dims(t, 2) for t, n in zip(states, sizes)]
+    h0, c0, *others0 = (*states, None)[: 2 + others]
+    dh, dc, *dothers = (None if d is None else _with_dims(d, 2) for d in (dh, dc, *dothers))
+    own = tuple(tensors[8 + others :])
+    own = own[: len(cell.parameters)], own[len(cell.parameters) :]
+    inputs = Inputs(x, h0, c0, *tensors[3:8], None, None, False, tuple(others0), *own, ctx.heads)
+    given = dy, dh, dc, None
+    if inputs.special:
+        call = ops.Call.of(ctx.cell, inputs, "cpu", "auto", True, True)
+        if y is None:
+            y = ops.run(call, *ops.packed(inputs))[0]
+        given = *given, *dothers, *(None,) * others, *ops.packed(inputs), y, *kept
+        gradient, options = CellBackwardFunction, (call, [*needs], *given)
+    else:
+        of_sequence = ctx.cell, "cpu", "auto", False, [*needs]
+        gradient, options = RecurrenceBackwardFunction, (*given, *inputs.plain, y, *kept, *of_sequence)
+    found = (gradient.apply if torch.is_grad_enabled() else gradient.forward)(*options)
     if needs[0] and ctx.batch_first:
         found = (found[0].transpose(0, 1), *found[1:])
     return [g.reshape(t.shape) if need else None for g, t, need in zip(found, tensors, needs)]

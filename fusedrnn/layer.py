@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn import compiled, functional, ops, planning
+from fusedrnn.autograd import CallFunction
 from fusedrnn.backends.common import Inputs
 from fusedrnn.definition import Definition
 from fusedrnn.modules import RecurrentLayer
@@ -160,13 +161,13 @@ class Layer(RecurrentLayer):
         return tuple(s.index_select(1, permutation) for s in hx)
 
     def _direct(self, input, hx, resets=None):
-        """What forward returns of one sequence on the CPU that nobody wants a gradient of; None where that does not
-        apply.
-        """
-        if torch.is_grad_enabled() or type(input) is not Tensor or input.dim() != 3 or type(self) is not Layer:
+        """What forward returns of one sequence on the CPU; None where that does not apply."""
+        if torch.compiler.is_compiling() or type(input) is not Tensor or input.dim() != 3 or type(self) is not Layer:
             return None
         several = self.num_layers > 1 or self.bidirectional
         if several or self._quantized is not None or resets is not None or functional._recorders:
+            return None
+        if self.recompute and torch.is_grad_enabled():
             return None
         cell, kept = self.cell.cell, self.__dict__.get("_packed", ((None, None),))
         states = () if hx is None else (hx,) if len(cell.states) == 1 else hx
@@ -176,12 +177,16 @@ class Layer(RecurrentLayer):
             return None
         w_hr = rest.pop(2 * self.bias) if self.proj_size else None
         b_ih, b_hh = (*rest[: 2 * self.bias], None, None)[:2]
+        weights, parameters = (w_ih, w_hh, b_ih, b_hh, w_hr), tuple(rest[2 * self.bias :])
         found = ops.sequence_of_layer(
-            cell.name, x, states, w_ih, w_hh, b_ih, b_hh, w_hr, tuple(rest[2 * self.bias :]), (), None, None, False,
-            self.heads, *kept[0],
-        )  # fmt: skip
+            cell.name, x, states, *weights, parameters, (), None, None, False, self.heads, *kept[0]
+        )
         if found is None:
             return None
+        if type(found) is list:
+            count = max(2, len(cell.states))
+            h0, c0, *others = (*states, *(None,) * count)[:count]
+            found = CallFunction.apply(cell.name, False, self.heads, found, x, h0, c0, *weights, *others, *parameters)
         y, *finals = found
         return y.transpose(0, 1) if self.batch_first else y, tuple(finals) if len(finals) > 1 else finals[0]
 

@@ -603,9 +603,15 @@ def run(call: Call, *tensors: Tensor | None, keep_states: bool = False) -> tuple
     """One direction of one layer of any cell: y, h_n, c_n, gates, cells, then of the states after c the final ones and
     all that are kept, by the call or by ``keep_states``. Nothing is recorded for autograd, unless it is compiled.
     """
+    keep_states = keep_states or call.keep_states
+    fast = _below_the_dispatcher() if (call.backend, call.algorithm) == ("cpu", "auto") else None
+    if fast is not None:
+        found = fast.sequence(call.cell, tensors, call.reverse, call.heads, call.keep_gates, keep_states)
+        if found is not None:
+            return found
     y, finals, gates, every = _call(
         sequence_op, call.cell, *_op_inputs(call.unpacked(tensors)), call.backend, call.algorithm, call.keep_gates,
-        keep_states or call.keep_states,
+        keep_states,
     )  # fmt: skip
     c_n = finals[1] if len(finals) > 1 else y.new_empty(0)
     cells = every[0] if every else y.new_empty(0, dtype=accumulation_dtype(y.dtype))
@@ -614,6 +620,11 @@ def run(call: Call, *tensors: Tensor | None, keep_states: bool = False) -> tuple
 
 def run_backward(call: Call, needs, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     """The gradients, in the order of :func:`differentiable` as needs is, from what :func:`packed_backward` gives."""
+    fast = _below_the_dispatcher() if (call.backend, call.algorithm) == ("cpu", "auto") else None
+    if fast is not None:
+        found = fast.sequence_backward(call.cell, tensors, call.reverse, call.heads, needs)
+        if found is not None:
+            return found
     (dy, dh_n, dc_n, dcells, *more), rest = tensors[: call.gradients], tensors[call.gradients :]
     inputs, (y, gates, *every) = call.unpacked(rest[: call.given]), rest[call.given :]
     states, weights = [*needs[1:3], *needs[8 : 8 + call.others]], needs[3:8]
@@ -663,7 +674,7 @@ def sequence(cell: str, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Ten
     """
     fast = _below_the_dispatcher()
     if fast is not None and arguments[11] == "cpu" and arguments[12] == "auto":
-        found = fast.sequence(cell, *arguments[:11], *arguments[13:])
+        found = fast.sequence(cell, arguments[:10], arguments[10], 1, *arguments[13:])
         if found is not None:
             return found
     y, finals, gates, every = _call(sequence_op, *sequence_arguments(cell, *arguments))
@@ -687,7 +698,9 @@ def sequence_of_states(
 
 
 def sequence_of_layer(*arguments) -> tuple[Tensor, ...] | None:
-    """The same by the arguments of ``_C.sequence_of_states`` (csrc/module.cpp): y, then the final states."""
+    """The same by the arguments of ``_C.sequence_of_states`` (csrc/module.cpp): y, then the final states; a list that
+    holds what backward needs as well where a gradient is wanted of a whole layer.
+    """
     fast = _below_the_dispatcher()
     return None if fast is None else fast.sequence_of_states(*arguments)
 
@@ -720,7 +733,8 @@ def sequence_backward(cell: str, *arguments) -> tuple[Tensor, ...]:
     """
     fast = _below_the_dispatcher()
     if fast is not None and arguments[18] == "cpu" and arguments[19] == "auto":
-        found = fast.sequence_backward(cell, *arguments[:18], arguments[20])
+        tensors = *arguments[:14], *arguments[15:18]
+        found = fast.sequence_backward(cell, tensors, arguments[14], 1, arguments[20])
         if found is not None:
             return found
     if _under_old_vmap():

@@ -91,7 +91,7 @@ def clipped_by_hand(function, given, wanted, clip, cut):
     """The gradients for ``wanted`` of every state [S, B, T, N, D]: step by step backwards, each by autograd alone."""
     x, r, b, states = (t.detach() for t in given)
     kind = compat._FUNCTIONS[function]
-    r_of, b_u, b_x = r[list(kind.recurrent)], compat._biases(b, kind.bias), compat._biases(b, kind.bias_of_input)
+    r_of, b_u, b_x = r[list(kind.recurrent)], compat._of_gates(b, kind.bias), compat._of_gates(b, kind.bias_of_input)
     steps, now = [], [s.squeeze(1) for s in states]
     for t in range(T):
         steps.append(now)

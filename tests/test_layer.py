@@ -379,10 +379,68 @@ def test_a_call_without_gradients_is_one_of_c(name, options, batch_first, monkey
         with pytest.raises(RuntimeError, match=r"Expected hidden.* size"):
             layer(x, small if len(small) > 1 else small[0])
         assert layer(x[0])[0].shape[0] == 3  # unbatched
+        fusedrnn.unfreeze(layer)
+
+
+@pytest.mark.parametrize("batch_first", [False, True], ids=["", "batch_first"])
+@pytest.mark.parametrize(
+    "name, options",
+    [("slstm", {"heads": 2}), ("mgu", {"bias": False}), ("peephole_lstm", {}), ("lstm", {"proj_size": 3})],
+)
+@pytest.mark.skipif(_build._small_calls is None, reason="this torch hands no tensors to C")
+def test_a_call_with_gradients_is_one_of_c_each_way(name, options, batch_first, monkeypatch):
+    """And returns what the long way does."""
+    layer = fusedrnn.Layer(ZOO[name], 5, 6, batch_first=batch_first, dtype=torch.float64, **options)
+    x = torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)
+    with torch.no_grad():
+        states = layer(x)[1]
+    states = tuple(s.requires_grad_() for s in (states if isinstance(states, tuple) else (states,)))
+    short = fusedrnn.Layer._direct
+    ways = short, lambda *given: None
+
+    def flat(way, hx=None):
+        monkeypatch.setattr(fusedrnn.Layer, "_direct", way)
+        y, ends = layer(x, hx)
+        return [y, *(ends if isinstance(ends, tuple) else (ends,))]
+
+    assert type(flat(short)[0].grad_fn).__name__ == ("TransposeBackward0" if batch_first else "CallFunctionBackward")
+    for hx in (None, states if len(states) > 1 else states[0]):
+        wanted = [x, *layer.parameters(), *(() if hx is None else states)]
+        found = []
+        for way in ways:
+            results = flat(way, hx)
+            found.append([*results, *torch.autograd.grad(results, wanted, [2 * t.detach() for t in results])])
+            # Of one result alone; of a gradient.
+            found[-1] += torch.autograd.grad(flat(way, hx)[-1].sum(), wanted[0])
+            first = torch.autograd.grad(sum(t.pow(3).sum() for t in flat(way, hx)), wanted, create_graph=True)
+            found[-1] += [*first, *torch.autograd.grad(sum(g.pow(2).sum() for g in first), wanted)]
+        for a, b in zip(*found, strict=True):
+            assert (a.shape, a.stride()) == (b.shape, b.stride())
+            assert torch.equal(a, b)
+    y = flat(short)[0]
+    want = torch.autograd.grad(y.sum(), x, retain_graph=True)[0]
+    with torch.autograd.forward_ad.dual_level():  # which no kernel knows
+        assert torch.equal(torch.autograd.grad(y.sum(), x, retain_graph=True)[0], want)
+    for graph in (False, True):
+        changed = flat(short)[0].mul_(2)
+        torch.testing.assert_close(torch.autograd.grad(changed.sum(), x, create_graph=graph)[0], 2 * want)
+    seen = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t.clone(), lambda t: t):
+        y = flat(short)[0]
+    assert len(seen) > 4
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], want)
+    y = flat(short)[0]
+    with torch.no_grad():
+        layer.weight_hh_l0.mul_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    # Frozen, and of what keeps no gates, the long way.
+    fusedrnn.freeze(layer)
+    assert flat(short)[0].grad_fn.name() != "CallFunctionBackward"
     fusedrnn.unfreeze(layer)
-    before = len(calls)
-    assert layer(x)[0].requires_grad
-    assert len(calls) == before
+    layer.recompute = True
+    recomputed = torch.autograd.grad(flat(short)[0].sum(), x)[0]
+    torch.testing.assert_close(recomputed, want)
 
 
 def test_nested_input_and_an_input_of_the_cell():

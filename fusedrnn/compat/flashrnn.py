@@ -104,11 +104,13 @@ def flashrnn(
     _check(kind, function, Wx, R, b)
     count = len(kind.cell.states)
     if states is None:
-        states = Wx.new_empty(count, batch, 1, heads, units)
         values = getattr(config, "initial_val", 0.0)
-        values = values if isinstance(values, Sequence) else [values] * count
-        for state, value in zip(states, values, strict=True):
-            state.fill_(value)
+        if isinstance(values, Sequence):
+            states = Wx.new_empty(count, batch, 1, heads, units)
+            for state, value in zip(states, values, strict=True):
+                state.fill_(value)
+        else:
+            states = Wx.new_full((count, batch, 1, heads, units), values)
     else:
         states = _as("states", states, layout["output_shape"], "SBTHD").to(Wx.dtype)
         if tuple(states.shape) != (count, batch, 1, heads, units):
@@ -126,7 +128,7 @@ def _as(name: str, t: Tensor, have: str, want: str) -> Tensor:
         raise ValueError(f"the layout of {name} must be made of the letters {want}, got {have!r}")
     if t.dim() != len(have):
         raise ValueError(f"{name} must have {len(have)} dimensions, {have}, got {list(t.shape)}")
-    return t.permute([have.index(letter) for letter in want])
+    return t if have == want else t.permute([have.index(letter) for letter in want])
 
 
 def _check(kind: _Function, function: str, Wx: Tensor, R: Tensor, b: Tensor) -> None:
@@ -143,9 +145,11 @@ def _check(kind: _Function, function: str, Wx: Tensor, R: Tensor, b: Tensor) -> 
             raise ValueError(f"{name} of function {function!r} must be {list(want)} ({letters}), got {list(t.shape)}")
 
 
-def _biases(b: Tensor, gates: tuple[int, ...]) -> Tensor:
-    """[G, N, D] of the gates that are named, zeros where none is."""
-    return torch.stack([torch.zeros_like(b[0]) if gate < 0 else b[gate] for gate in gates])
+def _of_gates(t: Tensor, gates: tuple[int, ...]) -> Tensor:
+    """Of t [G, ...] the gates that are named, zeros where none is."""
+    if gates == tuple(range(t.shape[0])):
+        return t  # no copy forward, no scatter backward
+    return torch.stack([torch.zeros_like(t[0]) if gate < 0 else t[gate] for gate in gates])
 
 
 def _fused(kind: _Function, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor) -> Tensor:
@@ -165,9 +169,9 @@ def _fused(kind: _Function, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor) ->
         h0=h0,
         c0=others[0] if others else None,
         w_ih=Wx.new_zeros(gates * hidden, width),
-        w_hh=R[list(kind.recurrent)].reshape(gates * hidden, units),
-        b_ih=_biases(b, kind.bias_of_input).flatten(),
-        b_hh=_biases(b, kind.bias).flatten(),
+        w_hh=_of_gates(R, kind.recurrent).reshape(gates * hidden, units),
+        b_ih=_of_gates(b, kind.bias_of_input).flatten() if max(kind.bias_of_input) >= 0 else None,
+        b_hh=_of_gates(b, kind.bias).flatten(),
         w_hr=None,
         batch_sizes=None,
         resets=None,
@@ -202,7 +206,7 @@ class _Clip(torch.autograd.Function):
 def _loop(kind: _Function, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor, clip: float | None, cut: bool) -> Tensor:
     """The same, what reaches h through R clipped to ``clip``, or none of it."""
     now, found = [state.squeeze(1) for state in states.unbind(0)], []
-    R, b_u, b_x = R[list(kind.recurrent)], _biases(b, kind.bias), _biases(b, kind.bias_of_input)
+    R, b_u, b_x = _of_gates(R, kind.recurrent), _of_gates(b, kind.bias), _of_gates(b, kind.bias_of_input)
     for step in Wx.unbind(0):
         h = now[0].detach() if cut else _Clip.apply(now[0], clip)
         u = torch.einsum("bnp,gndp->gbnd", h, R) + b_u.unsqueeze(1)
