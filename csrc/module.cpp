@@ -558,7 +558,7 @@ PyObject* call_sequence_of_states(PyObject* const* a) {
     }
   }
   const bool recorded = held.need_gradient();
-  require(!recorded || (of_layer && !in.resets && !in.reverse && !in.panels && !in.panels_ih));
+  require(!recorded || (of_layer && !in.resets && !in.panels && !in.panels_ih));
   Outputs out;
   {
     const WithoutGil released;
@@ -620,9 +620,9 @@ PyObject* call_cell(PyObject* const* a) {
   return (call.has_c ? tuple_of({&h, &c}) : wrap(h)).release();
 }
 
-// (cell, batch_first, heads, grads, saved, needs): of a call that answered a list the gradients, None where it is not
-// needed. grads are those of the results; saved are the tensors of the call that are differentiable, a state None for
-// zeros, then the end of that list.
+// (cell, batch_first, reverse, heads, grads, saved, needs): of a call that answered a list the gradients, None where it
+// is not needed. grads are those of the results; saved are the tensors of the call that are differentiable, a state
+// None for zeros, then the end of that list.
 PyObject* call_backward(PyObject* const* a) {
   require_plain();
   Arguments held(Recorded::kRefused);
@@ -630,7 +630,7 @@ PyObject* call_backward(PyObject* const* a) {
   const auto [gates, has_c] = gates_and_c(cell);
   const Order order(cell);
   const bool batch_first = a[1] == Py_True;
-  const std::vector<Tensor> results = held.take_all(a[3]), tensors = held.take_all(a[4]);
+  const std::vector<Tensor> results = held.take_all(a[4]), tensors = held.take_all(a[5]);
   require(tensors.size() == order.differentiable + order.saved);
   const Tensor *const given = tensors.data(), *const saved = given + order.differentiable;
   require(given[0] && given[4] && given[4].dim() == 2);
@@ -638,7 +638,8 @@ PyObject* call_backward(PyObject* const* a) {
   require(results.size() == static_cast<size_t>(has_y + order.counts.states));
   const auto time_first = [&](const Tensor& t) { return batch_first && t ? t.transposed() : t.with_dims(t ? 3 : 0); };
   Inputs in = order.inputs(given);
-  in.heads = integer(a[2]);
+  in.reverse = a[2] == Py_True;
+  in.heads = integer(a[3]);
   in.x = time_first(given[0]);
   std::vector<Tensor*> states = {&in.h0};
   if (has_c) states.push_back(&in.c0);
@@ -651,7 +652,7 @@ PyObject* call_backward(PyObject* const* a) {
   }
   const Tensor* const dfinals = results.data() + has_y;
   std::array<bool, 8> needs{};
-  MoreGradients more = order.more(dfinals + 2, nullptr, saved + 3, a[5], needs);
+  MoreGradients more = order.more(dfinals + 2, nullptr, saved + 3, a[6], needs);
   const auto of_state = [](const Tensor& t) { return t.with_dims(t ? 2 : 0); };
   const Tensor dy = has_y ? time_first(results[0]) : Tensor(), dc = has_c ? of_state(dfinals[1]) : Tensor();
   Gradients d;
@@ -662,7 +663,7 @@ PyObject* call_backward(PyObject* const* a) {
   std::vector<Tensor> all = Order::joined(std::move(d), std::move(more.found));
   Object found(PyTuple_New(static_cast<Py_ssize_t>(all.size())));
   for (size_t k = 0; k < all.size(); ++k) {
-    const bool needed = is_true(Object(PySequence_GetItem(a[5], static_cast<Py_ssize_t>(k))).get());
+    const bool needed = is_true(Object(PySequence_GetItem(a[6], static_cast<Py_ssize_t>(k))).get());
     Object each = !needed                 ? none()
                   : k == 0 && batch_first ? wrap(same_memory(all[k].transposed()))
                                           : wrap(reshaped(std::move(all[k]), given[k].sizes()));
@@ -939,7 +940,7 @@ PyMethodDef methods[] = {
     method<call_sequence, 6>("sequence"),
     method<call_sequence_backward, 5>("sequence_backward"),
     method<call_cell, 6>("cell"),
-    method<call_backward, 6>("backward"),
+    method<call_backward, 7>("backward"),
     method<call_layers, 12>("layers"),
     method<call_sequence_of_states, 16>("sequence_of_states"),
     method<call_pack, 4>("pack"),

@@ -114,17 +114,17 @@ def recorded(*arguments):
 
 
 class CallFunction(torch.autograd.Function):
-    """A call of a Cell, or of a layer with one sequence, that ``_C`` has computed (csrc/module.cpp).
+    """A call of a Cell, or of one sequence of a layer, that ``_C`` has computed (csrc/module.cpp).
 
-    Takes the cell, whether the batch comes first, heads, what ``_C`` answered, then the tensors of
+    Takes the cell, whether the batch comes first, reverse, heads, what ``_C`` answered, then the tensors of
     :func:`ops.differentiable` in the shapes of the module; no state is zeros.
     """
 
     @staticmethod
-    def forward(ctx, cell, batch_first, heads, found, *tensors):
+    def forward(ctx, cell, batch_first, reverse, heads, found, *tensors):
         kept = max(3, 1 + len(CELLS[cell].states))
         results = found[:-kept]
-        ctx.cell, ctx.batch_first, ctx.heads, ctx.watch = cell, batch_first, heads, None
+        ctx.cell, ctx.batch_first, ctx.reverse, ctx.heads, ctx.watch = cell, batch_first, reverse, heads, None
         if tensors[0].dim() == 3:
             _watch(ctx, results[0])
         ctx.set_materialize_grads(False)
@@ -135,12 +135,13 @@ class CallFunction(torch.autograd.Function):
     def backward(ctx, *grads):
         if all(g is None for g in grads):
             return (None,) * len(ctx.needs_input_grad)
-        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[4:]
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[5:]
         if not torch.is_grad_enabled() and forward_ad._current_level < 0 and not _changed(ctx):
-            found = _build._small_calls.backward(ctx.cell, ctx.batch_first, ctx.heads, grads, saved, needs)
+            options = ctx.cell, ctx.batch_first, ctx.reverse, ctx.heads
+            found = _build._small_calls.backward(*options, grads, saved, needs)
             if found is not None:
-                return None, None, None, None, *found
-        return None, None, None, None, *_gradients_of_call(ctx, grads, saved, needs)
+                return *(None,) * 5, *found
+        return *(None,) * 5, *_gradients_of_call(ctx, grads, saved, needs)
 
 
 def _gradients_of_call(ctx, grads, saved, needs) -> list[Tensor | None]:
@@ -159,7 +160,7 @@ def _gradients_of_call(ctx, grads, saved, needs) -> list[Tensor | None]:
     dh, dc, *dothers = (None if d is None else _with_dims(d, 2) for d in (dh, dc, *dothers))
     own = tuple(tensors[8 + others :])
     own = own[: len(cell.parameters)], own[len(cell.parameters) :]
-    inputs = Inputs(x, h0, c0, *tensors[3:8], None, None, False, tuple(others0), *own, ctx.heads)
+    inputs = Inputs(x, h0, c0, *tensors[3:8], None, None, ctx.reverse, tuple(others0), *own, ctx.heads)
     given = dy, dh, dc, None
     if inputs.special:
         call = ops.Call.of(ctx.cell, inputs, "cpu", "auto", True, True)

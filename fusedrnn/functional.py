@@ -79,7 +79,7 @@ def _small_call(name: str, cell: str, module: dict, names: Sequence[str], input,
         weights[2:2] = None, None
     if len(weights) < 5:
         weights.append(None)
-    return CallFunction.apply(cell, bool(options) and options[3], 1, found, input, h0, c0, *weights)
+    return CallFunction.apply(cell, bool(options) and options[3], False, 1, found, input, h0, c0, *weights)
 
 
 def _under_autocast(call: Callable, cell: str, module: dict, names: Sequence[str], input, h0, c0, *options):

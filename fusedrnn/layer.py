@@ -161,34 +161,58 @@ class Layer(RecurrentLayer):
         return tuple(s.index_select(1, permutation) for s in hx)
 
     def _direct(self, input, hx, resets=None):
-        """What forward returns of one sequence on the CPU; None where that does not apply."""
+        """What forward returns of a dense batch on the CPU, a call of C++ for each sequence; None where that does not
+        apply.
+        """
         if torch.compiler.is_compiling() or type(input) is not Tensor or input.dim() != 3 or type(self) is not Layer:
             return None
-        several = self.num_layers > 1 or self.bidirectional
-        if several or self._quantized is not None or resets is not None or functional._recorders:
+        if self._quantized is not None or resets is not None or functional._recorders:
             return None
-        if self.recompute and torch.is_grad_enabled():
+        if (self.recompute and torch.is_grad_enabled()) or (self.dropout and self.training):
             return None
-        cell, kept = self.cell.cell, self.__dict__.get("_packed", ((None, None),))
+        cell, kept = self.cell.cell, self.__dict__.get("_packed")
         states = () if hx is None else (hx,) if len(cell.states) == 1 else hx
-        x, (w_ih, w_hh, *rest) = input.transpose(0, 1) if self.batch_first else input, self._weights()
-        fits = type(states) is tuple and x.shape[2] == self.input_size and w_ih is not None and x.dtype == w_ih.dtype
+        x, weights = input.transpose(0, 1) if self.batch_first else input, self._weights()
+        first = weights[0]
+        fits = type(states) is tuple and x.shape[2] == self.input_size and first is not None and x.dtype == first.dtype
         if not fits or cell.inputs or x.shape[0] == 0 or self._choose(x.dtype, x.device).backend != "cpu":
             return None
+        directions = 2 if self.bidirectional else 1
+        lead = self.num_layers * directions
+        if not all(type(s) is Tensor and s.dim() == 3 and s.shape[0] == lead for s in states):
+            return None
+        per, ys, finals = len(weights) // lead, [], []
+        for k in range(lead):
+            of_k = states if lead == 1 else tuple(s[k : k + 1] for s in states)
+            packed = (None, None) if kept is None else kept[k]
+            found = self._sequence(x, of_k, weights[k * per : (k + 1) * per], k % directions == 1, packed)
+            if found is None:
+                return None
+            y, *ends = found
+            ys.append(y)
+            finals.append(ends)
+            if len(ys) == directions:
+                x, ys = y if directions == 1 else torch.cat(ys, -1), []
+        ends = finals[0] if lead == 1 else [torch.cat(each) for each in zip(*finals)]
+        return x.transpose(0, 1) if self.batch_first else x, tuple(ends) if len(ends) > 1 else ends[0]
+
+    def _sequence(self, x, states, weights, reverse: bool, packed) -> tuple[Tensor, ...] | None:
+        """y [T, B, P] and the final states [1, B, H] of one direction of a layer, from such states or, without, zeros;
+        None where somebody looks on.
+        """
+        cell, (w_ih, w_hh, *rest) = self.cell.cell, weights
         w_hr = rest.pop(2 * self.bias) if self.proj_size else None
         b_ih, b_hh = (*rest[: 2 * self.bias], None, None)[:2]
         weights, parameters = (w_ih, w_hh, b_ih, b_hh, w_hr), tuple(rest[2 * self.bias :])
         found = ops.sequence_of_layer(
-            cell.name, x, states, *weights, parameters, (), None, None, False, self.heads, *kept[0]
+            cell.name, x, states, *weights, parameters, (), None, None, reverse, self.heads, *packed
         )
-        if found is None:
-            return None
-        if type(found) is list:
-            count = max(2, len(cell.states))
-            h0, c0, *others = (*states, *(None,) * count)[:count]
-            found = CallFunction.apply(cell.name, False, self.heads, found, x, h0, c0, *weights, *others, *parameters)
-        y, *finals = found
-        return y.transpose(0, 1) if self.batch_first else y, tuple(finals) if len(finals) > 1 else finals[0]
+        if type(found) is not list:
+            return found
+        count = max(2, len(cell.states))
+        h0, c0, *others = (*states, *(None,) * count)[:count]
+        given = x, h0, c0, *weights, *others, *parameters
+        return CallFunction.apply(cell.name, False, reverse, self.heads, found, *given)
 
     def _pack(self) -> list | None:
         if self._quantized is not None:

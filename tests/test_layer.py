@@ -332,11 +332,19 @@ def test_inputs_of_a_cell_reach_a_graph_of_fx_and_who_answers_for_a_tensor(optio
         assert torch.equal(model(a, b), want)
 
 
+# Plain calls of these are one of C++ for each sequence.
+ONE_CALL = [
+    ("slstm", {"heads": 2}),
+    ("mgu", {"bias": False}),
+    ("peephole_lstm", {}),
+    ("lstm", {"proj_size": 3}),
+    ("slstm", {"heads": 2, "num_layers": 2, "bidirectional": True}),
+    ("gru", {"num_layers": 2}),
+]
+
+
 @pytest.mark.parametrize("batch_first", [False, True], ids=["", "batch_first"])
-@pytest.mark.parametrize(
-    "name, options",
-    [("slstm", {"heads": 2}), ("mgu", {"bias": False}), ("peephole_lstm", {}), ("lstm", {"proj_size": 3})],
-)
+@pytest.mark.parametrize("name, options", ONE_CALL)
 def test_a_call_without_gradients_is_one_of_c(name, options, batch_first, monkeypatch):
     """And returns and raises what the long way does."""
     layer = fusedrnn.Layer(ZOO[name], 5, 6, batch_first=batch_first, **options)
@@ -378,15 +386,15 @@ def test_a_call_without_gradients_is_one_of_c(name, options, batch_first, monkey
         small = tuple(s[:, :1] for s in many)
         with pytest.raises(RuntimeError, match=r"Expected hidden.* size"):
             layer(x, small if len(small) > 1 else small[0])
+        flat = tuple(s[0] for s in many)
+        with pytest.raises(RuntimeError, match="should also be 3-D"):
+            layer(x, flat if len(flat) > 1 else flat[0])
         assert layer(x[0])[0].shape[0] == 3  # unbatched
         fusedrnn.unfreeze(layer)
 
 
 @pytest.mark.parametrize("batch_first", [False, True], ids=["", "batch_first"])
-@pytest.mark.parametrize(
-    "name, options",
-    [("slstm", {"heads": 2}), ("mgu", {"bias": False}), ("peephole_lstm", {}), ("lstm", {"proj_size": 3})],
-)
+@pytest.mark.parametrize("name, options", ONE_CALL)
 @pytest.mark.skipif(_build._small_calls is None, reason="this torch hands no tensors to C")
 def test_a_call_with_gradients_is_one_of_c_each_way(name, options, batch_first, monkeypatch):
     """And returns what the long way does."""
@@ -403,7 +411,9 @@ def test_a_call_with_gradients_is_one_of_c_each_way(name, options, batch_first, 
         y, ends = layer(x, hx)
         return [y, *(ends if isinstance(ends, tuple) else (ends,))]
 
-    assert type(flat(short)[0].grad_fn).__name__ == ("TransposeBackward0" if batch_first else "CallFunctionBackward")
+    of_y = "TransposeBackward0" if batch_first else "CatBackward0" if layer.bidirectional else "CallFunctionBackward"
+    assert type(flat(short)[0].grad_fn).__name__ == of_y
+    assert short(layer, x, None) is not None
     for hx in (None, states if len(states) > 1 else states[0]):
         wanted = [x, *layer.parameters(), *(() if hx is None else states)]
         found = []
@@ -436,9 +446,10 @@ def test_a_call_with_gradients_is_one_of_c_each_way(name, options, batch_first, 
         y.sum().backward()
     # Frozen, and of what keeps no gates, the long way.
     fusedrnn.freeze(layer)
-    assert flat(short)[0].grad_fn.name() != "CallFunctionBackward"
+    assert short(layer, x, None) is None
     fusedrnn.unfreeze(layer)
     layer.recompute = True
+    assert short(layer, x, None) is None
     recomputed = torch.autograd.grad(flat(short)[0].sum(), x)[0]
     torch.testing.assert_close(recomputed, want)
 
