@@ -672,14 +672,14 @@ PyObject* call_backward(PyObject* const* a) {
   return found.release();
 }
 
-// (cell, w_hh, quantized, heads): W_hh packed for this processor, what the list `_packed` of a frozen layer holds.
-// Quantized: W_hh or W_ih, bfloat16 or int8, of a layer in float32.
+// (cell, w_hh, quantized, heads, whether x and h are rounded): W_hh packed for this processor, what the list `_packed`
+// of a frozen layer holds. Quantized: W_hh or W_ih, bfloat16 or int8, of a layer in float32.
 PyObject* call_pack(PyObject* const* a) {
   require_plain();
   Arguments held(Recorded::kRefused);
   const Tensor w_hh = held.take(a[1]);
   require(w_hh && w_hh.dim() == 2 && w_hh.numel() > 0);
-  return wrap(pack(text(a[0]), w_hh, is_true(a[2]), integer(a[3]))).release();
+  return wrap(pack(text(a[0]), w_hh, is_true(a[2]), integer(a[3]), is_true(a[4]))).release();
 }
 
 // (cell, w_ih): whether such a W_ih is packed as well.
@@ -943,7 +943,7 @@ PyMethodDef methods[] = {
     method<call_backward, 7>("backward"),
     method<call_layers, 12>("layers"),
     method<call_sequence_of_states, 16>("sequence_of_states"),
-    method<call_pack, 4>("pack"),
+    method<call_pack, 5>("pack"),
     method<call_packs_input, 2>("packs_input"),
     method<facts, 0>("facts"),
     method<small_calls, 0>("small_calls"),

@@ -19,7 +19,7 @@ def panels_of(
             return None
         both = heads == 1 and _build._small_calls.packs_input(cell, w_hh)
         pair = [w_hh, weights[name.replace("_hh", "_ih")]] if both else [w_hh]
-        panels = [_build._small_calls.pack(cell, w, False, heads) for w in pair]
+        panels = [_build._small_calls.pack(cell, w, False, heads, False) for w in pair]
         if None in panels:
             return None
         found.append((panels[0], panels[1] if len(panels) > 1 else None))

@@ -130,7 +130,7 @@ class Quantizable(Freezable):
             # Of a cell: a single step reads weights where they lie, unless it multiplies 8 bits by 8.
             panels, rounds = [None, None], self._activations is not None
             if isinstance(self, nn.RNNBase) or rounds:
-                panels = [_build._small_calls.pack(cell, self._held(n), True, 1) for n in all_three[1::-1]]
+                panels = [_build._small_calls.pack(cell, self._held(n), True, 1, rounds) for n in all_three[1::-1]]
                 if None in panels:
                     return None
             found.append((*panels, *map(self._scale, all_three), rounds))

@@ -612,6 +612,35 @@ def test_ties_go_to_even():
     assert result(layer, x)[0].tolist() == [[[127 * 127, 0, 254, 254]], [[127 * 127 * 127, 0, 254 * 127, 254 * 127]]]
 
 
+@packs
+@pytest.mark.parametrize("hidden", [1, 5, 129])
+@pytest.mark.parametrize("inputs", [1, 30, 33, 512, 1024])
+@pytest.mark.parametrize("kind", ["normal", "signs", "largest", "opposite"])
+def test_rounded_products_are_exact(inputs, hidden, kind):
+    # Up to this depth floats hold the sums as well, so that these bits are those of every processor. With numbers of
+    # -127 and 127 alone, sums of few products are the largest.
+    layer = made("RNN", hidden, inputs, nonlinearity="relu", bias=False)
+    signs = {"signs": lambda t: t.sign(), "largest": torch.ones_like, "opposite": lambda t: -torch.ones_like(t)}
+    of_kind = signs.get(kind, lambda t: t)
+    with torch.no_grad():
+        layer.weight_ih_l0.copy_(of_kind(layer.weight_ih_l0) * (-1 if kind == "opposite" else 1))
+        layer.weight_hh_l0.copy_(of_kind(layer.weight_hh_l0) / hidden)
+    fusedrnn.quantize(layer, activations=torch.int8)
+
+    def product(rows, part):
+        w, scale = layer._held(f"weight_{part}_l0"), layer._scale(f"weight_{part}_l0")
+        largest = rows.abs().amax(-1, keepdim=True).clamp(min=2.0**-100)
+        q = (rows * (torch.full_like(largest, 127) / largest)).round()
+        return (q.double() @ w.double().t()).float() * (largest / 127) * scale
+
+    for batch in (1, 2, 3, 4, 7, 17, 49):
+        x, h = of_kind(torch.randn(3, batch, inputs)), torch.randn(1, batch, hidden)
+        y, before = result(layer, x, h)[0], h[0]
+        for t in range(3):
+            assert torch.equal(y[t], (product(x[t], "ih") + product(before, "hh")).relu())
+            before = y[t]
+
+
 def parts(layer):
     """A layer of one direction for each sequence of a stack."""
     found = []
@@ -897,6 +926,13 @@ for scale in (0.0, 1e-44, 1e33):
         t.test_rounded_small_and_large_inputs(scale, inputs, batch)
 t.test_rounded_rows_that_are_not_finite("LSTM", float("inf"), 6)
 t.test_ties_go_to_even()
+for kind in ("normal", "signs", "largest", "opposite"):
+    t.test_rounded_products_are_exact(1024, 129, kind)
+    t.test_rounded_products_are_exact(33, 5, kind)
+for layer, whole in ((t.whole(hidden=200), {capability!r} == "avx2"), (fusedrnn.quantize(t.made(hidden=200)), False)):
+    plan = fusedrnn.plan(layer, 2)
+    assert plan.details.digits == ("in whole numbers" in plan.why) == whole
+t.test_rounded_with_many_threads(False)
 t.test_rounded_streams("GRU", {{"batch_first": True}})
 """
 

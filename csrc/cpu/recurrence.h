@@ -150,7 +150,7 @@ struct Kernels {
   void (*backward)(const Backward&);
   void (*product)(const Product&);
   void (*widen)(const Widening&);
-  bool (*digits)();  // whether products with panels of int8 are in whole numbers, see digits.h
+  bool (*digits)();  // whether rows that are not rounded meet panels of int8 in whole numbers, see digits.h
 };
 
 // A cell that is compiled apart from this library, for one instruction set: what csrc/cells.h says of it, and its

@@ -711,7 +711,7 @@ struct ForwardRun : Skeleton<Cell, E, W> {
   Buffer<O> zeros;               // [P]: what a row that is reset starts from, at least [padded]
   Buffer<E> input_gates;         // [N][G*H]: x W_ih^T, where it is computed here for all steps
   const E* const gates_x;        // those or the given ones, or null
-  Buffer<uint8_t> digits;        // [threads][kGroup][digit][P or I, rounded up], with digits only
+  Buffer<uint8_t> digits;        // [threads][kGroup] rows of P or I, with digits only
   Buffer<float> whole_rows;      // [threads][kGroup][P or I]: rows rounded to 8 bits, where there are no digits
   Buffer<float> units;           // [threads][kGroup], of either
 
@@ -756,7 +756,7 @@ struct ForwardRun : Skeleton<Cell, E, W> {
     constexpr int64_t kRows = 32;
     const Shape& s = problem.shape;
     return kWide && !problem.gates_x && problem.panels_ih && (s.steps == 1 || s.batch >= kRows * s.threads) &&
-           !in_digits(problem.shape.out) && !in_digits(problem.input) && !rounds(problem);
+           !in_digits(problem, problem.shape.out) && !in_digits(problem, problem.input) && !rounds(problem);
   }
 
   void run() {
@@ -811,17 +811,20 @@ struct ForwardRun : Skeleton<Cell, E, W> {
   static constexpr bool kWhole = std::is_same_v<W, int8_t>;
 
   // Whether panels of that depth are for products of digits.
-  static bool in_digits(int64_t depth) { return kWhole && has_digits() && depth <= Digits::kMostDepth; }
-  static int64_t panel_elements(int64_t depth) {
+  static bool in_digits(const Forward& problem, int64_t depth) {
+    return kWhole && has_digits(rounds(problem)) && depth <= Digits::kMostDepth;
+  }
+  bool in_digits(int64_t depth) const { return in_digits(p, depth); }
+  int64_t panel_elements(int64_t depth) const {
     return in_digits(depth) ? Digits::panel(kG, depth) : Base::panel_size(kG, 1, depth);
   }
   bool multiplies_digits() const {
     return !p.way && ((!this->direct && in_digits(out)) || (p.panels_ih && in_digits(p.input)));
   }
   bool rounds() const { return rounds(p); }
-  int count_of_digits() const { return rounds() ? Digits::kRounded : Digits::kExact; }
+  int count_of_digits() const { return rounds() ? Digits::kRounded : Digits::kMost; }
   int64_t digits_of_a_thread() const {
-    return min(kGroup, this->offset(steps)) * count_of_digits() * Digits::row(max(out, p.input));
+    return min(kGroup, this->offset(steps)) * Digits::row(count_of_digits(), max(out, p.input));
   }
   int64_t whole_of_a_thread() const {
     const int64_t depth = max(in_digits(out) ? 0 : out, in_digits(p.input) ? 0 : p.input);
@@ -836,7 +839,7 @@ struct ForwardRun : Skeleton<Cell, E, W> {
       if constexpr (kDigits) {
         if (in_digits(depth)) {
           uint8_t* const to = digits + thread * digits_of_a_thread();
-          const auto make = rounds() ? to_digits<Digits::kRounded> : to_digits<Digits::kExact>;
+          const auto make = rounds() ? to_digits<Digits::kRounded> : to_digits<Digits::kMost>;
           return make(to, unit, rows, count, depth);
         }
       }
@@ -859,7 +862,7 @@ struct ForwardRun : Skeleton<Cell, E, W> {
       if constexpr (kDigits) {
         if (in_digits(depth)) {
           const auto multiply =
-              rounds() ? product_of_digits<Digits::kRounded, kG> : product_of_digits<Digits::kExact, kG>;
+              rounds() ? product_of_digits<Digits::kRounded, kG> : product_of_digits<Digits::kMost, kG>;
           return multiply(sums, rows, digits + thread * digits_of_a_thread(), unit, count, scales, panel, depth);
         }
       }
@@ -1638,7 +1641,7 @@ void widen(const Widening& p) {
 inline void run_widening(const Widening& problem) {
   problem.weights == Weights::kBfloat16 ? widen<Bfloat16>(problem) : widen<int8_t>(problem);
 }
-inline bool digits_here() { return has_digits(); }
+inline bool digits_here() { return has_digits(false); }
 #endif
 
 template <template <typename...> class Run, typename Problem>

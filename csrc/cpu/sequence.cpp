@@ -508,7 +508,8 @@ struct Call {
         scale_hh(in.scale_hh.contiguous()),
         scale_hr(in.scale_hr.contiguous()),
         // What is rounded meets panels only.
-        panels_ih(products.by_panels && !in.panels_ih ? pack(s.cell.name, in.w_ih, true) : in.panels_ih.contiguous()),
+        panels_ih(products.by_panels && !in.panels_ih ? pack(s.cell.name, in.w_ih, true, 1, true)
+                                                      : in.panels_ih.contiguous()),
         states0(in.c0, in.more.states),
         parameters(in.more.parameters),
         inputs(in.more.inputs),
@@ -598,9 +599,9 @@ class Pieces {
     for (const Tensor& t : in.more.states) others.push_back(copy_of(t));
     for (const Tensor& t : in.more.inputs) inputs.push_back(t.contiguous());
     for (const Tensor& t : in.more.parameters) part.more.parameters.push_back(t.with_dims(1));
-    part.panels = in.panels ? in.panels.with_dims(1) : pack(s.cell.name, in.w_hh, in.quantized, in.heads);
+    part.panels = in.panels ? in.panels.with_dims(1) : pack(s.cell.name, in.w_hh, in.quantized, in.heads, in.rounded);
     if ((many || in.rounded) && !in.panels_ih && x.dtype() == kFloat)
-      part.panels_ih = pack(s.cell.name, in.w_ih, in.quantized);
+      part.panels_ih = pack(s.cell.name, in.w_ih, in.quantized, 1, in.rounded);
     states.add(c);
     states.add(others);
   }
@@ -722,7 +723,7 @@ bool packs_input(std::string_view cell, int32_t dtype) {
   return dtype == kFloat || (dtype == kBFloat16 && kernels().dots && !find_cell(cell).forward);
 }
 
-Tensor pack(std::string_view cell, const Tensor& w_hh, bool quantized, int64_t heads) {
+Tensor pack(std::string_view cell, const Tensor& w_hh, bool quantized, int64_t heads, bool rounded) {
   const CellEntry& found = find_cell(cell);
   const auto run = found.forward ? found.forward : kernels().forward;
   const Tensor w = w_hh.contiguous();
@@ -730,7 +731,7 @@ Tensor pack(std::string_view cell, const Tensor& w_hh, bool quantized, int64_t h
   Forward problem{};
   problem.shape.cell = found.kind;
   problem.shape.dtype = quantized ? Dtype::kFloat32 : dtype_of(w.dtype());
-  problem.weights = weights_of(w, quantized);
+  problem.weights = rounded ? Weights::kInt8Both : weights_of(w, quantized);
   problem.shape.hidden = w.size(0) / found.gates;
   problem.shape.out = w.size(1) * heads;
   problem.shape.heads = heads;

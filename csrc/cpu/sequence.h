@@ -57,7 +57,9 @@ FUSEDRNN_API Counts counts_of(std::string_view cell);
 
 // W_hh [G*H, P / heads] of a cell as the kernels of this processor want it: bytes that Inputs::panels takes. The same
 // of W_ih [G*H, I] of one head, where it `packs_input` of such a dtype or it is `quantized`, for Inputs::panels_ih.
-FUSEDRNN_API Tensor pack(std::string_view cell, const Tensor& w_hh, bool quantized = false, int64_t heads = 1);
+// rounded: those that meet rows rounded to 8 bits.
+FUSEDRNN_API Tensor pack(std::string_view cell, const Tensor& w_hh, bool quantized = false, int64_t heads = 1,
+                         bool rounded = false);
 FUSEDRNN_API bool packs_input(std::string_view cell, int32_t dtype);
 
 // What would be done: the kernels of `capability` go that way; the products of all rows with W_ih, and of a single step

@@ -128,8 +128,8 @@ Stream::Stream(std::string_view cell, const Sizes& sizes, const std::vector<Weig
     if (w.w_hr) in.w_hr = copy_of(w.w_hr, {s.out, sizes.hidden}, of_weights);
     in.quantized = of_weights != s.dtype;
     in.rounded = rounded;
-    in.panels = pack(cell, in.w_hh, in.quantized);
-    if (packs_input(cell, s.dtype)) in.panels_ih = pack(cell, in.w_ih, in.quantized);
+    in.panels = pack(cell, in.w_hh, in.quantized, 1, rounded);
+    if (packs_input(cell, s.dtype)) in.panels_ih = pack(cell, in.w_ih, in.quantized, 1, rounded);
     in.h0 = s.h.select(k);
     if (has_c) in.c0 = s.c.select(k);
     s.layers.push_back(std::move(in));

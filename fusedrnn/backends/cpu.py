@@ -20,10 +20,10 @@ class Plan:
     takes units, and all wait for each other after a step. ``direct``: W_hh is read where it lies; else it is repacked
     to ``panel_bytes``, ``kept``: once, by freeze or quantize. ``quantized``: the dtype of weights of fewer bits,
     ``activations``: that of x and h, rounded at every step.
-    ``tiles``: multiplied in the tile registers of AMX; ``digits``: in whole numbers, by AVX512-VNNI. ``input_product``
-    and ``state_product`` tell who multiplies the rows of all steps by W_ih, and the states by W_hh: "kernel", "host"
-    (torch's GEMM) or "panels" (ours). ``beside``: "directions" or "layers", if two of them are done at the same time,
-    each by half of the threads, where no gradient is needed; else "".
+    ``tiles``: multiplied in the tile registers of AMX; ``digits``: in whole numbers, by AVX512-VNNI or AVX2.
+    ``input_product`` and ``state_product`` tell who multiplies the rows of all steps by W_ih, and the states by W_hh:
+    "kernel", "host" (torch's GEMM) or "panels" (ours). ``beside``: "directions" or "layers", if two of them are done at
+    the same time, each by half of the threads, where no gradient is needed; else "".
     """
 
     algorithm: str
