@@ -660,17 +660,18 @@ def parts(layer):
 @every
 @pytest.mark.parametrize("steps, batch", [(1, 1), (40, 3), (70, 1), (9, 70)])
 def test_rounded_stacks_are_made_of_layers(name, options, steps, batch):
-    layer = whole(name, 40, **options)
+    layer, exact = whole(name, 40, **options), fusedrnn.quantize(made(name, 40, **options))
     x = torch.randn(steps, batch, 5)
-    y, *_ = result(layer, x.transpose(0, 1) if layer.batch_first else x)
-    y = y.transpose(0, 1) if layer.batch_first else y
+    y, loose = (result(m, x.transpose(0, 1) if layer.batch_first else x)[0] for m in (layer, exact))
+    y, loose = (t.transpose(0, 1) if layer.batch_first else t for t in (y, loose))
     singles = parts(layer)
     for forward in singles[:: 1 + layer.bidirectional]:
         ys = [result(forward, x)[0]]
         if layer.bidirectional:
             ys.append(result(singles[singles.index(forward) + 1], x.flip(0))[0].flip(0))
         x = torch.cat(ys, -1)
-    assert torch.equal(x, y)
+    # W_hr's sums are of float32, in an order that depends on how threads share the rows.
+    assert near([x], [y], [loose]) if layer.proj_size else torch.equal(x, y)
 
 
 def near(found, right, unrounded):
