@@ -205,9 +205,17 @@ def test_without_compiled_code(kind, nothing_built, ran):
             assert torch.equal(*(torch.autograd.grad(t.sum(), x)[0] for t in (y, twin)))
         assert torch.equal(ours(packed)[0].data, theirs(packed)[0].data)
         with torch.autocast("cpu", torch.bfloat16):
-            y, twin = ours(x)[0], theirs(x)[0]
-        assert y.dtype == twin.dtype
-        assert torch.equal(y, twin)
+            try:
+                twin = theirs(x)[0]
+            except RuntimeError:  # torch 2.14's LSTM without AVX-512: oneDNN has no such primitive
+                if kind != "LSTM":
+                    raise
+                with pytest.raises(RuntimeError, match="primitive descriptor"):
+                    ours(x)
+            else:
+                y = ours(x)[0]
+                assert y.dtype == twin.dtype
+                assert torch.equal(y, twin)
         padded = torch.nn.utils.rnn.pad_packed_sequence(theirs(packed)[0], batch_first=True)[0]
         assert torch.equal(ours(x, lengths=torch.tensor([5, 2]))[0], padded)
         assert ran == ["torch"] * 5
